@@ -1,0 +1,28 @@
+"""FP8 block-scaled kernels for vLLM on NVIDIA Hopper.
+
+Importing this package imports neither vLLM nor CUDA and creates nothing on disk.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+_PUBLIC = {
+    "fp8_gemm_nt": "fp8_backend.kernels.gemm",
+    "fp8_linear": "fp8_backend.kernels.gemm",
+    "per_token_group_quant": "fp8_backend.kernels.quantize",
+    "pack_weight": "fp8_backend.kernels.layout",
+    "unpack_weight": "fp8_backend.kernels.layout",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("fp8-backend")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'fp8_backend' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Kernels: reference, problem to config, compile, cache, launch."""

@@ -1,0 +1,95 @@
+"""How weights and their scales lie in memory once packed for the kernels.
+
+A weight [n, k] of e4m3 codes becomes [k_blocks, n_aligned, 128] bytes: for each 128-wide block of k, all rows of n one after
+the other. The 16-byte chunks of a row are permuted as Hopper's 128-byte swizzle does it (chunk c of row r lies at c ^ (r % 8)), so
+any run of rows that starts at a multiple of 8 is one contiguous copy that lands in shared memory ready for wgmma: one layout serves
+every tile width. k is padded with zero codes to a multiple of 128, n to a multiple of 8.
+
+Scales [ceil(n / 128), ceil(k / 128)] keep their order; rows are padded to 16 bytes so that a row is one aligned bulk copy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+
+ROW_ALIGNMENT = 8  # rows in one period of the 128-byte swizzle
+SCALE_ALIGNMENT = 4  # float32 values in 16 bytes
+
+
+def packed_weight_shape(n: int, k: int) -> tuple[int, int, int]:
+    """Return the shape [k_blocks, n_aligned, 128] of a packed weight [n, k]."""
+    return ceil_div(k, BLOCK), align(n, ROW_ALIGNMENT), BLOCK
+
+
+def packed_scale_shape(n: int, k: int) -> tuple[int, int]:
+    """Return the shape [n_blocks, k_blocks_aligned] of the packed scales of a weight [n, k]."""
+    return ceil_div(n, BLOCK), align(ceil_div(k, BLOCK), SCALE_ALIGNMENT)
+
+
+def _swizzled_chunks(n: int, device: torch.device) -> torch.Tensor:
+    """Return [n, 8] int64: which chunk of row r lies at position c. The permutation is its own inverse."""
+    rows = torch.arange(n, device=device)[:, None] % ROW_ALIGNMENT
+    return rows ^ torch.arange(8, device=device)[None, :]
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight in the kernels' layout.
+
+    Args:
+        weight: [n, k] float8_e4m3fn, any strides.
+
+    Returns:
+        [ceil(k / 128), align(n, 8), 128] float8_e4m3fn, contiguous, on the same device.
+    """
+    if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn:
+        raise ArgumentError(
+            f"weight: got {tuple(weight.shape)} {weight.dtype}; expected [n, k] float8_e4m3fn; pass the checkpoint's codes"
+        )
+    n, k = weight.shape
+    k_blocks, n_aligned, _ = packed_weight_shape(n, k)
+    source = weight.view(torch.uint8)
+    if (n_aligned, k_blocks * BLOCK) != (n, k):
+        source = torch.nn.functional.pad(source, (0, k_blocks * BLOCK - k, 0, n_aligned - n))
+    chunks = source.reshape(n_aligned, k_blocks, 8, 16).transpose(0, 1)
+    index = _swizzled_chunks(n_aligned, weight.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
+    return torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
+
+
+def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Return the row-major weight [n, k] float8_e4m3fn that `pack_weight` packed, bit for bit."""
+    if packed.dim() != 3 or tuple(packed.shape) != packed_weight_shape(n, k):
+        raise ArgumentError(
+            f"packed weight: got {tuple(packed.shape)}; expected {packed_weight_shape(n, k)} for n={n}, k={k}; use pack_weight"
+        )
+    k_blocks, n_aligned, _ = packed.shape
+    chunks = packed.view(torch.uint8).view(k_blocks, n_aligned, 8, 16)
+    index = _swizzled_chunks(n_aligned, packed.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
+    rows = torch.gather(chunks, 2, index).transpose(0, 1).reshape(n_aligned, k_blocks * BLOCK)
+    return rows[:n, :k].contiguous().view(torch.float8_e4m3fn)
+
+
+def pack_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Return a weight's block scales in the kernels' layout.
+
+    Args:
+        scale: [ceil(n / 128), ceil(k / 128)] float32.
+        n, k: of the weight.
+
+    Returns:
+        [ceil(n / 128), align(ceil(k / 128), 4)] float32, contiguous; the padding is zero.
+    """
+    blocks = (ceil_div(n, BLOCK), ceil_div(k, BLOCK))
+    if tuple(scale.shape) != blocks or scale.dtype != torch.float32:
+        raise ArgumentError(
+            f"scale: got {tuple(scale.shape)} {scale.dtype}; expected {blocks} float32 for a weight [{n}, {k}]; "
+            "pass one scale per 128x128 block"
+        )
+    return torch.nn.functional.pad(scale, (0, packed_scale_shape(n, k)[1] - blocks[1])).contiguous()
+
+
+def unpack_scale(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the scales [n_blocks, ceil(k / 128)] float32 that `pack_scale` packed."""
+    return packed[:, : ceil_div(k, BLOCK)].contiguous()

@@ -1,0 +1,102 @@
+"""The kernels in plain torch: exact semantics, any device.
+
+Quantisation is bit for bit what the CUDA kernel computes. The GEMM multiplies the same FP8 codes in the dtype asked for
+(float32 to serve, float64 to judge others), so its only error is that dtype's rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 128
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+# Groups whose largest magnitude is below this quantise as if it were this, so that 448 / amax stays finite in float32.
+MIN_AMAX = 1e-30
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def align(a: int, b: int) -> int:
+    """Return a rounded up to a multiple of b."""
+    return ceil_div(a, b) * b
+
+
+def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row in groups of 128 columns to e4m3 with one float32 scale a group.
+
+    scale = amax / 448 and code = e4m3(x * (448 / amax)), both divisions in float32, amax ignoring NaN and at least
+    `MIN_AMAX`. A NaN stays NaN in its code; an Inf makes its own code NaN and its group's scale Inf.
+
+    Args:
+        x: [m, k], any float dtype; columns past k in the last group count as zero.
+
+    Returns:
+        codes: [m, align(k, 128)] float8_e4m3fn, row-major; columns past k are zero.
+        scale: [m, ceil(k / 128)] float32, MN-major with stride (1, align(m, 4)).
+    """
+    m, k = x.shape
+    k_blocks = ceil_div(k, BLOCK)
+    groups = torch.nn.functional.pad(x.float(), (0, k_blocks * BLOCK - k)).view(m, k_blocks, BLOCK)
+    amax = groups.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=2).clamp_min(MIN_AMAX)
+    scaled = (groups * (FP8_MAX / amax)[..., None]).clamp(-FP8_MAX, FP8_MAX)
+    codes = scaled.to(torch.float8_e4m3fn).view(m, k_blocks * BLOCK)
+    return codes, mn_major(amax / FP8_MAX)
+
+
+def mn_major(scale: torch.Tensor) -> torch.Tensor:
+    """Return activation scales [m, k_blocks] float32 as the kernels read them: stride (1, align(m, 4)).
+
+    Columns are then 16-byte aligned runs of m that a bulk copy can fetch. A tensor already laid out so is returned as is.
+    """
+    m, k_blocks = scale.shape
+    m_aligned = align(m, 4)
+    if scale.dtype == torch.float32 and scale.stride() == (1, m_aligned) and scale.data_ptr() % 16 == 0:
+        return scale
+    storage = torch.zeros(k_blocks, m_aligned, dtype=torch.float32, device=scale.device)
+    storage[:, :m] = scale.t()
+    return storage.t()[:m]
+
+
+def dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, rows_per_scale: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return codes * scale.
+
+    Args:
+        codes: [rows, k] float8_e4m3fn.
+        scale: [ceil(rows / rows_per_scale), ceil(k / 128)] float32.
+        rows_per_scale: 1 for activations, 128 for weights.
+        dtype: of the result; float32 holds every product with at most one rounding.
+    """
+    rows, k = codes.shape
+    wide = scale.to(dtype).repeat_interleave(rows_per_scale, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :k]
+    return codes.to(dtype) * wide
+
+
+def fp8_gemm_nt(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return a @ b^T of block-scaled FP8 operands, plus bias, in `dtype`.
+
+    Args:
+        a: [m, k] float8_e4m3fn. scale_a: [m, ceil(k / 128)] float32.
+        b: [n, k] float8_e4m3fn. scale_b: [ceil(n / 128), ceil(k / 128)] float32.
+        bias: [n], any float dtype, or None.
+        dtype: float32 or float64; the dtype of all arithmetic and of the result.
+    """
+    y = dequantize(a, scale_a, 1, dtype) @ dequantize(b, scale_b, BLOCK, dtype).t()
+    return y if bias is None else y + bias.to(dtype)
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the Frobenius norm of y - reference over that of reference, in float64."""
+    reference = reference.double()
+    return float((y.double() - reference).norm() / reference.norm().clamp_min(1e-300))

@@ -1,0 +1,71 @@
+"""Every `FP8_BACKEND_*` environment variable; nothing else in the package reads the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fp8_backend.errors import SettingsError
+
+PREFIX = "FP8_BACKEND_"
+
+
+class Settings(BaseModel):
+    """What a user can set, each as FP8_BACKEND_<FIELD NAME IN CAPITALS>."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strict: bool = Field(
+        default=False,
+        description="1: refuse to start where a layer or GPU cannot use this package's kernels, instead of falling back.",
+    )
+    kernels: Literal["auto", "reference"] = Field(
+        default="auto",
+        description="auto: CUDA kernels on a Hopper GPU, the torch reference on the CPU. reference: the torch reference everywhere.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Where compiled kernels are kept. Default: $VLLM_CACHE_ROOT/fp8_backend, else "
+        "${XDG_CACHE_HOME:-~/.cache}/fp8_backend.",
+    )
+    jit: Literal["auto", "forbid"] = Field(
+        default="auto",
+        description="forbid: a kernel that is not in the cache is an error instead of being compiled.",
+    )
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.expanduser().is_absolute():
+            raise ValueError("must be an absolute path")
+        return value.expanduser() if value is not None else None
+
+    def resolved_cache_dir(self, environ: Mapping[str, str] = os.environ) -> Path:
+        """Return the directory of compiled kernels; it need not exist."""
+        if self.cache_dir is not None:
+            return self.cache_dir
+        if root := environ.get("VLLM_CACHE_ROOT"):
+            return Path(root).expanduser() / "fp8_backend"
+        return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fp8_backend"
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings in force.
+
+    Raises:
+        SettingsError: an `FP8_BACKEND_*` variable that does not exist, or a value it cannot take; names both and what is allowed.
+    """
+    given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
+    known = {PREFIX + field.upper(): field for field in Settings.model_fields}
+    if unknown := sorted(set(given) - set(known)):
+        raise SettingsError(f"{unknown[0]}={given[unknown[0]]!r} is not a setting; settings: {', '.join(sorted(known))}; unset it")
+    try:
+        return Settings.model_validate({known[name]: value for name, value in given.items()})
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = PREFIX + str(detail["loc"][0]).upper()
+        raise SettingsError(f"{name}={given[name]!r}: {detail['msg']}; correct it or unset it") from None

@@ -1,0 +1,1 @@
+"""Checkpoints and packed weight layouts."""
