@@ -88,26 +88,36 @@ def source_digest(spec: KernelSpec) -> str:
     return _digest_sources(read_sources(spec))
 
 
-def cache_key(spec: KernelSpec) -> str:
+def cache_key(spec: KernelSpec, sources: dict[str, bytes] | None = None) -> str:
     """Return the sha256 (hex) of everything the cubin depends on.
 
     That is the spec without its folder, the bytes of its sources, the flags, the architecture and the NVRTC build.
+
+    Args:
+        spec: the kernel.
+        sources: from `read_sources`, to compile later what is hashed now; read here by default.
     """
-    return _key(spec, read_sources(spec))
+    digest = _digest_sources(read_sources(spec) if sources is None else sources)
+    parts = [SCHEMA, spec.file, spec.entry, list(spec.defines), digest, nvrtc_version(), FLAGS, ARCH]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def compile_kernel(spec: KernelSpec) -> CompiledKernel:
+def compile_kernel(spec: KernelSpec, sources: dict[str, bytes] | None = None) -> CompiledKernel:
     """Compile one kernel for sm_90a; needs no GPU and no driver.
+
+    Args:
+        spec: the kernel.
+        sources: from `read_sources`; read here by default.
 
     Raises:
         CompileError: NVRTC is missing, a source is missing, or NVRTC rejected the source; the message holds its whole
             log, with file names and lines.
     """
-    sources = read_sources(spec)
+    sources = read_sources(spec) if sources is None else sources
     headers = {name: text for name, text in sources.items() if name != spec.file}
     nvrtc = _nvrtc()
     flags = [flag.encode() for flag in (*FLAGS, *(f"-D{key}={int(value)}" for key, value in spec.defines))]
-    # Sources travel as bytes, so that what was hashed is what is compiled even while somebody edits the files.
+    # Sources travel as bytes, so that what the cache hashed is what is compiled even while somebody edits the files.
     program = _checked(
         spec,
         nvrtc.nvrtcCreateProgram(
@@ -180,11 +190,6 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}+{size}"
 
 
-def _key(spec: KernelSpec, sources: dict[str, bytes]) -> str:
-    parts = [SCHEMA, spec.file, spec.entry, list(spec.defines), _digest_sources(sources), nvrtc_version(), FLAGS, ARCH]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def _digest_sources(sources: dict[str, bytes]) -> str:
     digest = hashlib.sha256()
     for name, text in sources.items():
@@ -209,6 +214,6 @@ def _checked(spec: KernelSpec, result: tuple[Any, ...]) -> Any:
 
 
 def _text(program: Any, spec: KernelSpec, get_size: Any, get: Any) -> bytes:
-    buffer = bytes(_checked(spec, get_size(program)))
+    buffer = bytes(_checked(spec, get_size(program)))  # the binding takes bytes alone, and writes into them
     _checked(spec, get(program, buffer))
     return buffer
