@@ -164,8 +164,8 @@ _loading = threading.Lock()
 def load(spec: KernelSpec, layout: ParamLayout) -> Kernel:
     """Compile a kernel or take it from the cache, and load it on torch's current device.
 
-    The kernel may use all the shared memory of a block that the device has. Hold on to the result: a second call returns
-    the same kernel, but asks torch for the device and hashes the spec to find it.
+    The kernel may use all the shared memory of a block that the device has. Hold on to the result: a second call finds
+    the same kernel, but asks torch for the device and hashes the spec for it.
 
     Raises:
         UnsupportedError: there is no CUDA device.
