@@ -174,8 +174,8 @@ def load(spec: KernelSpec, layout: ParamLayout) -> Kernel:
     """
     import torch
 
-    # Asked first: without a driver, loading a module can hang instead of failing.
-    if not torch.cuda.is_available():
+    # Asked first: without a driver, loading a module can hang instead of failing. Asked once: it takes microseconds.
+    if not _loaded and not torch.cuda.is_available():
         raise UnsupportedError(
             f"kernel {spec.name}: torch sees no CUDA device; set FP8_BACKEND_KERNELS=reference to run without one"
         )
