@@ -30,8 +30,9 @@ def weights_of(n: int, k: int) -> list[gemm.Weight]:
 def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoice]:
     """Return the best-predicted ways of cutting the weight for each decode configuration."""
     by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
-    for cost, choice in heuristics.decode_choices(problem):
-        by_config.setdefault(choice.config, []).append((cost, choice))
+    for ctas_per_sm in (1, 2):
+        for cost, choice in heuristics.decode_choices(problem, ctas_per_sm):
+            by_config.setdefault((choice.config, ctas_per_sm), []).append((cost, choice))
     return [
         choice for found in by_config.values() for _, choice in sorted(found, key=lambda pair: pair[0])[:per_config]
     ]

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
-from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
 
 pytestmark = pytest.mark.gpu
 
-# bf16 rounding alone gives about 0.0017; a wrong scale or a lost block gives far more.
-BF16_ERROR = 0.0025
+# bf16 rounding gives about 0.0017 and the tensor core's own FP8 accumulation, which keeps 14 bits, up to 0.005 on single rows
+# (measured); a wrong scale or a lost block gives far more.
+BF16_ERROR = 0.01
 
 
 def make_weight(n, k, seed=0):
@@ -99,7 +100,8 @@ def test_every_decode_config(config, rows):
     x, bias = make_x(m, k), make_x(1, n)[0]
     weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
     tiles = ceil_div(n, rows)
-    choice = heuristics.DecodeChoice(config, rows, min(tiles, 3) if config.split == 1 else tiles * config.split)
+    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), MAX_SHARED_BYTES)
+    choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 3) if config.split == 1 else tiles * config.split)
     surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16, device="cuda")
     out = surroundings[1:-1, 8:-8]
     q, s = per_token_group_quant(x)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 
 from fp8_backend import settings
 from fp8_backend.errors import UnsupportedError
+from fp8_backend.kernels.problem import Machine
 
 CAPABILITY = (9, 0)  # Hopper: the kernels use wgmma and are compiled for sm_90a alone
 
@@ -32,23 +31,23 @@ def runs_cuda_kernels(device: torch.device) -> bool:
         return False
     if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
         raise UnsupportedError(
-            f"{device} ({torch.cuda.get_device_name(device)}): {reason}; set FP8_BACKEND_KERNELS=reference to run the slow "
-            "torch reference there"
+            f"{device} ({torch.cuda.get_device_name(device)}): {reason}; set FP8_BACKEND_KERNELS=reference to run the "
+            "slow torch reference there"
         )
     return True
 
 
 @cache
-def num_sms(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def machine(index: int) -> Machine:
+    """Return what CUDA device `index` can run at once."""
+    return Machine(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-@contextmanager
-def current_stream(device: torch.device) -> Iterator[int]:
-    """Make a CUDA device torch's current one and give the raw handle of its current stream."""
-    if device.index == torch._C._cuda_getDevice():
-        yield torch._C._cuda_getCurrentRawStream(device.index)
-    else:
-        with torch.cuda.device(device):
-            yield torch._C._cuda_getCurrentRawStream(device.index)
+def is_current(device: torch.device) -> bool:
+    """Return whether a CUDA device is the one that launches go to."""
+    return device.index == torch._C._cuda_getDevice()
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the raw handle of torch's current stream on a CUDA device, without building a torch.cuda.Stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -38,6 +38,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cuGetErrorString": (_INT, _POINTER),
     # config, function, kernelParams, extra
     "cuLaunchKernelEx": (_POINTER, _POINTER, _POINTER, _POINTER),
+    "cuOccupancyMaxActiveClusters": (_POINTER, _POINTER, _POINTER),
     # map, data type, rank, address, dims, strides, box, element strides, interleave, swizzle, L2 promotion, OOB fill
     "cuTensorMapEncodeTiled": (_POINTER, _INT, _UINT, *[_POINTER] * 5, *[_INT] * 4),
 }

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import heuristics, launcher, layout, reference
-from fp8_backend.kernels.backend import current_stream, num_sms, runs_cuda_kernels
+from fp8_backend.kernels.backend import current_stream, is_current, machine, runs_cuda_kernels
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
-from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of, vectorised
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
 _GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
-_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 13)
+_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 14)
 _NO_MAP = bytes(BYTES)
 
 
@@ -60,6 +61,17 @@ def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int)
     return encode_tiled(codes.data_ptr(), (BLOCK, rows, k_blocks), strides, (BLOCK, box_rows, 1), "128B", 1)
 
 
+@cache
+def _kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
+    return launcher.load(config.spec(), _GEMM_LAYOUT if isinstance(config, GemmConfig) else _DECODE_LAYOUT)
+
+
+@lru_cache(maxsize=65536)
+def _choose(m: int, n: int, k: int, device: int) -> DecodeChoice | GemmChoice:
+    return heuristics.select(GemmProblem(m, n, k, machine(device)))
+
+
 def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -99,10 +111,15 @@ def launch_gemm(
         _bias_type(bias),
         int(store_16_bytes),
     )
-    with current_stream(out.device) as stream:
-        launcher.load(config.spec(), _GEMM_LAYOUT).launch(
-            (choice.grid, 1, 1), config.threads, config.shared_bytes, params, stream, config.cluster, pdl=True
-        )
+    _kernel(config, out.device.index).launch(
+        (choice.grid, 1, 1),
+        config.threads,
+        config.shared_bytes,
+        params,
+        current_stream(out.device),
+        config.cluster,
+        True,
+    )
 
 
 def launch_decode(
@@ -135,16 +152,17 @@ def launch_decode(
         align(m, 4),
         weight.scale.stride(0),
         choice.rows,
+        choice.num_stages,
         ELEMENT_TYPES.get(x.dtype, 0),
         vectorised(x) if config.fused else 0,
         ELEMENT_TYPES[out.dtype],
         _bias_type(bias),
         int(paired),
     )
-    with current_stream(out.device) as stream:
-        launcher.load(config.spec(), _DECODE_LAYOUT).launch(
-            (choice.grid, 1, 1), config.threads, config.shared_bytes(k_blocks), params, stream, config.cluster, pdl=True
-        )
+    shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
+    _kernel(config, out.device.index).launch(
+        (choice.grid, 1, 1), DECODE_THREADS, shared_bytes, params, current_stream(out.device), config.split, True
+    )
 
 
 def fp8_linear(
@@ -170,28 +188,32 @@ def fp8_linear(
         UnsupportedError: x is on a GPU for which there are no kernels.
     """
     k = x.shape[-1]
-    rows = x.reshape(-1, k)
     if weight.dim() != 3 or weight.shape != layout.packed_weight_shape(n, k):
         raise ArgumentError(
-            f"weight: got {tuple(weight.shape)}; expected {layout.packed_weight_shape(n, k)} for n={n} and x of {k} columns; "
-            "pack it with pack_weight"
+            f"weight: got {tuple(weight.shape)}; expected {layout.packed_weight_shape(n, k)} for n={n} and x of {k} "
+            "columns; pack it with pack_weight"
         )
-    packed = Weight(weight, scale, n, k)
-    codes, scale_a = (rows, _unit_scale(rows)) if x.dtype == torch.float8_e4m3fn else (None, None)
-    out = torch.empty((rows.shape[0], n), dtype=torch.bfloat16 if codes is not None else x.dtype, device=x.device)
-    if codes is None and runs_cuda_kernels(x.device) and out.numel() and k:
-        rows = rows_of(rows, "x")
-        choice = heuristics.select(GemmProblem(rows.shape[0], n, k, num_sms(x.device)))
-        if isinstance(choice, DecodeChoice) and choice.config.fused:
-            launch_decode(choice, rows, None, packed, out, bias)
-        else:
-            codes, scale_a = per_token_group_quant(rows)
-            launch = launch_decode if isinstance(choice, DecodeChoice) else launch_gemm
-            launch(choice, codes, scale_a, packed, out, bias)
+    device, rows = x.device, x.reshape(-1, k)
+    if x.is_cuda and not is_current(device):
+        with torch.cuda.device(device):
+            return fp8_linear(x, weight, scale, n, bias)
+    packed, m, quantised = Weight(weight, scale, n, k), rows.shape[0], x.dtype == torch.float8_e4m3fn
+    out = torch.empty((m, n), dtype=torch.bfloat16 if quantised else x.dtype, device=device)
+    if quantised:
+        _gemm(_padded(rows), _unit_scale(rows), packed, out, bias)
+    elif not runs_cuda_kernels(device) or not m or not n or not k:
+        _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
-        if codes is None:
-            codes, scale_a = per_token_group_quant(rows)
-        _gemm(_padded(codes), scale_a, packed, out, bias)
+        rows = rows_of(rows, "x")
+        choice = _choose(m, n, k, device.index)
+        if isinstance(choice, GemmChoice):
+            launch_gemm(choice, *per_token_group_quant(rows), packed, out, bias)
+        elif choice.config.fused and rows.element_size() == 2:
+            launch_decode(choice, rows, None, packed, out, bias)
+        elif choice.config.fused:  # float32 activations are quantised by the kernel of their own
+            _gemm(*per_token_group_quant(rows), packed, out, bias)
+        else:
+            launch_decode(choice, *per_token_group_quant(rows), packed, out, bias)
     return out.view(*x.shape[:-1], n)
 
 
@@ -233,6 +255,9 @@ def fp8_gemm_nt(
         UnsupportedError: the tensors are on a GPU for which there are no kernels.
     """
     (codes, scale_a), (codes_b, scale_b) = a, b
+    if out.is_cuda and not is_current(out.device):
+        with torch.cuda.device(out.device):
+            return fp8_gemm_nt(a, b, out, bias)
     m, k = codes.shape
     n = out.shape[1]
     weight = Weight(codes_b, scale_b, n, k)
@@ -281,5 +306,5 @@ def _gemm(
         raise ArgumentError(
             f"k={weight.k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes, or use fp8_linear"
         )
-    problem = GemmProblem(codes.shape[0], weight.n, weight.k, num_sms(out.device))
+    problem = GemmProblem(codes.shape[0], weight.n, weight.k, machine(out.device.index))
     launch_gemm(heuristics.select_gemm(problem), codes, scale_a, weight, out, bias)

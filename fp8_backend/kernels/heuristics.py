@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fp8_backend.kernels.problem import (
+    MAX_DECODE_ROWS,
     MAX_DECODE_TOKENS,
+    MAX_SHARED_BYTES,
     DecodeConfig,
     GemmConfig,
     GemmProblem,
-    fits_shared_memory,
 )
 from fp8_backend.kernels.reference import align, ceil_div
 
 TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
-# Stages of 16 KiB of weights (and tokens, where they are not resident), as many as leave room for resident tokens.
-_FUSED_STAGES = {8: 8, 16: 8, 32: 6}
-_STAGED_STAGES = {8: 8, 16: 8, 32: 8, 64: 7}
+MAX_STAGES = 16
 
 GEMM_CONFIGS = (
     GemmConfig(64, 64, 1, 8),
@@ -31,10 +30,11 @@ GEMM_CONFIGS = (
     GemmConfig(256, 128, 2, 4, cluster_n=2),
 )
 DECODE_CONFIGS = tuple(
-    DecodeConfig(tokens, fused, split, stages)
-    for fused, by_tokens in ((True, _FUSED_STAGES), (False, _STAGED_STAGES))
-    for tokens, stages in by_tokens.items()
+    DecodeConfig(tokens, fused, split)
+    for fused in (True, False)
+    for tokens in TOKENS
     for split in SPLITS
+    if not (fused and tokens == 64)  # 64 tokens of any useful range of k do not fit beside the weights
 )
 
 
@@ -44,6 +44,7 @@ class DecodeChoice:
 
     config: DecodeConfig
     rows: int
+    num_stages: int
     grid: int
 
 
@@ -56,34 +57,37 @@ class GemmChoice:
     grid: int
 
 
-def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
+def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int) -> int:
+    """Return how many stages fit into shared_bytes, at most MAX_STAGES; fewer than config.unroll means none do."""
+    for stages in range(MAX_STAGES, config.unroll - 1, -1):
+        if config.shared_bytes(rows, k_blocks, stages) <= shared_bytes:
+            return stages
+    return 0
+
+
+def decode_choices(problem: GemmProblem, ctas_per_sm: int) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every decode kernel that can solve the problem, with its predicted cost in bytes streamed by the busiest SM."""
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
     for config in DECODE_CONFIGS:
-        if config.tokens != tokens or not fits_shared_memory(config.shared_bytes(problem.k_blocks)):
+        if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
-        if config.split > max(1, problem.k_blocks):
-            continue
-        for rows in range(8, 136, 8):
+        for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
-            if config.split == 1:
-                grid = min(tiles, problem.num_sms)
-                tiles_per_sm = ceil_div(tiles, grid)
-            else:
-                grid = tiles * config.split
-                tiles_per_sm = 1
-                if grid > problem.num_sms:
-                    continue
-            if rows > align(problem.n, 8):
+            if config.split > 1 and tiles > ctas_per_sm * problem.machine.max_clusters(config.split):
                 continue
+            num_stages = decode_stages(config, rows, problem.k_blocks, MAX_SHARED_BYTES // ctas_per_sm - 1024)
+            if not num_stages:
+                continue
+            grid = min(tiles, ctas_per_sm * problem.machine.num_sms) if config.split == 1 else tiles * config.split
+            tiles_per_sm = ceil_div(tiles, grid) if config.split == 1 else 1
             blocks = ceil_div(problem.k_blocks, config.split)
             token_bytes = problem.m * (2 if config.fused else 1)
             # Tokens come from L2, about three times as fast as weights from memory; a cluster's exchange costs about 0.7 us.
             cost = tiles_per_sm * blocks * 128.0 * (rows + token_bytes / 3) + (20_000 if config.split > 1 else 0)
             cost += 0 if config.fused else 50_000  # the quantisation launch
-            yield cost, DecodeChoice(config, rows, grid)
+            yield cost, DecodeChoice(config, rows, num_stages, grid)
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
@@ -91,7 +95,7 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
     for config in GEMM_CONFIGS:
         tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
-        clusters = min(tiles_m * tiles_n, problem.num_sms // config.cluster)
+        clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
         waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
         area = config.block_m * config.block_n
         # Small tiles fetch more bytes a multiply: measured cost a multiply relative to 256x128.
@@ -105,7 +109,7 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 @lru_cache(maxsize=65536)
 def select(problem: GemmProblem) -> DecodeChoice | GemmChoice:
     """Return the kernel for a linear layer (16-bit activations in) of this shape."""
-    decode = min(decode_choices(problem), key=lambda pair: pair[0], default=None)
+    decode = min(decode_choices(problem, 1), key=lambda pair: pair[0], default=None)
     return decode[1] if decode is not None else select_gemm(problem)
 
 

@@ -134,6 +134,26 @@ class Kernel:
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
 
+    def max_active_clusters(self, block: int, shared_bytes: int, cluster: int) -> int:
+        """Return how many clusters of `cluster` such thread blocks the device runs at once.
+
+        Raises:
+            DriverError: the device cannot run such a cluster.
+        """
+        config, address, attributes, attribute_count, _ = self._buffers.configs.get((cluster, False)) or self._prepare(
+            cluster, False
+        )
+        _CONFIG.pack_into(config, 0, cluster, 1, 1, block, 1, 1, shared_bytes, 0, attributes, attribute_count)
+        clusters = ctypes.c_int()
+        driver.call(
+            "cuOccupancyMaxActiveClusters",
+            ctypes.byref(clusters),
+            self._function,
+            address,
+            subject=f"kernel {self.name}, cluster {cluster}, block {block}, {shared_bytes} shared bytes",
+        )
+        return clusters.value
+
     def _prepare(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
         attributes = []
         if cluster > 1:

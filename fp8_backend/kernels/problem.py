@@ -1,4 +1,4 @@
-"""What a GEMM asks for and how a kernel is shaped to answer: frozen values, shared-memory arithmetic, hardware limits."""
+"""What a GEMM asks for and how a kernel answers: frozen values, shared-memory arithmetic, hardware limits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,36 @@ from fp8_backend.kernels.reference import BLOCK, ceil_div
 MAX_SHARED_BYTES = 232448  # 227 KiB, the most a CTA may have on sm_90
 MAX_DECODE_TOKENS = 64
 DECODE_THREADS = 384
-_DECODE_ROWS = 128
-_EXCHANGE_FLOATS_PER_TOKEN = 8 * 20  # 8 slices of 16 rows, padded to 20 (decode.cuh)
+MAX_DECODE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU can run at once: multiprocessors, and clusters of 2, 4 and 8 CTAs that fill one each.
+
+    Multiprocessors come in groups of 16 or 18, some with one missing, and a cluster lies within a group: fewer clusters fit
+    than num_sms / size. The defaults were read on an H200.
+    """
+
+    num_sms: int = 132
+    clusters: tuple[int, int, int] = (66, 30, 15)
+
+    def max_clusters(self, size: int) -> int:
+        """Return how many clusters of 1, 2, 4 or 8 CTAs run at once."""
+        return self.num_sms if size == 1 else self.clusters[size.bit_length() - 2]
+
+
+H200 = Machine()
 
 
 @dataclass(frozen=True)
 class GemmProblem:
-    """out[m, n] = a[m, k] @ b[n, k]^T on a GPU with num_sms multiprocessors."""
+    """out[m, n] = a[m, k] @ b[n, k]^T."""
 
     m: int
     n: int
     k: int
-    num_sms: int = 132
+    machine: Machine = H200
 
     @property
     def k_blocks(self) -> int:
@@ -56,7 +74,7 @@ class GemmConfig:
         return self.num_stages * ((self.block_m + self.block_n) * BLOCK + self.block_m * 4 + 16)
 
     def spec(self) -> KernelSpec:
-        """What to compile."""
+        """Return what to compile."""
         return KernelSpec(
             "gemm.cuh",
             "gemm",
@@ -81,40 +99,30 @@ class DecodeConfig:
     tokens: int
     fused: bool
     split: int
-    num_stages: int
 
     @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.split
+    def unroll(self) -> int:
+        """k-blocks whose wgmma are in flight together; the least number of stages."""
+        return 4 if self.tokens <= 16 else 2
 
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA."""
-        return DECODE_THREADS
+    def shared_bytes(self, rows: int, k_blocks: int, num_stages: int) -> int:
+        """Return the dynamic shared memory of a CTA, laid out as decode.cuh says.
 
-    def shared_bytes(self, k_blocks: int) -> int:
-        """Dynamic shared memory of a CTA; with fused quantisation it holds the tokens of its whole range of k."""
+        wgmma reads whole slices of 64 rows, past the last stage if that holds fewer: the bytes behind it must exist.
+        """
+        weight = rows * BLOCK
+        stage = weight + (0 if self.fused else self.tokens * BLOCK)
         resident = ceil_div(k_blocks, self.split) if self.fused else 0
-        stage = _DECODE_ROWS * BLOCK + (0 if self.fused else self.tokens * BLOCK)
-        scales = (resident if self.fused else self.num_stages) * self.tokens * 4
-        exchange = _EXCHANGE_FLOATS_PER_TOKEN * self.tokens * 4
-        return self.num_stages * (stage + 16) + resident * self.tokens * BLOCK + exchange + scales
+        slices, sources = (4, 2 * self.split) if rows <= 64 else (8, self.split)
+        exchange = ceil_div(slices * self.tokens // 8, self.split) * sources * 512
+        scales = (resident if self.fused else num_stages) * self.tokens * 4
+        laid_out = num_stages * (stage + 16) + resident * self.tokens * BLOCK + exchange + scales + 8
+        return max(laid_out, (num_stages - 1) * stage + slices * 16 * BLOCK)
 
     def spec(self) -> KernelSpec:
-        """What to compile."""
+        """Return what to compile."""
         return KernelSpec(
             "decode.cuh",
             "decode",
-            (
-                ("TOKENS", self.tokens),
-                ("FUSED", int(self.fused)),
-                ("SPLIT", self.split),
-                ("NUM_STAGES", self.num_stages),
-            ),
+            (("TOKENS", self.tokens), ("FUSED", int(self.fused)), ("SPLIT", self.split)),
         )
-
-
-def fits_shared_memory(shared_bytes: int) -> bool:
-    """Whether a CTA may have that much dynamic shared memory on sm_90."""
-    return shared_bytes <= MAX_SHARED_BYTES

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, reference
-from fp8_backend.kernels.backend import current_stream, runs_cuda_kernels
+from fp8_backend.kernels.backend import current_stream, is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -15,6 +17,12 @@ ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # Eleme
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64", "u32", "u32", "u32", "u32", "u32", "u32"))
 _ROWS_PER_CTA = _GROUPS_PER_CTA = 4
 _THREADS = 256
+
+
+@cache
+def _kernel(device: int) -> launcher.Kernel:
+    """Return the loaded kernel on the current device, whose index is part of the key only."""
+    return launcher.load(SPEC, _LAYOUT)
 
 
 def rows_of(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -50,19 +58,21 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = rows_of(x, "x")
     if not runs_cuda_kernels(x.device):
         return reference.per_token_group_quant(x)
+    if not is_current(x.device):
+        with torch.cuda.device(x.device):
+            return per_token_group_quant(x)
     m, k = x.shape
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
     if m and k:
-        with current_stream(x.device) as stream:
-            launcher.load(SPEC, _LAYOUT).launch(
-                (ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA), 1),
-                _THREADS,
-                0,
-                (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), x.stride(0), m, k, k_blocks, m_aligned)
-                + (ELEMENT_TYPES[x.dtype], vectorised(x)),
-                stream,
-                pdl=True,
-            )
+        _kernel(x.device.index).launch(
+            (ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA), 1),
+            _THREADS,
+            0,
+            (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), x.stride(0), m, k, k_blocks, m_aligned)
+            + (ELEMENT_TYPES[x.dtype], vectorised(x)),
+            current_stream(x.device),
+            pdl=True,
+        )
     return codes, scale.t()[:m]

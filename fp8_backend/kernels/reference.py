@@ -41,9 +41,11 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     k_blocks = ceil_div(k, BLOCK)
     groups = torch.nn.functional.pad(x.float(), (0, k_blocks * BLOCK - k)).view(m, k_blocks, BLOCK)
     amax = groups.abs().nan_to_num(nan=0.0, posinf=float("inf")).amax(dim=2).clamp_min(MIN_AMAX)
-    scaled = (groups * (FP8_MAX / amax)[..., None]).clamp(-FP8_MAX, FP8_MAX)
+    # Both operands are tensors: with a number torch multiplies by a reciprocal, which rounds twice.
+    largest = torch.full_like(amax, FP8_MAX)
+    scaled = (groups * (largest / amax)[..., None]).clamp(-FP8_MAX, FP8_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(m, k_blocks * BLOCK)
-    return codes, mn_major(amax / FP8_MAX)
+    return codes, mn_major(amax / largest)
 
 
 def mn_major(scale: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,12 @@
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
 constexpr u32 kUnroll = TOKENS <= 16 ? 4 : 2;
-constexpr u32 kMathWarps = 8, kQuantisers = 352;
+constexpr u32 kMathWarps = 8;
 constexpr u32 kFragmentBytes = 512;  // 16 rows x 8 tokens of fp32, as the 32 lanes of a warp hold them: 16 bytes each
 
 #if FUSED
+constexpr u32 kQuantisers = 352;
+
 // Quantises columns [first_block * 128, + blocks * 128) of x [m, k] into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
 DEVICE void quantise_tokens(const void* x, i64 stride, u32 type, u32 vectorised, u32 m, u32 k, u32 first_block, u32 blocks, u8* tokens,
                             float* scales, u32 thread) {
@@ -255,15 +257,8 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                 }
             }
 
-            if (sources == 1) {
-#pragma unroll
-                for (u32 j = 0; j < kTokenGroups; ++j) {
-                    const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
-                    if (slice * 16 < rows) output.write(v, t * rows + slice * 16, rows - slice * 16, j * 8, lane);
-                }
-                continue;
-            }
-            // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane].
+            // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
+            // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
             if (SPLIT > 1) cluster_wait();
 #pragma unroll
             for (u32 j = 0; j < kTokenGroups; ++j) {
