@@ -122,9 +122,7 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_tokenizer(out, size.vocab, config["max_position_embeddings"])
-    assigned = zip(
-        _shard_names(size.shards), _assign_shards(tensor_specs(architecture, size), size.shards), strict=True
-    )
+    assigned = _assign_shards(tensor_specs(architecture, size), size.shards)
 
     def tensors(specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
         return {name: tensor for spec in specs for name, tensor in generate(spec, seed, device).items()}
