@@ -38,7 +38,7 @@ class Size:
 SIZES: dict[tuple[Architecture, str], Size] = {
     ("deepseek_v3", "demo"): Size(
         layers=3, hidden=512, heads=4, kv_heads=4, intermediate=768, vocab=1024, shards=3,
-        experts=8, experts_per_token=2, moe_intermediate=256, q_lora=256,
+        experts=16, experts_per_token=4, moe_intermediate=256, q_lora=256,
     ),
     ("qwen3", "demo"): Size(layers=3, hidden=512, heads=4, kv_heads=2, intermediate=768, vocab=1024, shards=2),
     ("qwen3_moe", "demo"): Size(
@@ -180,8 +180,8 @@ def _deepseek_config(size: Size) -> dict[str, Any]:
         "n_routed_experts": size.experts,
         "n_shared_experts": 1,
         "num_experts_per_tok": size.experts_per_token,
-        "n_group": 2,
-        "topk_group": 1,
+        "n_group": 4,
+        "topk_group": 2,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "norm_topk_prob": True,
