@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 import vllm
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
@@ -33,3 +34,15 @@ def is_skipped(config: Fp8Config, prefix: str) -> bool:
     return is_layer_skipped(
         prefix=prefix, ignored_layers=config.ignored_layers, fused_mapping=config.packed_modules_mapping, **match
     )
+
+
+def keep_from_amx_mla(layer: torch.nn.Module) -> None:
+    """Make MLA on a CPU with AMX take a packed `kv_b_proj` through the layer's own method.
+
+    From 0.32 on AMXMLAImpl reads an e4m3 weight that has a `weight_block_size` as a plain [n, k] matrix: "ValueError: too many
+    values to unpack (expected 2)"; it would also requantise it with one scale per tensor. Without the attribute it
+    multiplies an identity by the layer, as MLA does on GPUs. The mark tells the layers it reads from all others, which
+    keep the attribute for later weight updates.
+    """
+    if getattr(layer, "_cpu_skip_gemm_dispatch", False):
+        layer.weight_block_size = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
-from fp8_backend.weights.checkpoint import has_safetensors, verify_checkpoint
 
 BLOCK_SHAPE = [128, 128]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' and weight_block_size {BLOCK_SHAPE}"
@@ -90,6 +88,11 @@ class DeepGemmFp8Config(Fp8Config):
         )
         self.summary = LoadSummary()
 
+    @property
+    def backend_name(self) -> str:
+        """Return "cuda" or "reference": whose kernels serve the layers that use ours."""
+        return select_backend().name
+
     @classmethod
     def get_name(cls) -> str:
         """Return the name users give."""
@@ -132,9 +135,6 @@ class DeepGemmFp8Config(Fp8Config):
         backend = select_backend()
         if backend.name == "vllm" and settings.load().strict:
             raise UnsupportedError(f"{unsupported_device(backend.reason)}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
-        folder = Path(model_name)
-        if has_safetensors(folder):
-            logger.info("%s", verify_checkpoint(folder))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer, or None where vLLM's default is meant."""

@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightP
 from vllm.model_executor.utils import replace_parameter
 
 from fp8_backend.errors import UnsupportedError
-from fp8_backend.integration import ops
+from fp8_backend.integration import compat, ops
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.weights import loader
 
@@ -80,6 +80,7 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale)
         replace_parameter(layer, "weight", weight)
         replace_parameter(layer, "weight_scale_inv", scale)
+        compat.keep_from_amx_mla(layer)
         self.config.summary.pack("linear", self.config.backend_name, get_tensor_model_parallel_rank() == 0)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
