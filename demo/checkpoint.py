@@ -50,7 +50,8 @@ def quantize_weight(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[tor
 
 def generate(spec: TensorSpec, scale_dtype: torch.dtype, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the tensors stored for `spec`, on the CPU; the same for the same seed, name and kind of device."""
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(spec.name.encode()))
+    # One 32-bit number: the CPU generator ignores the upper half of a longer seed.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device)

@@ -146,7 +146,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{INDEX}: weight_map is {str(weight_map)[:100]}; expected names of tensors and files; fetch it again"
+            f"{INDEX}: weight_map is {str(weight_map)[:100]}; expected tensor names and files; fetch it again"
         )
     for tensor, shard in weight_map.items():
         # The index comes with the download: a name must not lead out of the folder.
@@ -165,7 +165,7 @@ def _read_tensors(shards: list[Path], index: dict[str, str]) -> _Tensors:
         for name, info in read_header(shard).items():
             if name in tensors.home:
                 raise CheckpointError(
-                    f"{name}: in both {tensors.home[name].name} and {shard.name}; expected in one; delete the stale shard"
+                    f"{name}: in both {tensors.home[name].name} and {shard.name}; expected once; delete the stale one"
                 )
             tensors.info[name] = info
             tensors.home[name] = shard
@@ -206,9 +206,7 @@ def _check_weights(tensors: _Tensors, fp8: dict[str, TensorInfo], skipped: list[
 
 def _check_scale_form(name: str, weight: TensorInfo, scale: TensorInfo) -> None:
     if len(weight.shape) not in (2, 3):
-        raise CheckpointError(
-            f"{name}: {FP8} of shape {list(weight.shape)}; expected [n, k] or [experts, n, k]; re-export it"
-        )
+        raise CheckpointError(f"{name}: {FP8} of shape {list(weight.shape)}; expected [n, k] or [experts, n, k]")
     *experts, n, k = weight.shape
     expected = (*experts, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
     if scale.shape != expected:
@@ -229,13 +227,13 @@ def _check_merged_widths(tensors: _Tensors, fp8: dict[str, TensorInfo]) -> None:
             members = [name for part in group if (name := f"{stem}{part}.weight") in tensors.info]
             if len({name in fp8 for name in members}) > 1:
                 dtypes = ", ".join(f"{name} {tensors.info[name].dtype}" for name in members)
-                raise CheckpointError(f"{dtypes}: vLLM merges these into one layer; expected one dtype; re-export it")
+                raise CheckpointError(f"{dtypes}: merged into one layer by vLLM; expected one dtype; re-export")
             for name in members[:-1]:
                 width = tensors.info[name].shape[0]
                 if name in fp8 and width % BLOCK:
                     raise CheckpointError(
-                        f"{name}: {width} rows, merged by vLLM before {members[-1]}; expected a multiple of {BLOCK}, so that "
-                        "block scales line up; serve this model without --quantization deepgemm_fp8"
+                        f"{name}: {width} rows, merged by vLLM before {members[-1]}; expected a multiple of {BLOCK} so "
+                        "that block scales line up; serve this model without --quantization deepgemm_fp8"
                     )
 
 
@@ -252,6 +250,6 @@ def _check_scale_values(tensors: _Tensors) -> None:
                 if bad.any():
                     position = bad.nonzero()[0].tolist()
                     raise CheckpointError(
-                        f"{name}: {scale[tuple(position)].item()} at {position}, {int(bad.sum())} such of {scale.numel()}; "
+                        f"{name}: {scale[tuple(position)]:g} at {position}, {int(bad.sum())} such in {scale.numel()}; "
                         "expected every scale finite and > 0; fetch or re-export the shard " + shard.name
                     )
