@@ -1,0 +1,192 @@
+"""The quantisation config behind `--quantization deepgemm_fp8`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.platforms import current_platform
+
+from fp8_backend import settings
+from fp8_backend.errors import CheckpointError, UnsupportedError
+from fp8_backend.integration import compat
+from fp8_backend.integration.plugin import NAME
+from fp8_backend.integration.summary import LoadSummary
+
+BLOCK_SHAPE = [128, 128]
+EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' and weight_block_size {BLOCK_SHAPE}"
+NO_GROUPED_KERNELS = "grouped CUDA kernels are not there yet"
+
+logger = logging.getLogger("vllm.fp8_backend.integration.config")
+
+
+class Backend(NamedTuple):
+    """Whose kernels compute: "cuda" or "reference" are ours, "vllm" is vLLM's own FP8 path; and why not ours."""
+
+    name: str
+    reason: str = ""
+
+
+@functools.cache
+def select_backend() -> Backend:
+    """Choose the kernels for this process from its device and the settings."""
+    if settings.load().kernels == "reference" or current_platform.is_cpu():
+        return Backend("reference")
+    if not current_platform.is_cuda():
+        return Backend("vllm", f"device {current_platform.device_type or 'unknown'!r} is not an NVIDIA GPU")
+    capability = current_platform.get_device_capability()
+    if capability is not None and tuple(capability)[:2] == (9, 0):
+        return Backend("cuda")
+    version = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
+    return Backend("vllm", f"{current_platform.get_device_name()} has compute capability {version}")
+
+
+def unsupported_device(reason: str) -> str:
+    """Return the sentence that names the device and what is supported."""
+    return f"{reason}; fp8_backend's kernels run on Hopper GPUs (compute capability 9.0: H100, H200, H20, GH200) and on CPUs"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+class DeepGemmFp8Config(Fp8Config):
+    """What a checkpoint's `quantization_config` says, and which method serves each layer.
+
+    Raises:
+        CheckpointError: the checkpoint is not FP8 with one scale per 128x128 block.
+        SettingsError: an `FP8_BACKEND_*` variable is unknown or malformed.
+    """
+
+    def __init__(
+        self,
+        is_checkpoint_fp8_serialized: bool = False,
+        activation_scheme: str = "dynamic",
+        ignored_layers: list[str] | None = None,
+        weight_block_size: list[int] | None = None,
+    ) -> None:
+        settings.load()
+        if not is_checkpoint_fp8_serialized:
+            # vLLM calls the class without arguments when config.json has no quantization_config.
+            raise CheckpointError(
+                f"config.json has no quantization_config: the checkpoint is not quantised; {EXPECTED}; "
+                "use the model's FP8 version, or drop the flag"
+            )
+        super().__init__(
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme=activation_scheme,
+            ignored_layers=ignored_layers,
+            weight_block_size=weight_block_size,
+        )
+        self.summary = LoadSummary()
+
+    @property
+    def backend_name(self) -> str:
+        """Return "cuda" or "reference": whose kernels serve the layers that use ours."""
+        return select_backend().name
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return the name users give."""
+        return NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Return the dtypes `--dtype` may take."""
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim every quantised checkpoint the user gave the flag for, and no other.
+
+        vLLM asks for each model it starts. A checkpoint we cannot serve is claimed too: `from_config` then refuses it with its
+        reason, where vLLM would only say that two names do not match.
+        """
+        if user_quant != NAME:
+            return None
+        settings.load()
+        return NAME
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DeepGemmFp8Config:
+        """Read a checkpoint's `quantization_config`."""
+        _check_format(config)
+        return cls(
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme=config.get("activation_scheme", "dynamic"),
+            ignored_layers=config.get("ignored_layers") or config.get("modules_to_not_convert"),
+            weight_block_size=BLOCK_SHAPE,
+        )
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Check device and checkpoint files: vLLM calls this once an engine, in its first process, before it loads anything."""
+        if message := compat.untested_version():
+            logger.warning(message)
+        backend = select_backend()
+        if backend.name == "vllm" and settings.load().strict:
+            raise UnsupportedError(f"{unsupported_device(backend.reason)}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return the method of a layer, or None where vLLM's default is meant."""
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod() if compat.is_skipped(self, prefix) else self._linear_method(layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            if compat.is_skipped(self, prefix):
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            return self._moe_method(layer, prefix)
+        return super().get_quant_method(layer, prefix)
+
+    def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
+        backend = select_backend()
+        if backend.name == "vllm":
+            return self._stock_method(layer, prefix, "linear", unsupported_device(backend.reason))
+        from fp8_backend.integration.linear import DeepGemmFp8LinearMethod
+
+        return DeepGemmFp8LinearMethod(self, prefix)
+
+    def _moe_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        backend = select_backend()
+        if backend.name == "vllm":
+            return self._stock_method(layer, prefix, "MoE layer", unsupported_device(backend.reason))
+        if backend.name == "cuda":
+            return self._stock_method(layer, prefix, "MoE layer", NO_GROUPED_KERNELS)
+        from fp8_backend.integration.moe import DeepGemmFp8MoEMethod
+
+        return DeepGemmFp8MoEMethod(self, layer, prefix)
+
+    def _stock_method(self, layer: torch.nn.Module, prefix: str, kind: str, reason: str) -> QuantizeMethodBase | None:
+        if settings.load().strict:
+            raise UnsupportedError(f"{prefix}: {reason}; unset FP8_BACKEND_STRICT to let vLLM's FP8 path serve this {kind}")
+        _warn_once(f"each {kind} uses vLLM's own FP8 path: {reason}")
+        self.summary.fall_back(kind, reason)
+        return super().get_quant_method(layer, prefix)
+
+
+def _check_format(config: dict[str, Any]) -> None:
+    """Refuse a `quantization_config` that is not e4m3 with 128x128 blocks and dynamic activations."""
+    limits = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3", None),
+        "weight_block_size": (BLOCK_SHAPE,),
+        "activation_scheme": ("dynamic", None),
+        "store_dtype": (None,),
+    }
+    for key, allowed in limits.items():
+        value = config.get(key)
+        value = list(value) if isinstance(value, tuple) else value
+        if value not in allowed:
+            meaning = ", that is one scale per tensor" if key == "weight_block_size" and value is None else ""
+            raise CheckpointError(
+                f"quantization_config has {key} {value!r}{meaning}; expected {allowed[0]!r}; {EXPECTED}; "
+                "use such a version of the model, or drop the flag"
+            )
