@@ -30,26 +30,28 @@ INDEX = "model.safetensors.index.json"
 GAIN = 0.6
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a weight to e4m3 with one scale a 128x128 block, scale = amax / 448.
+def quantize_weight(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a weight to e4m3 with one scale a 128x128 block, scale = amax / 448 rounded to `scale_dtype`.
 
     Args:
         weight: [n, k], any float dtype.
+        scale_dtype: float32 or bfloat16.
 
     Returns:
-        codes: [n, k] float8_e4m3fn. scale: [ceil(n / 128), ceil(k / 128)] float32; weight is about codes * scale.
+        codes: [n, k] float8_e4m3fn. scale: [ceil(n / 128), ceil(k / 128)]; weight is about codes * scale.
     """
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.view(ceil_div(n, BLOCK), BLOCK, ceil_div(k, BLOCK), BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)).clamp_min(MIN_AMAX) / FP8_MAX
-    codes = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)[:n, :k]
+    scale = (blocks.abs().amax(dim=(1, 3)).clamp_min(MIN_AMAX) / FP8_MAX).to(scale_dtype)
+    codes = (blocks / scale.float()[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)[:n, :k]
     return codes.to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def generate(spec: TensorSpec, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
+def generate(spec: TensorSpec, scale_dtype: torch.dtype, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the tensors stored for `spec`, on the CPU; the same for the same seed, name and kind of device."""
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(spec.name.encode()))
+    # One 32-bit number: the CPU generator ignores the upper half of a longer seed.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {spec.name}".encode()))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -59,7 +61,7 @@ def generate(spec: TensorSpec, seed: int, device: torch.device) -> dict[str, tor
             n, k = spec.shape
             grid = normal(ceil_div(n, BLOCK), ceil_div(k, BLOCK)).mul(0.3).exp()
             wide = grid.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
-            codes, scale = quantize_weight(normal(n, k) * wide * (GAIN / k**0.5))
+            codes, scale = quantize_weight(normal(n, k) * wide * (GAIN / k**0.5), scale_dtype)
             return {spec.name: codes.cpu(), f"{spec.name}_scale_inv": scale.cpu()}
         case "embedding":
             tensor = normal(*spec.shape)
@@ -124,8 +126,12 @@ def write_checkpoint(
     write_tokenizer(out, size.vocab, config["max_position_embeddings"])
     assigned = _assign_shards(tensor_specs(architecture, size), size.shards)
 
+    scale_dtype = (
+        torch.float32 if architecture == "deepseek_v3" else torch.bfloat16
+    )  # as the published checkpoints have it
+
     def tensors(specs: list[TensorSpec]) -> dict[str, torch.Tensor]:
-        return {name: tensor for spec in specs for name, tensor in generate(spec, seed, device).items()}
+        return {name: tensor for spec in specs for name, tensor in generate(spec, scale_dtype, seed, device).items()}
 
     _write_shards(
         out, ((name, tensors(specs)) for name, specs in zip(_shard_names(size.shards), assigned, strict=True))

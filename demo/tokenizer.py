@@ -14,7 +14,7 @@ ENGLISH = (
     "green hand has high hot house in is it light little long man many model moon more morning mountain new night "
     "nine no of old on once one open or over people quick quiet rain red river road run sea seven she ship six "
     "sky slow small snow so star stone story sun ten that the then there they this three time to town tree two "
-    "under upon wall warm was water way we well were white wind wood word world year yes you young"
+    "under upon wall warm was water way we well went were white wind wood word world year yes you young"
 ).split()
 
 
