@@ -20,6 +20,7 @@ from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
+from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.checkpoint import check_quantization_config, verify_checkpoint
 
@@ -43,17 +44,11 @@ def select_backend() -> Backend:
     if settings.load().kernels == "reference" or current_platform.is_cpu():
         return Backend("reference")
     if not current_platform.is_cuda():
-        return Backend("vllm", f"device {current_platform.device_type or 'unknown'!r} is not an NVIDIA GPU")
+        device = current_platform.device_type or "unknown"
+        return Backend("vllm", f"device {device!r}; the kernels need an NVIDIA Hopper GPU, the torch reference a CPU")
     capability = current_platform.get_device_capability()
-    if capability is not None and tuple(capability)[:2] == (9, 0):
-        return Backend("cuda")
-    version = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
-    return Backend("vllm", f"{current_platform.get_device_name()} has compute capability {version}")
-
-
-def unsupported_device(reason: str) -> str:
-    """Return the sentence that names the device and what is supported."""
-    return f"{reason}; fp8_backend's kernels run on Hopper GPUs (compute capability 9.0: H100, H200, GH200) and on CPUs"
+    reason = "unknown compute capability" if capability is None else capability_reason(tuple(capability)[:2])
+    return Backend("cuda") if reason is None else Backend("vllm", f"{current_platform.get_device_name()}: {reason}")
 
 
 @functools.cache
@@ -127,9 +122,7 @@ class DeepGemmFp8Config(Fp8Config):
             _warn_once(message)
         backend = select_backend()
         if backend.name == "vllm" and settings.load().strict:
-            raise UnsupportedError(
-                f"{unsupported_device(backend.reason)}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path"
-            )
+            raise UnsupportedError(f"{backend.reason}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
         folder = Path(model_name)
         # A name on a model hub and a folder that holds a config alone (--load-format dummy) have no files to check;
         # scales are checked again when a layer is packed.
@@ -156,7 +149,7 @@ class DeepGemmFp8Config(Fp8Config):
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()
         if backend.name == "vllm":
-            return self._stock_method(layer, prefix, "linear", unsupported_device(backend.reason))
+            return self._stock_method(layer, prefix, "linear", backend.reason)
         from fp8_backend.integration.linear import DeepGemmFp8LinearMethod
 
         return DeepGemmFp8LinearMethod(self, prefix)
@@ -164,7 +157,7 @@ class DeepGemmFp8Config(Fp8Config):
     def _moe_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()
         if backend.name == "vllm":
-            return self._stock_method(layer, prefix, "MoE layer", unsupported_device(backend.reason))
+            return self._stock_method(layer, prefix, "MoE layer", backend.reason)
         if backend.name == "cuda":
             return self._stock_method(layer, prefix, "MoE layer", NO_GROUPED_KERNELS)
         from fp8_backend.integration.moe import DeepGemmFp8MoEMethod
