@@ -71,3 +71,11 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         detail = error.errors()[0]
         name = PREFIX + str(detail["loc"][0]).upper()
         raise SettingsError(f"{name}={given[name]!r}: {detail['msg']}; correct it or unset it") from None
+
+
+def value_or_none(field: str) -> object:
+    """Return a setting's value, or None while the environment holds one that `load` refuses."""
+    try:
+        return getattr(load(), field)
+    except SettingsError:
+        return None

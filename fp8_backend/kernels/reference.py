@@ -102,3 +102,54 @@ def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the Frobenius norm of y - reference over that of reference, in float64."""
     reference = reference.double()
     return float((y.double() - reference).norm() / reference.norm().clamp_min(1e-300))
+
+
+def fp8_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    router_weight_on_input: bool = False,
+) -> torch.Tensor:
+    """Return each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
+
+    Activations are quantised in groups of 128 before both GEMMs; everything between them and the sum stay float32.
+
+    Args:
+        x: [m, hidden], any float dtype.
+        topk_weights: [m, top_k], any float dtype.
+        topk_ids: [m, top_k], any integer dtype; -1 is skipped.
+        w13: [experts, 2 * intermediate, hidden] float8_e4m3fn, intermediate % 128 == 0.
+        scale_13: [experts, 2 * intermediate / 128, ceil(hidden / 128)] float32.
+        w2: [experts, hidden, intermediate] float8_e4m3fn.
+        scale_2: [experts, ceil(hidden / 128), intermediate / 128] float32.
+        expert_map: [global experts], any integer dtype: an expert's position in w13, or -1 if another rank holds it;
+            None if ids are positions already.
+        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+
+    Returns:
+        [m, hidden] in x's dtype.
+    """
+    position = topk_ids.long()
+    if expert_map is not None:
+        position = torch.where(position < 0, position, expert_map.long()[position.clamp_min(0)])
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in position[position >= 0].unique().tolist():
+        token, slot = (position == expert).nonzero(as_tuple=True)
+        router_weight = topk_weights[token, slot].float()[:, None]
+        rows = x[token].float() * router_weight if router_weight_on_input else x[token]
+        hidden = _quantised_linear(rows, w13[expert], scale_13[expert])
+        gate, up = hidden.chunk(2, dim=1)
+        out = _quantised_linear(torch.nn.functional.silu(gate) * up, w2[expert], scale_2[expert])
+        y.index_add_(0, token, out if router_weight_on_input else out * router_weight)
+    return y.to(x.dtype)
+
+
+def _quantised_linear(x: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+    """Return x @ b^T in float32 with x quantised in groups of 128."""
+    codes, scale_a = per_token_group_quant(x)
+    return fp8_gemm_nt(codes[:, : x.shape[1]], scale_a, b, scale_b)

@@ -1,0 +1,32 @@
+# Two commands matter: `make demo` and `make test`. Both install what they need into .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test lint test-compat clean
+
+help:
+	@echo "make demo         serve a generated FP8 checkpoint with vLLM and compare it with its bf16 twin"
+	@echo "make test         lint and the whole test suite; with a Hopper GPU also the tests that need one"
+	@echo "make lint         ruff check and format check"
+	@echo "make test-compat  load the plugin into every supported vLLM release (downloads them)"
+	@echo "make clean        delete what the commands above wrote, except .venv"
+
+install:
+	@$(PYTHON) demo/install.py
+
+demo: install
+	@$(BIN)/python -m demo.run
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-compat: install
+	$(BIN)/python tests/compat_probe.py
+
+clean:
+	rm -rf .demo .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

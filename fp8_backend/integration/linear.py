@@ -1,0 +1,132 @@
+"""How an FP8 linear layer is created, packed and applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightParameter
+from vllm.model_executor.utils import replace_parameter
+
+from fp8_backend.errors import UnsupportedError
+from fp8_backend.integration import compat, ops
+from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.weights import loader
+
+if TYPE_CHECKING:
+    from fp8_backend.integration.config import DeepGemmFp8Config
+
+
+def loads_dummy_weights() -> bool:
+    """Return whether vLLM fills parameters with noise instead of reading a checkpoint (`--load-format dummy`)."""
+    return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+# Not a subclass of vLLM's Fp8LinearMethod: that one fails where no stock kernel fits, and other parts of vLLM take its
+# subclasses' scales for plain [n / 128, k / 128] tensors. vLLM looks the version 2 weight loaders up by class name.
+@register_weight_loader_v2_supported_method
+class DeepGemmFp8LinearMethod(LinearMethodBase):
+    """Serves one linear layer: merged, QKV, column, row or replicated, with or without bias."""
+
+    def __init__(self, config: DeepGemmFp8Config, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        self.prefix = prefix
+        self.dummy_weights = loads_dummy_weights()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register `weight` [n, k] float8_e4m3fn and `weight_scale_inv` [ceil(n / 128), ceil(k / 128)] float32.
+
+        Raises:
+            UnsupportedError: merging or splitting the layer cuts through a 128x128 block.
+        """
+        check_partition(self.prefix, input_size, input_size_per_partition, output_size, output_partition_sizes)
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = k  # read by MLA, which multiplies an identity of this size
+        layer.output_size_per_partition = n
+        layer.orig_dtype = params_dtype
+        layer.weight_block_size = [BLOCK, BLOCK]  # read by vLLM's loaders of merged layers' scales
+        weight_loader: Callable[..., Any] | None = extra_weight_attrs.get("weight_loader")
+        placement = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
+        weight = ModelWeightParameter(data=torch.empty(n, k, dtype=torch.float8_e4m3fn), **placement)
+        scale = BlockQuantScaleParameter(
+            data=loader.unloaded_scale(ceil_div(n, BLOCK), ceil_div(k, BLOCK)), **placement
+        )
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("weight_scale_inv", scale)
+        self.config.summary.create("linear")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace weight and scales by packed ones; the originals are freed before the next layer is packed."""
+        if layer.weight.dim() == 3:  # vLLM calls again for layers that a weight update left alone
+            return
+        scale = layer.weight_scale_inv.data
+        if self.dummy_weights:
+            scale.abs_().clamp_min_(1e-6)
+        weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale)
+        replace_parameter(layer, "weight", weight)
+        replace_parameter(layer, "weight_scale_inv", scale)
+        compat.keep_from_amx_mla(layer)
+        self.config.summary.pack("linear", self.config.backend_name, get_tensor_model_parallel_rank() == 0)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x @ weight^T + bias.
+
+        Args:
+            layer: the packed layer.
+            x: [..., k] bfloat16 or float16; or float8_e4m3fn codes of scale 1, as MLA's FP8 prefill passes.
+            bias: [n], or None.
+
+        Returns:
+            [..., n] in x's dtype; in the model's dtype for float8 x.
+        """
+        y = ops.linear(x, layer.weight, layer.weight_scale_inv, bias, layer.output_size_per_partition)
+        return y.to(layer.orig_dtype) if x.dtype == torch.float8_e4m3fn else y
+
+
+def check_partition(name: str, input_size: int, k: int, output_size: int, widths: list[int]) -> None:
+    """Refuse a layer whose parts do not start at a block boundary, since blocks would need two scales.
+
+    Args:
+        name: of the layer.
+        input_size: of the whole layer.
+        k: of this rank's part.
+        output_size: of the whole layer, all ranks and merged parts together.
+        widths: output widths on this rank, one per merged part.
+
+    Raises:
+        UnsupportedError: names layer, width, limit and next step.
+    """
+    if k != input_size and k % BLOCK:
+        raise UnsupportedError(
+            f"{name}: input width {k} of one tensor-parallel rank is not a multiple of {BLOCK} ({input_size} / "
+            f"{input_size // k} ranks); use a smaller --tensor-parallel-size"
+        )
+    split = sum(widths) != output_size
+    # The last part of an unsplit layer starts at a boundary if the others do: DeepSeek-V3 merges 1536 + 576.
+    for width in widths if split else widths[:-1]:
+        if width % BLOCK:
+            kind = "merged shard width" if len(widths) > 1 else "shard width"
+            step = (
+                "use a smaller --tensor-parallel-size"
+                if split and width * (output_size // sum(widths)) % BLOCK == 0
+                else "requantise the model with these layers in modules_to_not_convert"
+            )
+            raise UnsupportedError(
+                f"{name}: {kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 "
+                f"block would need two scales; {step}"
+            )
