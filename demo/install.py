@@ -7,8 +7,10 @@ Standard library only: it runs before anything is installed. A second run finds 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -52,6 +54,8 @@ def main() -> None:
         )
     if platform.system() != "Linux":
         sys.exit(f"{platform.system()} is not supported, vLLM's wheels are for Linux; use a Linux machine or container")
+    folder = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # until this process ends: `make demo` and `make test` may start together
     gpu = hopper_gpu()
     wanted = requirements(gpu)
     stamp = json.dumps(
