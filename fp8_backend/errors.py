@@ -25,3 +25,7 @@ class CheckpointError(Fp8BackendError, ValueError):
 
 class CompileError(Fp8BackendError):
     """NVRTC rejected a kernel, or compiling is forbidden and the kernel is not in the cache."""
+
+
+class DriverError(Fp8BackendError, RuntimeError):
+    """A CUDA driver call failed: loading a kernel, launching it or describing a tensor to the copy engine."""

@@ -62,7 +62,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     known = {PREFIX + field.upper(): field for field in Settings.model_fields}
     if unknown := sorted(set(given) - set(known)):
-        raise SettingsError(f"{unknown[0]}={given[unknown[0]]!r} is not a setting; settings: {', '.join(sorted(known))}; unset it")
+        raise SettingsError(
+            f"{unknown[0]}={given[unknown[0]]!r} is not a setting; settings: {', '.join(sorted(known))}; unset it"
+        )
     try:
         return Settings.model_validate({known[name]: value for name, value in given.items()})
     except ValidationError as error:

@@ -2,10 +2,149 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from fp8_backend.kernels import layout, reference
-from fp8_backend.kernels.reference import per_token_group_quant
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import heuristics, launcher, layout, reference
+from fp8_backend.kernels.backend import current_stream, num_sms, runs_cuda_kernels
+from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
+from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of, vectorised
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
+
+_GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
+_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 12)
+_NO_MAP = bytes(BYTES)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [n, k] in either form a kernel reads.
+
+    codes: [n, k] float8_e4m3fn row-major with 16-byte aligned rows, k % 128 == 0; or packed by `layout.pack_weight`.
+    scale: [ceil(n / 128), >= ceil(k / 128)] float32, row-major.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    n: int
+    k: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are [k_blocks, n_aligned, 128]."""
+        return self.codes.dim() == 3
+
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes [n, k] and scale [ceil(n / 128), ceil(k / 128)], row-major."""
+        codes = layout.unpack_weight(self.codes, self.n, self.k) if self.packed else self.codes
+        return codes, layout.unpack_scale(self.scale, self.k)
+
+    def tensor_map(self, box_rows: int) -> bytes:
+        """Return the map {128 bytes, rows, k-blocks} through which gemm.cuh fetches `box_rows` rows of one k-block."""
+        k_blocks = ceil_div(self.k, BLOCK)
+        if self.packed:
+            n_aligned = self.codes.shape[1]
+            strides, swizzle = (BLOCK, n_aligned * BLOCK), "none"
+            return encode_tiled(
+                self.codes.data_ptr(), (BLOCK, n_aligned, k_blocks), strides, (BLOCK, box_rows, 1), swizzle, 1
+            )
+        return _row_major_map(self.codes, self.n, k_blocks, box_rows)
+
+
+def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int) -> bytes:
+    strides = (codes.stride(0), BLOCK)
+    return encode_tiled(codes.data_ptr(), (BLOCK, rows, k_blocks), strides, (BLOCK, box_rows, 1), "128B", 1)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bias_type(bias: torch.Tensor | None) -> int:
+    return 0 if bias is None else ELEMENT_TYPES[bias.dtype]
+
+
+def launch_gemm(
+    choice: GemmChoice,
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: Weight,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
+    config, m, k_blocks = choice.config, codes.shape[0], ceil_div(weight.k, BLOCK)
+    store_16_bytes = (
+        out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and weight.n % 8 == 0
+    )
+    params = (
+        _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
+        weight.tensor_map(config.block_n // config.cluster_m),
+        scale_a.data_ptr(),
+        weight.scale.data_ptr(),
+        out.data_ptr(),
+        _pointer(bias),
+        out.stride(0),
+        m,
+        weight.n,
+        k_blocks,
+        align(m, 4),
+        weight.scale.stride(0),
+        choice.strip,
+        ELEMENT_TYPES[out.dtype],
+        _bias_type(bias),
+        int(store_16_bytes),
+    )
+    with current_stream(out.device) as stream:
+        launcher.load(config.spec(), _GEMM_LAYOUT).launch(
+            (choice.grid, 1, 1), config.threads, config.shared_bytes, params, stream, config.cluster, pdl=True
+        )
+
+
+def launch_decode(
+    choice: DecodeChoice,
+    x: torch.Tensor,
+    scale_a: torch.Tensor | None,
+    weight: Weight,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Launch decode.cuh on x [m, k] (fused) or codes and MN-major scale_a; weight is packed; arguments are not checked."""
+    config, m, k_blocks = choice.config, x.shape[0], ceil_div(weight.k, BLOCK)
+    assert weight.packed and (config.split == 1 or choice.grid == ceil_div(weight.n, choice.rows) * config.split)
+    paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and weight.n % 2 == 0
+    params = (
+        _NO_MAP if config.fused else _row_major_map(x, m, k_blocks, config.tokens),
+        x.data_ptr(),
+        weight.codes.data_ptr(),
+        _pointer(scale_a),
+        weight.scale.data_ptr(),
+        out.data_ptr(),
+        _pointer(bias),
+        x.stride(0),
+        out.stride(0),
+        m,
+        weight.n,
+        weight.k,
+        k_blocks,
+        weight.codes.shape[1],
+        align(m, 4),
+        weight.scale.stride(0),
+        choice.rows,
+        ELEMENT_TYPES.get(x.dtype, 0),
+        vectorised(x) if config.fused else 0,
+        ELEMENT_TYPES[out.dtype],
+        _bias_type(bias),
+        int(paired),
+    )
+    with current_stream(out.device) as stream:
+        launcher.load(config.spec(), _DECODE_LAYOUT).launch(
+            (choice.grid, 1, 1), config.threads, config.shared_bytes(k_blocks), params, stream, config.cluster, pdl=True
+        )
 
 
 def fp8_linear(
@@ -13,23 +152,134 @@ def fp8_linear(
 ) -> torch.Tensor:
     """Quantise activations and multiply them by a packed FP8 weight: y = x @ weight^T + bias.
 
+    On a GPU the weight may be fetched before earlier kernels of the stream have ended: it must have been written by work that
+    is complete (`pack_weight` waits for its own).
+
     Args:
         x: [..., k] bfloat16, float16 or float32, quantised in groups of 128; or float8_e4m3fn, taken as codes of scale 1.
         weight: [ceil(k / 128), align(n, 8), 128] float8_e4m3fn, from `pack_weight`.
         scale: [ceil(n / 128), align(ceil(k / 128), 4)] float32, from `pack_scale`.
         n: rows of the unpacked weight.
-        bias: [n], any float dtype, or None.
+        bias: [n] bfloat16, float16 or float32, or None.
 
     Returns:
         [..., n] in x's dtype (bfloat16 for float8 x).
+
+    Raises:
+        ArgumentError: a dtype or shape that does not fit.
+        UnsupportedError: x is on a GPU for which there are no kernels.
     """
     k = x.shape[-1]
     rows = x.reshape(-1, k)
-    out_dtype = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
-    if x.dtype == torch.float8_e4m3fn:
-        codes, scale_a = rows, rows.new_ones(rows.shape[0], reference.ceil_div(k, 128), dtype=torch.float32)
+    if weight.dim() != 3 or weight.shape != layout.packed_weight_shape(n, k):
+        raise ArgumentError(
+            f"weight: got {tuple(weight.shape)}; expected {layout.packed_weight_shape(n, k)} for n={n} and x of {k} columns; "
+            "pack it with pack_weight"
+        )
+    packed = Weight(weight, scale, n, k)
+    codes, scale_a = (rows, _unit_scale(rows)) if x.dtype == torch.float8_e4m3fn else (None, None)
+    out = torch.empty((rows.shape[0], n), dtype=torch.bfloat16 if codes is not None else x.dtype, device=x.device)
+    if codes is None and runs_cuda_kernels(x.device) and out.numel() and k:
+        rows = rows_of(rows, "x")
+        choice = heuristics.select(GemmProblem(rows.shape[0], n, k, num_sms(x.device)))
+        if isinstance(choice, DecodeChoice) and choice.config.fused:
+            launch_decode(choice, rows, None, packed, out, bias)
+        else:
+            codes, scale_a = per_token_group_quant(rows)
+            launch = launch_decode if isinstance(choice, DecodeChoice) else launch_gemm
+            launch(choice, codes, scale_a, packed, out, bias)
     else:
-        codes, scale_a = per_token_group_quant(rows)
-    plain = layout.unpack_weight(weight, n, k)
-    y = reference.fp8_gemm_nt(codes[:, :k], scale_a, plain, layout.unpack_scale(scale, k), bias)
-    return y.to(out_dtype).reshape(*x.shape[:-1], n)
+        if codes is None:
+            codes, scale_a = per_token_group_quant(rows)
+        _gemm(_padded(codes), scale_a, packed, out, bias)
+    return out.view(*x.shape[:-1], n)
+
+
+def _unit_scale(codes: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones(codes.shape[0], ceil_div(codes.shape[1], BLOCK), dtype=torch.float32, device=codes.device)
+    return reference.mn_major(ones)
+
+
+def _padded(codes: torch.Tensor) -> torch.Tensor:
+    """Return codes with contiguous rows whose length is a multiple of 128."""
+    missing = -codes.shape[1] % BLOCK
+    if missing:
+        return torch.nn.functional.pad(codes.view(torch.uint8), (0, missing)).view(codes.dtype)
+    return (
+        codes
+        if codes.stride(-1) == 1 and codes.stride(0) % 16 == 0 and codes.data_ptr() % 16 == 0
+        else codes.contiguous()
+    )
+
+
+def fp8_gemm_nt(
+    a: tuple[torch.Tensor, torch.Tensor],
+    b: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """Multiply block-scaled FP8 matrices: out = a @ b^T + bias.
+
+    Args:
+        a: codes [m, k] float8_e4m3fn with contiguous columns, and scale [m, ceil(k / 128)] float32 (any strides; MN-major with
+            stride (1, align(m, 4)), as `per_token_group_quant` gives it, is not copied).
+        b: codes [n, k] float8_e4m3fn with contiguous columns (or packed by `pack_weight`), and scale
+            [ceil(n / 128), ceil(k / 128)] float32 with contiguous columns (or packed by `pack_scale`).
+        out: [m, n] bfloat16, float16 or float32 with contiguous columns; overwritten.
+        bias: [n] bfloat16, float16 or float32, or None.
+
+    Raises:
+        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0 (pad both operands with zero codes).
+        UnsupportedError: the tensors are on a GPU for which there are no kernels.
+    """
+    (codes, scale_a), (codes_b, scale_b) = a, b
+    m, k = codes.shape
+    n = out.shape[1]
+    weight = Weight(codes_b, scale_b, n, k)
+    _check(codes, scale_a, weight, out, bias)
+    _gemm(codes, reference.mn_major(scale_a), weight, out, bias)
+
+
+def _check(
+    codes: torch.Tensor, scale_a: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    m, k, n = codes.shape[0], weight.k, weight.n
+    blocks_n, blocks_k = ceil_div(n, BLOCK), ceil_div(k, BLOCK)
+    expected_b = layout.packed_weight_shape(n, k) if weight.packed else (n, k)
+    problems = (
+        ("a", codes, tuple(codes.shape) == (m, k) and codes.dtype == torch.float8_e4m3fn and codes.stride(-1) == 1, f"[{m}, {k}] float8_e4m3fn, contiguous columns"),
+        ("scale_a", scale_a, tuple(scale_a.shape) == (m, blocks_k) and scale_a.dtype == torch.float32, f"[{m}, {blocks_k}] float32"),
+        ("b", weight.codes, tuple(weight.codes.shape) == expected_b and weight.codes.dtype == torch.float8_e4m3fn and weight.codes.stride(-1) == 1, f"{list(expected_b)} float8_e4m3fn, contiguous columns"),
+        ("scale_b", weight.scale, weight.scale.dim() == 2 and weight.scale.shape[0] == blocks_n and weight.scale.shape[1] in (blocks_k, align(blocks_k, 4)) and weight.scale.dtype == torch.float32 and weight.scale.stride(-1) == 1, f"[{blocks_n}, {blocks_k}] float32, contiguous columns"),
+        ("out", out, tuple(out.shape) == (m, n) and out.dtype in ELEMENT_TYPES and (n <= 1 or out.stride(1) == 1), f"[{m}, {n}] bfloat16, float16 or float32, contiguous columns"),
+        ("bias", bias, bias is None or (tuple(bias.shape) == (n,) and bias.dtype in ELEMENT_TYPES and bias.is_contiguous()), f"[{n}] bfloat16, float16 or float32, contiguous"),
+    )  # fmt: skip
+    for name, tensor, holds, expected in problems:
+        if not holds:
+            assert tensor is not None
+            raise ArgumentError(
+                f"{name}: got {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}; "
+                f"expected {expected}"
+            )
+        if tensor is not None and tensor.device != out.device:
+            raise ArgumentError(f"{name} is on {tensor.device} and out on {out.device}; move them to one device")
+
+
+def _gemm(
+    codes: torch.Tensor, scale_a: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    if not runs_cuda_kernels(out.device):
+        plain, scale_b = weight.plain()
+        out.copy_(reference.fp8_gemm_nt(codes[:, : weight.k], scale_a, plain, scale_b, bias))
+        return
+    if out.numel() == 0:
+        return
+    if weight.k == 0:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    if codes.shape[1] % BLOCK or (not weight.packed and weight.k % BLOCK):
+        raise ArgumentError(
+            f"k={weight.k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes, or use fp8_linear"
+        )
+    problem = GemmProblem(codes.shape[0], weight.n, weight.k, num_sms(out.device))
+    launch_gemm(heuristics.select_gemm(problem), codes, scale_a, weight, out, bias)

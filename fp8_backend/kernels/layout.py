@@ -36,7 +36,7 @@ def _swizzled_chunks(n: int, device: torch.device) -> torch.Tensor:
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight in the kernels' layout.
+    """Return a weight in the kernels' layout, complete in memory.
 
     Args:
         weight: [n, k] float8_e4m3fn, any strides.
@@ -55,7 +55,12 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
         source = torch.nn.functional.pad(source, (0, k_blocks * BLOCK - k, 0, n_aligned - n))
     chunks = source.reshape(n_aligned, k_blocks, 8, 16).transpose(0, 1)
     index = _swizzled_chunks(n_aligned, weight.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
-    return torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
+    packed = torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
+    if packed.is_cuda:
+        torch.cuda.current_stream(
+            packed.device
+        ).synchronize()  # kernels fetch weights before earlier work of the stream ends
+    return packed
 
 
 def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:

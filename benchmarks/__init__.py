@@ -1,0 +1,1 @@
+"""Measurements: each writes a result file that names the run it came from."""

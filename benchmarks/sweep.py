@@ -1,0 +1,97 @@
+"""Time every configuration on a grid of shapes, to choose the heuristics by: python -m benchmarks.sweep OUT.json [--m 1,16] [--shapes 512x7168,...]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import copies_for, graph_us
+from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
+from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.quantize import per_token_group_quant
+
+SHAPES = "512x7168,7168x256,3072x1536,2112x7168,7168x2048,4096x4096,6144x4096,4096x7168,24576x1536,4096x12288,24576x4096,7168x16384,10240x5120"
+
+
+def weights_of(n: int, k: int) -> list[gemm.Weight]:
+    """Return enough packed copies of one random weight to be cold."""
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8, device="cuda")
+    codes = torch.where(codes & 0x7F == 0x7F, codes & 0x80, codes).view(torch.float8_e4m3fn)
+    scale = torch.rand(-(-n // 128), -(-k // 128), device="cuda") * 1e-3 + 1e-4
+    packed, packed_scale = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    return [gemm.Weight(packed.clone(), packed_scale.clone(), n, k) for _ in range(copies_for(n * k))]
+
+
+def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoice]:
+    """Return the best-predicted ways of cutting the weight for each decode configuration."""
+    by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
+    for cost, choice in heuristics.decode_choices(problem):
+        by_config.setdefault(choice.config, []).append((cost, choice))
+    return [
+        choice for found in by_config.values() for _, choice in sorted(found, key=lambda pair: pair[0])[:per_config]
+    ]
+
+
+def time_choice(
+    choice: DecodeChoice | GemmChoice, x: torch.Tensor, weights: list[gemm.Weight], out: torch.Tensor, whole: bool
+) -> float:
+    """Return microseconds of one call; whole: with the quantisation launch where the kernel needs one."""
+    launch = gemm.launch_decode if isinstance(choice, DecodeChoice) else gemm.launch_gemm
+    if isinstance(choice, DecodeChoice) and choice.config.fused:
+        return graph_us([lambda w=w: launch(choice, x, None, w, out, None) for w in weights])
+    codes, scale = per_token_group_quant(x)
+    if whole:
+        return graph_us([lambda w=w: launch(choice, *per_token_group_quant(x), w, out, None) for w in weights])
+    return graph_us([lambda w=w: launch(choice, codes, scale, w, out, None) for w in weights])
+
+
+def main() -> None:
+    """Run the sweep and print the best of each problem."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--m", default="1,8,16,32,64,128,256,1024,4096")
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--per-config", type=int, default=2)
+    arguments = parser.parse_args()
+    rows = []
+    for shape in arguments.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        weights = weights_of(n, k)
+        for m in map(int, arguments.m.split(",")):
+            start, problem = time.time(), GemmProblem(m, n, k)
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+            codes, scale = reference.per_token_group_quant(x)
+            truth = reference.fp8_gemm_nt(codes, scale, *weights[0].plain())
+            used = weights if m <= 256 else weights[:3]
+            candidates: list[DecodeChoice | GemmChoice] = list(decode_candidates(problem, arguments.per_config))
+            candidates += [choice for _, choice in heuristics.gemm_choices(problem)] if m >= 32 else []
+            found = []
+            for choice in candidates:
+                out.fill_(float("nan"))
+                us = time_choice(choice, x, used, out, whole=m <= 64)
+                time_choice(choice, x, weights[:1], out, whole=False)
+                error = reference.relative_error(out, truth)
+                found.append((us, str(choice), error))
+            found.sort()
+            chosen = heuristics.select(problem)
+            rows.append({"m": m, "n": n, "k": k, "found": found, "chosen": str(chosen)})
+            mine = next((us for us, name, _ in found if name == str(chosen)), None)
+            worst = max(error for *_, error in found)
+            tflops = 2 * m * n * k / found[0][0] / 1e6
+            print(
+                f"{m:5d} {n:6d} {k:6d} best {found[0][0]:8.2f} us {tflops:7.1f} TF chosen {mine} err {worst:.5f} {time.time() - start:.1f}s {found[0][1]}",
+                flush=True,
+            )
+        arguments.out.write_text(json.dumps(rows))
+        del weights
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

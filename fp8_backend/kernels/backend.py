@@ -1,0 +1,54 @@
+"""Which kernels run where: our CUDA kernels on Hopper, the torch reference elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from fp8_backend import settings
+from fp8_backend.errors import UnsupportedError
+
+CAPABILITY = (9, 0)  # Hopper: the kernels use wgmma and are compiled for sm_90a alone
+
+
+def capability_reason(capability: tuple[int, int]) -> str | None:
+    """Return why a GPU of this compute capability cannot run the kernels, or None if it can."""
+    if capability == CAPABILITY:
+        return None
+    return f"compute capability {capability[0]}.{capability[1]}; the kernels need 9.0 (Hopper: H100, H200, GH200)"
+
+
+@cache
+def runs_cuda_kernels(device: torch.device) -> bool:
+    """Return whether tensors on this device go through the CUDA kernels; otherwise they go through the reference.
+
+    Raises:
+        UnsupportedError: the device is a GPU for which there are no kernels and the reference was not asked for.
+    """
+    if device.type != "cuda" or settings.load().kernels == "reference":
+        return False
+    if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
+        raise UnsupportedError(
+            f"{device} ({torch.cuda.get_device_name(device)}): {reason}; set FP8_BACKEND_KERNELS=reference to run the slow "
+            "torch reference there"
+        )
+    return True
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def current_stream(device: torch.device) -> Iterator[int]:
+    """Make a CUDA device torch's current one and give the raw handle of its current stream."""
+    if device.index == torch._C._cuda_getDevice():
+        yield torch._C._cuda_getCurrentRawStream(device.index)
+    else:
+        with torch.cuda.device(device):
+            yield torch._C._cuda_getCurrentRawStream(device.index)

@@ -1,0 +1,56 @@
+// One quantisation group: 128 neighbouring columns of a row, held by 16 lanes of 8 elements each.
+// scale = amax / 448, code = e4m3(x * (448 / amax)), both divisions in float32; reference.per_token_group_quant is the same bit for bit.
+#pragma once
+#include "ptx.cuh"
+
+constexpr float kFp8Max = 448.f;    // largest finite e4m3
+constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
+constexpr u32 kGroupLanes = 16;
+
+struct Group {
+    float value[8];
+
+    // Loads x[offset .. offset + 8) as far as `valid` elements reach; the rest are zeros. vectorised: offset is 16-byte aligned and valid is 0 or 8.
+    DEVICE void load(const void* x, i64 offset, u32 valid, u32 type, u32 vectorised) {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) value[i] = 0.f;
+        if (valid == 0) return;
+        if (vectorised && type != kF32) {
+            const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const u16*>(x) + offset);
+            const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                value[2 * i] = type == kBf16 ? low_bf16(words[i]) : low_f16(words[i]);
+                value[2 * i + 1] = type == kBf16 ? high_bf16(words[i]) : high_f16(words[i]);
+            }
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i)
+                if (i < valid) value[i] = load_element(x, offset + i, type);
+        }
+    }
+
+    // Largest magnitude of the group; every lane of the warp must call it. NaN does not count: its code shows it.
+    DEVICE float amax() const {
+        float largest = kMinAmax;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(value[i]));
+#pragma unroll
+        for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+        return largest;
+    }
+
+    DEVICE uint2 codes(float largest) const {
+        const float inverse = __fdiv_rn(kFp8Max, largest);
+        u32 packed[2];
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const float* v = value + 4 * i;
+            packed[i] = pack_e4m3(v[0] * inverse, v[1] * inverse) | static_cast<u32>(pack_e4m3(v[2] * inverse, v[3] * inverse)) << 16;
+        }
+        return make_uint2(packed[0], packed[1]);
+    }
+};
+
+DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }

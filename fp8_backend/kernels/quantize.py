@@ -1,0 +1,68 @@
+"""Activation quantisation: one float32 scale for each row and 128 columns."""
+
+from __future__ import annotations
+
+import torch
+
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import launcher, reference
+from fp8_backend.kernels.backend import current_stream, runs_cuda_kernels
+from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+
+SPEC = KernelSpec("quantize.cuh", "quantize")
+ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of ptx.cuh
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64", "u32", "u32", "u32", "u32", "u32", "u32"))
+_ROWS_PER_CTA = _GROUPS_PER_CTA = 4
+_THREADS = 256
+
+
+def rows_of(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Return x [m, k] with contiguous rows, copying only if its columns are strided."""
+    if x.dim() != 2 or x.dtype not in ELEMENT_TYPES:
+        raise ArgumentError(
+            f"{name}: got {tuple(x.shape)} {x.dtype}; expected [m, k] bfloat16, float16 or float32; reshape or convert it"
+        )
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def vectorised(x: torch.Tensor) -> int:
+    """Return 1 if rows of x can be read 16 bytes at a time: 16-bit elements, 16-byte aligned rows, k % 8 == 0."""
+    return int(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0)
+
+
+def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each row in groups of 128 columns to e4m3 with one float32 scale a group.
+
+    Numerics: see `fp8_backend.kernels.reference.per_token_group_quant`; every backend gives the same bits.
+
+    Args:
+        x: [m, k] bfloat16, float16 or float32, any row stride.
+
+    Returns:
+        codes: [m, align(k, 128)] float8_e4m3fn, row-major; columns past k are zero.
+        scale: [m, ceil(k / 128)] float32, MN-major with stride (1, align(m, 4)).
+
+    Raises:
+        ArgumentError: x is not a matrix of such a dtype.
+        UnsupportedError: x is on a GPU for which there are no kernels.
+    """
+    x = rows_of(x, "x")
+    if not runs_cuda_kernels(x.device):
+        return reference.per_token_group_quant(x)
+    m, k = x.shape
+    k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
+    codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
+    if m and k:
+        with current_stream(x.device) as stream:
+            launcher.load(SPEC, _LAYOUT).launch(
+                (ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA), 1),
+                _THREADS,
+                0,
+                (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), x.stride(0), m, k, k_blocks, m_aligned)
+                + (ELEMENT_TYPES[x.dtype], vectorised(x)),
+                stream,
+                pdl=True,
+            )
+    return codes, scale.t()[:m]

@@ -1,0 +1,3 @@
+#pragma once
+
+__device__ inline float offset() { return OFFSET; }

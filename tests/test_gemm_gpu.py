@@ -1,0 +1,159 @@
+"""The CUDA kernels against float64 of the same FP8 codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.kernels.reference import ceil_div
+
+pytestmark = pytest.mark.gpu
+
+# bf16 rounding alone gives about 0.0017; a wrong scale or a lost block gives far more.
+BF16_ERROR = 0.0025
+
+
+def make_weight(n, k, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    codes = (torch.randn(n, k, generator=generator, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(n, 128), ceil_div(k, 128), generator=generator, device="cuda") * 1e-3 + 1e-4
+    return codes, scale
+
+
+def make_x(m, k, dtype=torch.bfloat16, seed=1):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(m, k, generator=generator, device="cuda").to(dtype)
+
+
+def truth(x, codes, scale, bias=None):
+    q, s = reference.per_token_group_quant(x)
+    return reference.fp8_gemm_nt(q[:, : x.shape[1]], s, codes, scale, bias, torch.float64)
+
+
+def linear(x, codes, scale, bias=None):
+    n, k = codes.shape
+    return gemm.fp8_linear(x, layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, bias)
+
+
+# Every row count that changes the kernel or leaves a partial tile; n and k off every tile width.
+@pytest.mark.parametrize("m", [0, 1, 3, 8, 9, 17, 33, 64, 65, 127, 129, 300])
+@pytest.mark.parametrize(
+    ("n", "k"), [(128, 128), (576, 2048), (2112, 7168), (200, 384), (7, 200), (1000, 130), (513, 256)]
+)
+def test_linear_matches_float64(m, n, k):
+    codes, scale = make_weight(n, k)
+    x = make_x(m, k)
+    y = linear(x, codes, scale)
+    assert y.shape == (m, n)
+    if m:
+        assert reference.relative_error(y, truth(x, codes, scale)) < BF16_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 300), (5, 129), (70, 4096), (3, 7)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_quantisation_is_the_reference_bit_for_bit(dtype, shape, strided):
+    m, k = shape
+    x = make_x(m, 2 * k + 3, dtype)[:, 3 : 3 + k] if strided else make_x(m, k, dtype)
+    x[0] = 0
+    x[-1, 0] = 6e4
+    codes, scale = per_token_group_quant(x)
+    expected_codes, expected_scale = reference.per_token_group_quant(x)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+    assert torch.equal(scale, expected_scale) and scale.stride() == expected_scale.stride()
+
+
+# Each compiled kernel on a problem with partial tiles everywhere, into a poisoned output that other data surrounds.
+@pytest.mark.parametrize("config", heuristics.GEMM_CONFIGS, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_gemm_config(config, packed, out_dtype):
+    m, n, k = 389, 712, 640
+    codes, scale = make_weight(n, k)
+    x = make_x(m, k)
+    q, s = per_token_group_quant(x)
+    bias = make_x(1, n)[0]
+    weight = (
+        gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+        if packed
+        else gemm.Weight(codes, scale, n, k)
+    )
+    surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=out_dtype, device="cuda")
+    out = surroundings[1:-1, 8:-8]
+    for _, choice in heuristics.gemm_choices(GemmProblem(m, n, k)):
+        if choice.config == config:
+            gemm.launch_gemm(choice, q, s, weight, out, bias)
+    assert reference.relative_error(out, truth(x, codes, scale, bias)) < BF16_ERROR
+    out.fill_(float("nan"))
+    assert surroundings.isnan().all()
+
+
+@pytest.mark.parametrize("config", heuristics.DECODE_CONFIGS, ids=str)
+@pytest.mark.parametrize("rows", [40, 72, 128])
+def test_every_decode_config(config, rows):
+    m, n, k = config.tokens - 1, 712, 2176
+    codes, scale = make_weight(n, k)
+    x, bias = make_x(m, k), make_x(1, n)[0]
+    weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+    tiles = ceil_div(n, rows)
+    choice = heuristics.DecodeChoice(config, rows, min(tiles, 3) if config.split == 1 else tiles * config.split)
+    surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16, device="cuda")
+    out = surroundings[1:-1, 8:-8]
+    q, s = per_token_group_quant(x)
+    gemm.launch_decode(choice, x if config.fused else q, None if config.fused else s, weight, out, bias)
+    assert reference.relative_error(out, truth(x, codes, scale, bias)) < BF16_ERROR
+    first = out.clone()
+    gemm.launch_decode(choice, x if config.fused else q, None if config.fused else s, weight, out, bias)
+    assert torch.equal(first, out)
+    out.fill_(float("nan"))
+    assert surroundings.isnan().all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 200])
+def test_non_finite_inputs_stay_in_their_row(m):
+    codes, scale = make_weight(256, 512)
+    x = make_x(m, 512)
+    x[0, 5], x[m // 2, 300] = float("nan"), float("inf")
+    y = linear(x, codes, scale)
+    bad = sorted({0, m // 2})
+    assert not y[bad].isfinite().any()
+    good = [i for i in range(m) if i not in bad]
+    assert y[good].isfinite().all()
+
+
+def test_output_of_more_than_2_to_the_31_elements():
+    m, n, k = 66_000, 32_768, 128
+    codes, scale = make_weight(n, k)
+    x = make_x(m, k)
+    y = linear(x, codes, scale)
+    assert y.numel() > 2**31
+    for rows in (slice(0, 64), slice(m - 64, m)):
+        assert reference.relative_error(y[rows], truth(x[rows], codes, scale)) < BF16_ERROR
+
+
+def test_linear_is_captured_in_a_cuda_graph():
+    codes, scale = make_weight(2112, 1024)
+    packed, packed_scale = layout.pack_weight(codes), layout.pack_scale(scale, 2112, 1024)
+    for m in (1, 40, 200):
+        x = make_x(m, 1024)
+        eager = gemm.fp8_linear(x, packed, packed_scale, 2112)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = gemm.fp8_linear(x, packed, packed_scale, 2112)
+        x.copy_(make_x(m, 1024, seed=7))
+        y.fill_(float("nan"))
+        graph.replay()
+        assert not torch.equal(y, eager)
+        assert torch.equal(y, gemm.fp8_linear(x, packed, packed_scale, 2112))
+
+
+def test_float8_input_has_scale_one():
+    codes, scale = make_weight(384, 512)
+    x = make_x(20, 512).to(torch.float8_e4m3fn)
+    y = linear(x, codes, scale)
+    ones = torch.ones(20, 4, device="cuda")
+    assert y.dtype == torch.bfloat16
+    assert reference.relative_error(y, reference.fp8_gemm_nt(x, ones, codes, scale, None, torch.float64)) < BF16_ERROR
