@@ -1,15 +1,18 @@
-"""The only file that knows vLLM versions: what differs between 0.26 and 0.33, and the failure each cure was written for."""
+"""The only file that knows vLLM versions: what differs from 0.26 to 0.33, and the failure each cure was written for."""
 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 import vllm
-from vllm.model_executor.layers.quantization.fp8 import Fp8Config
-from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 OLDEST, NEWEST = (0, 26), (0, 33)
+TESTED = f"vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 
 
 def untested_version() -> str | None:
@@ -17,18 +20,17 @@ def untested_version() -> str | None:
     match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
     if match and OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
         return None
-    return (
-        f"vLLM {vllm.__version__} was not tested with fp8_backend; "
-        f"tested: {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    )
+    return f"fp8_backend was not tested with vLLM {vllm.__version__}; tested: {TESTED}"
 
 
 def is_skipped(config: Fp8Config, prefix: str) -> bool:
     """Return whether the checkpoint keeps a layer unquantised.
 
-    0.26 fails on `match_mode=` with "unexpected keyword argument", and its config has no `ignored_layers_match_mode`; from
-    0.32 on a config may ask for another match than the exact one.
+    0.26 fails on `match_mode=` with "unexpected keyword argument", and its config has no `ignored_layers_match_mode`;
+    from 0.32 on a config may ask for another match than the exact one.
     """
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
     mode = getattr(config, "ignored_layers_match_mode", None)
     match = {} if mode is None else {"match_mode": mode}
     return is_layer_skipped(
@@ -39,10 +41,10 @@ def is_skipped(config: Fp8Config, prefix: str) -> bool:
 def keep_from_amx_mla(layer: torch.nn.Module) -> None:
     """Make MLA on a CPU with AMX take a packed `kv_b_proj` through the layer's own method.
 
-    From 0.32 on AMXMLAImpl reads an e4m3 weight that has a `weight_block_size` as a plain [n, k] matrix: "ValueError: too many
-    values to unpack (expected 2)"; it would also requantise it with one scale per tensor. Without the attribute it
-    multiplies an identity by the layer, as MLA does on GPUs. The mark tells the layers it reads from all others, which
-    keep the attribute for later weight updates.
+    From 0.32 on AMXMLAImpl reads an e4m3 weight that has a `weight_block_size` as a plain [n, k] matrix: "ValueError:
+    too many values to unpack (expected 2)"; it would also requantise it with one scale per tensor. Without the
+    attribute it multiplies an identity by the layer, as MLA does on GPUs. vLLM's mark tells the layers it reads from
+    all others, which keep the attribute for later weight updates.
     """
     if getattr(layer, "_cpu_skip_gemm_dispatch", False):
         layer.weight_block_size = None

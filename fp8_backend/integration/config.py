@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,11 @@ from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
+from fp8_backend.kernels.backend import capability_reason
+from fp8_backend.kernels.reference import BLOCK
+from fp8_backend.weights.checkpoint import check_quantization_config, verify_checkpoint
 
-BLOCK_SHAPE = [128, 128]
+BLOCK_SHAPE = [BLOCK, BLOCK]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' and weight_block_size {BLOCK_SHAPE}"
 NO_GROUPED_KERNELS = "grouped CUDA kernels are not there yet"
 
@@ -40,17 +44,11 @@ def select_backend() -> Backend:
     if settings.load().kernels == "reference" or current_platform.is_cpu():
         return Backend("reference")
     if not current_platform.is_cuda():
-        return Backend("vllm", f"device {current_platform.device_type or 'unknown'!r} is not an NVIDIA GPU")
+        device = current_platform.device_type or "unknown"
+        return Backend("vllm", f"device {device!r}; the kernels need an NVIDIA Hopper GPU, the torch reference a CPU")
     capability = current_platform.get_device_capability()
-    if capability is not None and tuple(capability)[:2] == (9, 0):
-        return Backend("cuda")
-    version = "unknown" if capability is None else f"{capability[0]}.{capability[1]}"
-    return Backend("vllm", f"{current_platform.get_device_name()} has compute capability {version}")
-
-
-def unsupported_device(reason: str) -> str:
-    """Return the sentence that names the device and what is supported."""
-    return f"{reason}; fp8_backend's kernels run on Hopper GPUs (compute capability 9.0: H100, H200, H20, GH200) and on CPUs"
+    reason = "unknown compute capability" if capability is None else capability_reason(tuple(capability)[:2])
+    return Backend("cuda") if reason is None else Backend("vllm", f"{current_platform.get_device_name()}: {reason}")
 
 
 @functools.cache
@@ -104,23 +102,13 @@ class DeepGemmFp8Config(Fp8Config):
         return [torch.bfloat16, torch.float16]
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        """Claim every quantised checkpoint the user gave the flag for, and no other.
-
-        vLLM asks for each model it starts. A checkpoint we cannot serve is claimed too: `from_config` then refuses it with its
-        reason, where vLLM would only say that two names do not match.
-        """
-        if user_quant != NAME:
-            return None
-        settings.load()
-        return NAME
-
-    @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeepGemmFp8Config:
         """Read a checkpoint's `quantization_config`."""
-        _check_format(config)
+        check_quantization_config({"quantization_config": config})
+        if store_dtype := config.get("store_dtype"):
+            raise CheckpointError(
+                f"config.json: store_dtype is {store_dtype!r}; expected none; {EXPECTED}; drop the flag"
+            )
         return cls(
             is_checkpoint_fp8_serialized=True,
             activation_scheme=config.get("activation_scheme", "dynamic"),
@@ -129,12 +117,24 @@ class DeepGemmFp8Config(Fp8Config):
         )
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Check device and checkpoint files: vLLM calls this once an engine, in its first process, before it loads anything."""
+        """Check device and files; vLLM calls this once an engine, in its first process, before anything is loaded."""
         if message := compat.untested_version():
-            logger.warning(message)
+            _warn_once(message)
         backend = select_backend()
         if backend.name == "vllm" and settings.load().strict:
-            raise UnsupportedError(f"{unsupported_device(backend.reason)}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
+            raise UnsupportedError(f"{backend.reason}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
+        folder = Path(model_name)
+        # A name on a model hub and a folder that holds a config alone (--load-format dummy) have no files to check;
+        # scales are checked again when a layer is packed.
+        if any(folder.glob("*.safetensors*")):
+            checked = verify_checkpoint(folder)
+            logger.info(
+                "checkpoint is complete: %s, %d FP8 weights (%.2f GB) in %d shards",
+                checked.architecture,
+                checked.fp8_weights,
+                checked.fp8_bytes / 1e9,
+                checked.shards,
+            )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer, or None where vLLM's default is meant."""
@@ -149,7 +149,7 @@ class DeepGemmFp8Config(Fp8Config):
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()
         if backend.name == "vllm":
-            return self._stock_method(layer, prefix, "linear", unsupported_device(backend.reason))
+            return self._stock_method(layer, prefix, "linear", backend.reason)
         from fp8_backend.integration.linear import DeepGemmFp8LinearMethod
 
         return DeepGemmFp8LinearMethod(self, prefix)
@@ -157,7 +157,7 @@ class DeepGemmFp8Config(Fp8Config):
     def _moe_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()
         if backend.name == "vllm":
-            return self._stock_method(layer, prefix, "MoE layer", unsupported_device(backend.reason))
+            return self._stock_method(layer, prefix, "MoE layer", backend.reason)
         if backend.name == "cuda":
             return self._stock_method(layer, prefix, "MoE layer", NO_GROUPED_KERNELS)
         from fp8_backend.integration.moe import DeepGemmFp8MoEMethod
@@ -166,27 +166,9 @@ class DeepGemmFp8Config(Fp8Config):
 
     def _stock_method(self, layer: torch.nn.Module, prefix: str, kind: str, reason: str) -> QuantizeMethodBase | None:
         if settings.load().strict:
-            raise UnsupportedError(f"{prefix}: {reason}; unset FP8_BACKEND_STRICT to let vLLM's FP8 path serve this {kind}")
+            raise UnsupportedError(
+                f"{prefix}: {reason}; unset FP8_BACKEND_STRICT to let vLLM's FP8 path serve this {kind}"
+            )
         _warn_once(f"each {kind} uses vLLM's own FP8 path: {reason}")
         self.summary.fall_back(kind, reason)
         return super().get_quant_method(layer, prefix)
-
-
-def _check_format(config: dict[str, Any]) -> None:
-    """Refuse a `quantization_config` that is not e4m3 with 128x128 blocks and dynamic activations."""
-    limits = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3", None),
-        "weight_block_size": (BLOCK_SHAPE,),
-        "activation_scheme": ("dynamic", None),
-        "store_dtype": (None,),
-    }
-    for key, allowed in limits.items():
-        value = config.get(key)
-        value = list(value) if isinstance(value, tuple) else value
-        if value not in allowed:
-            meaning = ", that is one scale per tensor" if key == "weight_block_size" and value is None else ""
-            raise CheckpointError(
-                f"quantization_config has {key} {value!r}{meaning}; expected {allowed[0]!r}; {EXPECTED}; "
-                "use such a version of the model, or drop the flag"
-            )

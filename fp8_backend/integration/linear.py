@@ -88,7 +88,7 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
 
         Args:
             layer: the packed layer.
-            x: [..., k] bfloat16 or float16; or float8_e4m3fn codes of scale 1, as MLA's FP8 prefill hands to `kv_b_proj`.
+            x: [..., k] bfloat16 or float16; or float8_e4m3fn codes of scale 1, as MLA's FP8 prefill passes.
             bias: [n], or None.
 
         Returns:
@@ -103,7 +103,8 @@ def check_partition(name: str, input_size: int, k: int, output_size: int, widths
 
     Args:
         name: of the layer.
-        input_size: of the whole layer. k: of this rank's part.
+        input_size: of the whole layer.
+        k: of this rank's part.
         output_size: of the whole layer, all ranks and merged parts together.
         widths: output widths on this rank, one per merged part.
 
@@ -126,6 +127,6 @@ def check_partition(name: str, input_size: int, k: int, output_size: int, widths
                 else "requantise the model with these layers in modules_to_not_convert"
             )
             raise UnsupportedError(
-                f"{name}: {kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 block "
-                f"would need two scales; {step}"
+                f"{name}: {kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 "
+                f"block would need two scales; {step}"
             )

@@ -26,7 +26,7 @@ SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
     """Serves one layer of routed experts; routing, shared experts and reduction over ranks stay vLLM's.
 
-    `moe_kernel` stays None: vLLM then calls `apply` with the tokens of this rank. Tensor and expert parallel both work so.
+    `moe_kernel` stays None: vLLM then calls `apply` with this rank's tokens. Tensor and expert parallel work so.
     """
 
     def __init__(self, config: DeepGemmFp8Config, layer: RoutedExperts, prefix: str) -> None:
@@ -53,8 +53,8 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         intermediate = intermediate_size_per_partition
         if intermediate % BLOCK:
             raise UnsupportedError(
-                f"{self.prefix}: merged shard width {intermediate} of an expert's gate and up projections is not a multiple "
-                f"of {BLOCK}; use --enable-expert-parallel or a smaller --tensor-parallel-size"
+                f"{self.prefix}: merged shard width {intermediate} of an expert's gate and up projections is not a "
+                f"multiple of {BLOCK}; use --enable-expert-parallel or a smaller --tensor-parallel-size"
             )
         layer.num_experts = num_experts
         layer.orig_dtype = params_dtype
@@ -96,8 +96,10 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         Args:
             layer: the loaded layer.
             x: [m, hidden] bfloat16 or float16.
-            topk_weights: [m, top_k]. topk_ids: [m, top_k] global expert ids; -1 is skipped.
-            shared_experts: run by vLLM, not here. shared_experts_input: likewise.
+            topk_weights: [m, top_k], any float dtype.
+            topk_ids: [m, top_k] global expert ids; -1 is skipped.
+            shared_experts: run by vLLM, not here.
+            shared_experts_input: likewise.
 
         Returns:
             [m, hidden] in x's dtype, of this rank's experts only.
@@ -132,5 +134,6 @@ def check_features(name: str, moe: FusedMoEConfig, swiglu_limit: float | None) -
     for feature, present in unsupported.items():
         if present:
             raise UnsupportedError(
-                f"{name}: fp8_backend's MoE layers do not support {feature}; turn it off, or drop --quantization deepgemm_fp8"
+                f"{name}: {feature} is not supported by fp8_backend's MoE layers; turn it off, or drop "
+                "--quantization deepgemm_fp8"
             )

@@ -1,6 +1,6 @@
 """The kernels as torch custom ops, opaque to torch.compile.
 
-Registered under the platform's own dispatch key with vLLM's helper: `torch.library.custom_op` costs more host time per call.
+Registered under the platform's dispatch key by vLLM's helper: `torch.library.custom_op` costs more host time a call.
 No `from __future__ import annotations` here: torch derives each op's schema from the annotations themselves.
 """
 

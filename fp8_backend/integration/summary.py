@@ -33,7 +33,7 @@ class LoadSummary:
             logger.info(self.line(backend))
 
     def line(self, backend: str) -> str:
-        """Return "27 of 27 linears and 2 of 2 MoE layers use fp8_backend (reference)", then the fallbacks with their reasons."""
+        """Return "27 of 27 linears and 2 of 2 MoE layers use fp8_backend (reference)", then fallbacks and reasons."""
         elsewhere: Counter[str] = Counter()
         for (kind, _), count in self.fallbacks.items():
             elsewhere[kind] += count

@@ -113,19 +113,20 @@ def fp8_experts(
     expert_map: torch.Tensor | None = None,
     router_weight_on_input: bool = False,
 ) -> torch.Tensor:
-    """Return each token's weighted sum over its experts of w2 @ (silu(gate) * up), where gate and up are the halves of w13 @ x.
+    """Return each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
 
     Activations are quantised in groups of 128 before both GEMMs; everything between them and the sum stay float32.
 
     Args:
         x: [m, hidden], any float dtype.
-        topk_weights: [m, top_k], any float dtype. topk_ids: [m, top_k], any integer dtype; -1 is skipped.
+        topk_weights: [m, top_k], any float dtype.
+        topk_ids: [m, top_k], any integer dtype; -1 is skipped.
         w13: [experts, 2 * intermediate, hidden] float8_e4m3fn, intermediate % 128 == 0.
         scale_13: [experts, 2 * intermediate / 128, ceil(hidden / 128)] float32.
         w2: [experts, hidden, intermediate] float8_e4m3fn.
         scale_2: [experts, ceil(hidden / 128), intermediate / 128] float32.
-        expert_map: [global experts], any integer dtype: where an expert lies in w13, or -1 if it is another rank's; None if
-            ids are positions already.
+        expert_map: [global experts], any integer dtype: an expert's position in w13, or -1 if another rank holds it;
+            None if ids are positions already.
         router_weight_on_input: scale a token by its weight before its experts instead of after them.
 
     Returns:
