@@ -68,7 +68,11 @@ def test_install_once(index_has_cpu_torch: bool, tmp_path: Path, monkeypatch: py
     assert len(calls) == 2
     monkeypatch.setattr(install, "requirements", lambda _: ["something newer"])
     install.main()
-    assert calls[2] == ("install", *([] if index_has_cpu_torch else ["--extra-index-url", install.CPU_TORCH_INDEX]), "something newer")
+    assert calls[2] == (
+        "install",
+        *([] if index_has_cpu_torch else ["--extra-index-url", install.CPU_TORCH_INDEX]),
+        "something newer",
+    )
 
 
 def completion(tokens: str, alternatives: dict[str, float]) -> Completion:
