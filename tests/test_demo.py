@@ -97,9 +97,16 @@ def test_dead_server_shows_the_end_of_its_log(tmp_path: Path) -> None:
         Server(tmp_path, tmp_path / "server.log", [], {"HF_HUB_OFFLINE": "1"}).__enter__()
 
 
-def processes_naming(text: str) -> list[str]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if text in line]
+def living_members(process_group: int) -> int:
+    """Count the processes of a group that are not zombies; in a container nobody may reap an orphan."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        count += int(group) == process_group and state != "Z"
+    return count
 
 
 @pytest.mark.vllm
@@ -112,8 +119,8 @@ def test_interrupted_demo_leaves_no_process(number: signal.Signals, tmp_path: Pa
         f"folder = Path({str(tmp_path)!r})\n"
         "def serve():\n"
         "    arguments, environment = run.serve_options(None)\n"
-        "    with Server(folder / 'bf16', folder / 'server.log', arguments, environment):\n"
-        "        print('up', flush=True)\n"
+        "    with Server(folder / 'bf16', folder / 'server.log', arguments, environment) as server:\n"
+        "        print(server.process.pid, flush=True)\n"
         "        sys.stdin.read()\n"
         "run.run = serve\n"
         "run.main()\n"
@@ -122,8 +129,8 @@ def test_interrupted_demo_leaves_no_process(number: signal.Signals, tmp_path: Pa
         [sys.executable, "-c", program], cwd=install.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as demo:
         assert demo.stdout is not None
-        assert demo.stdout.readline() == "up\n", (tmp_path / "server.log").read_text()
-        assert processes_naming(str(tmp_path / "bf16"))
+        process_group = int(demo.stdout.readline())
+        assert living_members(process_group) >= 3  # server, engine, worker
         demo.send_signal(number)
         assert demo.wait(timeout=60) == 1
-    assert not processes_naming(str(tmp_path / "bf16"))
+    assert living_members(process_group) == 0
