@@ -131,7 +131,7 @@ def compile_kernel(spec: KernelSpec, sources: dict[str, bytes] | None = None) ->
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
         log = (
-            _text(program, spec, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            _fetch(program, spec, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
             .rstrip(b"\0")
             .decode(errors="replace")
         )
@@ -140,7 +140,7 @@ def compile_kernel(spec: KernelSpec, sources: dict[str, bytes] | None = None) ->
                 f"kernel {spec.name} ({spec.folder / spec.file}): {status.name} from NVRTC {nvrtc_version()} "
                 f"for {ARCH}; its log:\n{log.strip()}"
             )
-        cubin = _text(program, spec, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        cubin = _fetch(program, spec, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return CompiledKernel(cubin, log, *parse_log(log, spec.entry), warnings=parse_warnings(log))
@@ -213,7 +213,7 @@ def _checked(spec: KernelSpec, result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
-def _text(program: Any, spec: KernelSpec, get_size: Any, get: Any) -> bytes:
+def _fetch(program: Any, spec: KernelSpec, get_size: Any, get: Any) -> bytes:
     buffer = bytes(_checked(spec, get_size(program)))  # the binding takes bytes alone, and writes into them
     _checked(spec, get(program, buffer))
     return buffer

@@ -1,7 +1,7 @@
 """The CUDA driver library through ctypes: loaded at first use, every call checked.
 
 ctypes and not cuda.bindings: a launch through `cuda.bindings.driver` costs 8 us of host time, mostly for building its
-argument objects; through prebuilt ctypes buffers it costs about 1 us beside the driver's own work.
+argument objects; prebuilt ctypes buffers cost 1.1 us beside the driver's own work (ten parameters, cluster and PDL).
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cuThreadExchangeStreamCaptureMode": (_POINTER,),
     "cuGetErrorName": (_INT, _POINTER),
     "cuGetErrorString": (_INT, _POINTER),
-    # config, function, kernelParams, extra. ctypes passes plain integers faster than it converts declared types, but as
-    # C ints: addresses must therefore be declared.
+    # config, function, kernelParams, extra
     "cuLaunchKernelEx": (_POINTER, _POINTER, _POINTER, _POINTER),
     # map, data type, rank, address, dims, strides, box, element strides, interleave, swizzle, L2 promotion, OOB fill
     "cuTensorMapEncodeTiled": (_POINTER, _INT, _UINT, *[_POINTER] * 5, *[_INT] * 4),

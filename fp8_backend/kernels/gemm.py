@@ -16,7 +16,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
 _GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
-_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 12)
+_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 13)
 _NO_MAP = bytes(BYTES)
 
 

@@ -164,7 +164,8 @@ _loading = threading.Lock()
 def load(spec: KernelSpec, layout: ParamLayout) -> Kernel:
     """Compile a kernel or take it from the cache, and load it on torch's current device.
 
-    The kernel may use all the shared memory of a block that the device has.
+    The kernel may use all the shared memory of a block that the device has. Hold on to the result: a second call finds
+    the same kernel, but asks torch for the device and hashes the spec for it.
 
     Raises:
         UnsupportedError: there is no CUDA device.
@@ -173,8 +174,8 @@ def load(spec: KernelSpec, layout: ParamLayout) -> Kernel:
     """
     import torch
 
-    # Asked first: without a driver, loading a module can hang instead of failing.
-    if not torch.cuda.is_available():
+    # Asked first: without a driver, loading a module can hang instead of failing. Asked once: it takes microseconds.
+    if not _loaded and not torch.cuda.is_available():
         raise UnsupportedError(
             f"kernel {spec.name}: torch sees no CUDA device; set FP8_BACKEND_KERNELS=reference to run without one"
         )

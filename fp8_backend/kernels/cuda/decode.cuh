@@ -1,53 +1,54 @@
 // Linear layer for few tokens: out[m, n] = x[m, k] . weight[n, k]^T with block scales, limited by how fast the weights stream from memory.
 //
 // Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8..64), so nothing is padded to 64 tokens. A cluster of SPLIT CTAs owns
-// `rows` rows of the weight (a run-time multiple of 8, at most 128) and splits k; each CTA pushes its fp32 sums to the CTA of the cluster
-// that owns them, which adds them in rank order: no atomics, no workspace, the same bits every run.
+// `rows` rows of the weight (a run-time multiple of 8, at most 128) and splits k. With at most 64 rows the two math warpgroups split k once
+// more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
 //
 // Warp roles (384 threads):
 //   warp 0        fetches weights, one contiguous copy of rows x 128 bytes a k-block, before the previous kernel has ended.
 //   warps 1..3    FUSED: help to quantise.
-//   warps 4..11   two math warpgroups, 64 rows each; FUSED: quantise first.
-// FUSED = 1: x is 16-bit or fp32; every CTA quantises the columns of its k range once, into shared memory, exactly as quantize.cuh does.
+//   warps 4..11   two math warpgroups; FUSED: quantise first.
+// FUSED = 1: x has 16-bit elements; every CTA quantises the columns of its k range once, into shared memory (group.cuh).
 // FUSED = 0: x arrives as e4m3 codes through a 3D map {128 bytes of k, rows, k-blocks} and MN-major scales, fetched stage by stage.
-// Barriers per stage: full (1 arrival + bytes), empty (one arrival per active math warp). Named barrier 1: all but warp 0 (quantised
-// tokens are ready); named barrier 2: the math warps (sums are exchanged).
+// Barriers: full (1 arrival + bytes) and empty (one arrival per math warp that reads the stage) per stage; exchanged (1 arrival + bytes), filled by
+// the peers' sums. Named barrier 1: all but warp 0 (quantised tokens are ready); 2: the math warps (exchange inside one CTA).
+//
+// A stage holds exactly `rows` rows, so wgmma, which always reads 64, may read past them: those accumulators are never stored.
 #include "group.cuh"
 #include "wgmma.cuh"
 
-constexpr u32 kRows = 128, kTileBytes = kRows * kBlockK;
-constexpr u32 kTokenBytes = TOKENS * kBlockK;
-constexpr u32 kStageBytes = kTileBytes + (FUSED ? 0 : kTokenBytes);
-constexpr u32 kMathWarps = 8, kUnroll = TOKENS <= 16 ? 4 : 2;
-constexpr u32 kTokenStride = 20;  // floats between tokens in the exchange buffer: 16 rows + 4 against bank conflicts
-constexpr u32 kSliceFloats = TOKENS * kTokenStride;
-constexpr u32 kSlicesOwned = kMathWarps / SPLIT;
-
-static_assert(kMathWarps % SPLIT == 0, "every CTA of the cluster owns the same number of 16-row slices");
+constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
+constexpr u32 kUnroll = TOKENS <= 16 ? 4 : 2;
+constexpr u32 kMathWarps = 8, kQuantisers = 352;
+constexpr u32 kFragmentBytes = 512;  // 16 rows x 8 tokens of fp32, as the 32 lanes of a warp hold them: 16 bytes each
 
 #if FUSED
-// Quantises [m, blocks * 128] columns of x from `first_column` on into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
+// Quantises columns [first_block * 128, + blocks * 128) of x [m, k] into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
 DEVICE void quantise_tokens(const void* x, i64 stride, u32 type, u32 vectorised, u32 m, u32 k, u32 first_block, u32 blocks, u8* tokens,
-                            float* scales, u32 thread, u32 threads) {
-    const u32 lane = thread % kGroupLanes, groups = m * blocks, stride_groups = threads / kGroupLanes;
-    constexpr u32 kBatch = 4;  // loads in flight a thread
+                            float* scales, u32 thread) {
+    constexpr u32 kBatch = 8, kStep = kQuantisers / kGroupLanes;  // loads in flight a thread; groups a round
+    const u32 lane = thread % kGroupLanes, groups = m * blocks;
+    const u64 reciprocal = (0xffffffffull + m) / m;  // index / m == index * reciprocal >> 32 for every index < 2^20
     // The bound is the warp's, not the lane's: both halves of a warp shuffle together.
-    for (u32 base = thread / 32 * 2; base < groups; base += stride_groups * kBatch) {
-        Group group[kBatch];
+    for (u32 base = thread / 32 * 2; base < groups; base += kStep * kBatch) {
+        RawGroup raw[kBatch];
 #pragma unroll
         for (u32 b = 0; b < kBatch; ++b) {
-            const u32 index = base + thread % 32 / kGroupLanes + b * stride_groups;
-            const u32 column = (first_block + index / m) * kBlockK + lane * 8;
+            const u32 index = base + thread % 32 / kGroupLanes + b * kStep, block = index * reciprocal >> 32, token = index - block * m;
+            const u32 column = (first_block + block) * kBlockK + lane * 8;
             const u32 valid = index < groups && column < k ? min(k - column, 8u) : 0;
-            group[b].load(x, static_cast<i64>(index % m) * stride + column, valid, type, vectorised);
+            raw[b].load(x, static_cast<i64>(token) * stride + column, valid, vectorised);
         }
 #pragma unroll
         for (u32 b = 0; b < kBatch; ++b) {
-            const u32 index = base + thread % 32 / kGroupLanes + b * stride_groups, token = index % m, block = index / m;
-            const float largest = group[b].amax();
+            if (base + b * kStep >= groups) break;
+            const u32 index = base + thread % 32 / kGroupLanes + b * kStep, block = index * reciprocal >> 32, token = index - block * m;
+            Group group;
+            group.expand(raw[b], type);
+            const float largest = group.amax();
             if (index >= groups) continue;
             u8* row = tokens + block * kTokenBytes + token * kBlockK;
-            *reinterpret_cast<uint2*>(row + ((lane / 2) ^ (token % 8)) * 16 + lane % 2 * 8) = group[b].codes(largest);
+            *reinterpret_cast<uint2*>(row + ((lane / 2) ^ (token % 8)) * 16 + lane % 2 * 8) = group.codes(largest);
             if (lane == 0) scales[block * TOKENS + token] = group_scale(largest);
         }
     }
@@ -58,188 +59,235 @@ struct Sums {
     float value[TOKENS / 2];
 };
 
-// One group of kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion. Stages are released as they are done with.
+struct Stages {
+    u32 base, bytes, weight_bytes, count, full, empty;
+};
+
+// Where the tokens and their scales lie: FUSED, by k-block of this CTA; else by stage.
+struct Tokens {
+    u32 codes;
+    const float* scales;
+};
+
+// kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales. Stages are released as they are done with.
 template <u32 kCount>
-DEVICE void multiply_blocks(Sums& sum, Ring<NUM_STAGES>& ring, u32 block, u32 stages, u32 row, u32 resident_tokens, const float* resident_scales,
-                            const float* stage_scales, const float (&low)[kCount], const float (&high)[kCount], u32 full, u32 empty, u32 lane) {
-    float partial[kCount][TOKENS / 2];
+DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Tokens& tokens, u32 first_row, const float* scale_low,
+                            const float* scale_high, u32 lane) {
+    float partial[kCount][TOKENS / 2], low[kCount], high[kCount];
     u32 stage[kCount];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        stage[u] = ring.stage;
-        barrier_wait(full + 8 * stage[u], ring.parity);
-        ring.advance();
+        low[u] = __ldg(scale_low + block + u);
+        high[u] = __ldg(scale_high + block + u);
     }
 #pragma unroll
-    for (u32 u = 0; u < kCount; ++u) fence_registers(partial[u]);
+    for (u32 u = 0; u < kCount; ++u) {
+        stage[u] = ring.stage;
+        barrier_wait(stages.full + 8 * stage[u], ring.parity);
+        ring.advance(stages.count);
+        fence_registers(partial[u]);
+    }
     wgmma_fence();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        const u32 tile = stages + stage[u] * kStageBytes;
-        const u64 weight = matrix_descriptor(tile + row * kBlockK);
-        const u64 tokens = matrix_descriptor(FUSED ? resident_tokens + (block + u) * kTokenBytes : tile + kTileBytes);
+        const u32 base = stages.base + stage[u] * stages.bytes;
+        const u64 weight = matrix_descriptor(base + first_row * kBlockK);
+        const u64 x = matrix_descriptor(FUSED ? tokens.codes + (block + u) * kTokenBytes : base + stages.weight_bytes);
 #pragma unroll
-        for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, tokens + 2 * i, i > 0);
+        for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
-    for (u32 u = 0; u < kCount; ++u) fence_registers(partial[u]);
-#pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        const float* scale_a = FUSED ? resident_scales + (block + u) * TOKENS : stage_scales + stage[u] * TOKENS;
+        fence_registers(partial[u]);
+        const float* scale_x = tokens.scales + (FUSED ? block + u : stage[u]) * TOKENS;
 #pragma unroll
-        for (u32 j = 0; j < TOKENS / 8; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(scale_a + j * 8 + lane % 4 * 2);
+        for (u32 j = 0; j < kTokenGroups; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(scale_x + j * 8 + lane % 4 * 2);
             sum.value[4 * j] += scale.x * low[u] * partial[u][4 * j];
             sum.value[4 * j + 1] += scale.y * low[u] * partial[u][4 * j + 1];
             sum.value[4 * j + 2] += scale.x * high[u] * partial[u][4 * j + 2];
             sum.value[4 * j + 3] += scale.y * high[u] * partial[u][4 * j + 3];
         }
-        if (lane == 0) barrier_arrive(empty + 8 * stage[u]);
+        if (lane == 0) barrier_arrive(stages.empty + 8 * stage[u]);
     }
 }
+
+struct Output {
+    void* data;
+    const void* bias;
+    i64 stride;
+    u32 m, n, type, bias_type, paired;  // paired: 16-bit elements, 4-byte aligned rows, n even
+
+    DEVICE void write_pair(float first, float second, u32 row, u32 token) const {
+        if (token >= m || row >= n) return;
+        const bool both = row + 1 < n;
+        if (bias != nullptr) {
+            first += load_element(bias, row, bias_type);
+            if (both) second += load_element(bias, row + 1, bias_type);
+        }
+        const i64 offset = token * stride + row;
+        if (paired) {
+            *reinterpret_cast<u32*>(static_cast<u16*>(data) + offset) = pack_elements(first, second, type);
+        } else {
+            store_element(data, offset, type, first);
+            if (both) store_element(data, offset + 1, type, second);
+        }
+    }
+
+    // Writes a fragment: 16 rows of the weight from first_row on, of which `rows` exist, x 8 tokens. Neighbouring rows are paired across lanes.
+    DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
+        const bool even = (lane / 4) % 2 == 0;
+        const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);
+        const float from_high = __shfl_xor_sync(0xffffffffu, even ? v.w : v.z, 4);
+        const u32 token = first_token + lane % 4 * 2 + (even ? 0 : 1), row = lane / 8 * 2;
+        if (row < rows) write_pair(even ? v.x : from_low, even ? from_low : v.y, first_row + row, token);
+        if (row + 8 < rows) write_pair(even ? v.z : from_high, even ? from_high : v.w, first_row + row + 8, token);
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, const u8* __restrict__ weight, const float* __restrict__ scale_a,
        const float* __restrict__ scale_b, void* __restrict__ out, const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 x_type, u32 x_vectorised, u32 out_type,
-       u32 bias_type, u32 out_paired) {
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 x_type, u32 x_vectorised,
+       u32 out_type, u32 bias_type, u32 out_paired) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales (FUSED: of the k range, else of the stages) | barriers
-    const u32 blocks_most = ceil_div(k_blocks, u32(SPLIT));
-    u8* const resident = shared + NUM_STAGES * kStageBytes;
-    float* const exchange = reinterpret_cast<float*>(resident + (FUSED ? blocks_most * kTokenBytes : 0));
-    float* const scales = exchange + kMathWarps * kSliceFloats;
-    const u32 stages = smem_address(shared);
-    const u32 full = smem_address(scales + (FUSED ? blocks_most : NUM_STAGES) * TOKENS), empty = full + NUM_STAGES * 8;
+    const bool k_halves = rows <= 64;  // the math warpgroups split k instead of rows
+    const u32 slices = k_halves ? 4 : 8, sources = SPLIT * (k_halves ? 2 : 1);  // of 16 rows; of sums for each
+    const u32 fragments = slices * kTokenGroups, exchange_bytes = ceil_div(fragments, u32(SPLIT)) * sources * kFragmentBytes;
+    const u32 blocks_most = ceil_div(k_blocks, u32(SPLIT)), weight_bytes = rows * kBlockK;
+    const u32 stage_bytes = weight_bytes + (FUSED ? 0 : kTokenBytes);
+    u8* const resident = shared + num_stages * stage_bytes;
+    u8* const exchange = resident + (FUSED ? blocks_most * kTokenBytes : 0);
+    float* const scales = reinterpret_cast<float*>(exchange + exchange_bytes);
+    const u32 full = smem_address(scales + (FUSED ? blocks_most : num_stages) * TOKENS), empty = full + num_stages * 8;
+    const u32 exchanged = empty + num_stages * 8;
+    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty};
 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const u32 tiles = ceil_div(n, rows), first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
     const u32 first_block = k_blocks * rank / SPLIT, blocks = k_blocks * (rank + 1) / SPLIT - first_block;
 
     if (threadIdx.x == 0) {
-        for (u32 s = 0; s < NUM_STAGES; ++s) {
+        for (u32 s = 0; s < num_stages; ++s) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, rows > 64 ? kMathWarps : kMathWarps / 2);
+            barrier_init(empty + 8 * s, k_halves ? kMathWarps / 2 : kMathWarps);
         }
+        barrier_init(exchanged, 1);
         barrier_init_fence();
+        if (SPLIT > 1) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
     }
     __syncthreads();
-    if (SPLIT > 1) cluster_arrive();  // waited for before the first access to a peer's shared memory
+    if (SPLIT > 1) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
     launch_next_kernel();
 
     if (warp == 0) {
         if (elect_lane()) {
             const u32 total = first_tile < tiles ? ((tiles - 1 - first_tile) / tile_step + 1) * blocks : 0;
             const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
-            Ring<NUM_STAGES> ring;
-            auto fetch_weight = [&](u32 item, u32 s) {
-                const u32 row = (first_tile + item / blocks * tile_step) * rows;
+            u32 row = first_tile * rows, block = 0;  // of the next weight tile
+            auto fetch_weight = [&](u32 s) {
                 const u32 bytes = min(rows, n_aligned - row) * kBlockK;
                 barrier_expect(full + 8 * s, bytes + (FUSED ? 0 : kTokenBytes + token_scale_bytes));
-                bulk_copy(stages + s * kStageBytes, weight + (static_cast<i64>(first_block + item % blocks) * n_aligned + row) * kBlockK, bytes,
+                bulk_copy(stages.base + s * stage_bytes, weight + (static_cast<i64>(first_block + block) * n_aligned + row) * kBlockK, bytes,
                           full + 8 * s);
+                if (++block == blocks) {
+                    block = 0;
+                    row += tile_step * rows;
+                }
             };
-            auto fetch_tokens = [&](u32 item, u32 s) {
-                const u32 block = first_block + item % blocks;
-                tensor_copy(stages + s * kStageBytes + kTileBytes, &map_x, 0, 0, block, full + 8 * s);
-                bulk_copy(smem_address(scales + s * TOKENS), scale_a + static_cast<i64>(block) * m_aligned, token_scale_bytes, full + 8 * s);
+            u32 token_block = 0;
+            auto fetch_tokens = [&](u32 s) {
+                const u32 source = first_block + token_block;
+                tensor_copy(stages.base + s * stage_bytes + weight_bytes, &map_x, 0, 0, source, full + 8 * s);
+                bulk_copy(smem_address(scales + s * TOKENS), scale_a + static_cast<i64>(source) * m_aligned, token_scale_bytes, full + 8 * s);
+                if (++token_block == blocks) token_block = 0;
             };
-            const u32 ahead = min(total, u32(NUM_STAGES));
-            for (u32 item = 0; item < ahead; ++item) fetch_weight(item, item);
+            const u32 ahead = min(total, num_stages);
+            for (u32 s = 0; s < ahead; ++s) fetch_weight(s);
             if (!FUSED) {
                 wait_for_previous_kernel();
-                for (u32 item = 0; item < ahead; ++item) fetch_tokens(item, item);
+                for (u32 s = 0; s < ahead; ++s) fetch_tokens(s);
             }
-            for (u32 item = ahead; item < total; ++item, ring.advance()) {
+            Ring ring;
+            for (u32 item = ahead; item < total; ++item, ring.advance(num_stages)) {
                 barrier_wait(empty + 8 * ring.stage, ring.parity);
-                fetch_weight(item, ring.stage);
-                if (!FUSED) fetch_tokens(item, ring.stage);
+                fetch_weight(ring.stage);
+                if (!FUSED) fetch_tokens(ring.stage);
             }
         }
         __syncwarp();
     } else {
         wait_for_previous_kernel();
 #if FUSED
-        const u32 thread = threadIdx.x - 32;
-        quantise_tokens(x, x_stride, x_type, x_vectorised, m, k, first_block, blocks, resident, scales, thread, 352);
+        quantise_tokens(x, x_stride, x_type, x_vectorised, m, k, first_block, blocks, resident, scales, threadIdx.x - 32);
         fence_async_shared();
-        named_barrier(1, 352);
+        named_barrier(1, kQuantisers);
 #endif
     }
 
     if (warp >= 4) {
-        const u32 math_warp = warp - 4, row_in_tile = math_warp / 4 * 64 + math_warp % 4 * 16 + lane / 4;
-        const bool active = math_warp / 4 * 64 < rows;
+        const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
+        const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
+        const u32 source = k_halves ? rank * 2 + warpgroup : rank;
         const u32 n_blocks = ceil_div(n, 128u);
-        Ring<NUM_STAGES> ring;
+        const Tokens tokens{smem_address(resident), scales};
+        const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_paired};
+        Ring ring;
         for (u32 t = first_tile; t < tiles; t += tile_step) {
-            const u32 first_row = t * rows;
+            const u32 row_low = t * rows + slice * 16 + lane / 4;
+            const float* scale_low = scale_b + static_cast<i64>(min(row_low / 128, n_blocks - 1)) * scale_b_stride + first_block;
+            const float* scale_high = scale_b + static_cast<i64>(min((row_low + 8) / 128, n_blocks - 1)) * scale_b_stride + first_block;
             Sums sum;
 #pragma unroll
             for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
-            if (active) {
-                const float* row_low = scale_b + static_cast<i64>(min((first_row + row_in_tile) / 128, n_blocks - 1)) * scale_b_stride + first_block;
-                const float* row_high = scale_b + static_cast<i64>(min((first_row + row_in_tile + 8) / 128, n_blocks - 1)) * scale_b_stride + first_block;
-                u32 block = 0;
-                for (; block + kUnroll <= blocks; block += kUnroll) {
-                    float low[kUnroll], high[kUnroll];
-#pragma unroll
-                    for (u32 u = 0; u < kUnroll; ++u) {
-                        low[u] = __ldg(row_low + block + u);
-                        high[u] = __ldg(row_high + block + u);
-                    }
-                    multiply_blocks<kUnroll>(sum, ring, block, stages, math_warp / 4 * 64, smem_address(resident), scales, scales, low, high,
-                                             full, empty, lane);
-                }
-                for (; block < blocks; ++block) {
-                    const float low[1] = {__ldg(row_low + block)}, high[1] = {__ldg(row_high + block)};
-                    multiply_blocks<1>(sum, ring, block, stages, math_warp / 4 * 64, smem_address(resident), scales, scales, low, high, full,
-                                       empty, lane);
+            for (u32 block = 0; block < blocks; block += kUnroll) {
+                const u32 count = min(kUnroll, blocks - block);
+                if (k_halves && block / kUnroll % 2 != warpgroup) {
+                    ring.advance(num_stages, count);
+                } else if (count == kUnroll) {
+                    multiply_blocks<kUnroll>(sum, ring, block, stages, tokens, first_row, scale_low, scale_high, lane);
+                } else {
+                    for (u32 u = 0; u < count; ++u)
+                        multiply_blocks<1>(sum, ring, block + u, stages, tokens, first_row, scale_low, scale_high, lane);
                 }
             }
-            if (SPLIT > 1) cluster_wait();
-            // Exchange: slice w (16 rows) belongs to rank w / kSlicesOwned; its buffer there is [source rank][slice][token][row].
-            const u32 owner = math_warp / kSlicesOwned, slot = rank * kSlicesOwned + math_warp % kSlicesOwned;
-            const u32 local = smem_address(exchange + slot * kSliceFloats);
-            const u32 target = (SPLIT > 1 ? map_to_rank(local, owner) : local) + (lane % 4 * 2 * kTokenStride + lane / 4) * 4;
+
+            if (sources == 1) {
 #pragma unroll
-            for (u32 i = 0; i < TOKENS / 2; ++i) {
-                const u32 offset = ((i / 4 * 8 + i % 2) * kTokenStride + i / 2 % 2 * 8) * 4;
-                asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(target + offset), "f"(sum.value[i]) : "memory");
+                for (u32 j = 0; j < kTokenGroups; ++j) {
+                    const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
+                    if (slice * 16 < rows) output.write(v, t * rows + slice * 16, rows - slice * 16, j * 8, lane);
+                }
+                continue;
+            }
+            // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane].
+            if (SPLIT > 1) cluster_wait();
+#pragma unroll
+            for (u32 j = 0; j < kTokenGroups; ++j) {
+                const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
+                const u32 fragment = slice * kTokenGroups + j;
+                u8* const place = exchange + (fragment / SPLIT * sources + source) * kFragmentBytes + lane * 16;
+                if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
+                else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT));
             }
             if (SPLIT == 1) named_barrier(2, kMathWarps * 32);
-            else cluster_arrive(), cluster_wait();
-
-            for (u32 e = math_warp * 32 + lane; e < kSlicesOwned * TOKENS * 8; e += kMathWarps * 32) {
-                const u32 pair = e % 8, token = e / 8 % TOKENS, slice = e / (8 * TOKENS);
-                const u32 row = (rank * kSlicesOwned + slice) * 16 + pair * 2, column = first_row + row;
-                if (token >= m || row >= rows || column >= n) continue;
-                float2 y = {0.f, 0.f};
-#pragma unroll
-                for (u32 source = 0; source < SPLIT; ++source) {
-                    const float2 part = *reinterpret_cast<const float2*>(exchange + (source * kSlicesOwned + slice) * kSliceFloats + token * kTokenStride + pair * 2);
-                    y.x += part.x;
-                    y.y += part.y;
+            else barrier_wait(exchanged, 0);
+            for (u32 fragment = rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
+                const u8* place = exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16;
+                float4 v = *reinterpret_cast<const float4*>(place);
+                for (u32 i = 1; i < sources; ++i) {
+                    const float4 part = *reinterpret_cast<const float4*>(place + i * kFragmentBytes);
+                    v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
                 }
-                if (bias != nullptr) {
-                    y.x += load_element(bias, column, bias_type);
-                    if (column + 1 < n) y.y += load_element(bias, column + 1, bias_type);
-                }
-                const i64 offset = token * out_stride + column;
-                if (out_paired) {
-                    *reinterpret_cast<u32*>(static_cast<u16*>(out) + offset) = pack_elements(y.x, y.y, out_type);
-                } else {
-                    store_element(out, offset, out_type, y.x);
-                    if (column + 1 < n) store_element(out, offset + 1, out_type, y.y);
-                }
+                const u32 row = fragment / kTokenGroups * 16;
+                if (row < rows) output.write(v, t * rows + row, rows - row, fragment % kTokenGroups * 8, lane);
             }
-            if (SPLIT == 1) named_barrier(2, kMathWarps * 32);  // the buffer is reused by the next tile
+            if (SPLIT == 1) named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
         }
     } else if (SPLIT > 1) {
-        cluster_wait();
-        cluster_arrive();
         cluster_wait();
     }
 }

@@ -130,7 +130,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
     const u32 tiles_m = ceil_div(m, u32(BLOCK_M * CLUSTER_M)), tiles_n = ceil_div(n, u32(BLOCK_N * CLUSTER_N));
     const u32 first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster, num_tiles = tiles_m * tiles_n;
-    Ring<NUM_STAGES> ring;
+    Ring ring;
 
     if (warpgroup == 0) {
         if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
@@ -144,9 +144,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
-                for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+                for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s, a = tiles + s * kStageBytes, b = a + kBytesA;
-                    barrier_wait_cluster(empty + 8 * s, ring.parity ^ 1);
+                    barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     barrier_expect(bar, kStageBytes + scale_rows * 4);
                     const u32 offset_a = rank_n * kRowsA, offset_b = rank_m * kRowsB;
                     if (CLUSTER_N > 1) tensor_copy_multicast(a + offset_a * kBlockK, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
@@ -181,7 +181,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 next_scale_b[i] = k_blocks ? __ldg(scale_rows_b[i]) : 0.f;
             }
 
-            for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+            for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                 const u32 s = ring.stage, a = tiles + s * kStageBytes, b = a + kBytesA;
                 float block_scale_b[kSplits];
 #pragma unroll
@@ -189,7 +189,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     block_scale_b[i] = next_scale_b[i];
                     next_scale_b[i] = __ldg(scale_rows_b[i] + min(kb + 1, k_blocks - 1));  // a block ahead: its latency is hidden
                 }
-                barrier_wait_cluster(full + 8 * s, ring.parity);
+                barrier_wait(full + 8 * s, ring.parity);
 #pragma unroll
                 for (u32 slice = 0; slice < kSlices; ++slice) {
                     const u32 wave = slice / kSplits, split = slice % kSplits;
@@ -212,9 +212,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         if (kCluster == 1) {
                             if (lane == 0) barrier_arrive(empty + 8 * s);
                         } else {
-                            if (lane < CLUSTER_N) barrier_arrive_cluster(empty + 8 * s, rank_m + CLUSTER_M * lane);
+                            if (lane < CLUSTER_N) barrier_arrive_peer(empty + 8 * s, rank_m + CLUSTER_M * lane);
                             else if (lane < CLUSTER_N + CLUSTER_M && lane - CLUSTER_N != rank_m)
-                                barrier_arrive_cluster(empty + 8 * s, lane - CLUSTER_N + CLUSTER_M * rank_n);
+                                barrier_arrive_peer(empty + 8 * s, lane - CLUSTER_N + CLUSTER_M * rank_n);
                         }
                     }
 #pragma unroll

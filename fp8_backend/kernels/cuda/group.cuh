@@ -7,26 +7,35 @@ constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
 constexpr u32 kGroupLanes = 16;
 
-struct Group {
-    float value[8];
+// 8 elements of 16 bits as they lie in memory; kept raw so that many loads can be in flight.
+struct RawGroup {
+    u32 words[4];
 
-    // Loads x[offset .. offset + 8) as far as `valid` elements reach; the rest are zeros. vectorised: offset is 16-byte aligned and valid is 0 or 8.
-    DEVICE void load(const void* x, i64 offset, u32 valid, u32 type, u32 vectorised) {
+    // Loads x[offset .. offset + 8) as far as `valid` elements reach; the rest are zeros. vectorised: offset is 16-byte aligned, valid is 0 or 8.
+    DEVICE void load(const void* x, i64 offset, u32 valid, u32 vectorised) {
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) value[i] = 0.f;
+        for (u32 i = 0; i < 4; ++i) words[i] = 0;
         if (valid == 0) return;
-        if (vectorised && type != kF32) {
-            const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const u16*>(x) + offset);
-            const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                value[2 * i] = type == kBf16 ? low_bf16(words[i]) : low_f16(words[i]);
-                value[2 * i + 1] = type == kBf16 ? high_bf16(words[i]) : high_f16(words[i]);
-            }
+        const u16* source = static_cast<const u16*>(x) + offset;
+        if (vectorised) {
+            const uint4 bits = *reinterpret_cast<const uint4*>(source);
+            words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
         } else {
 #pragma unroll
             for (u32 i = 0; i < 8; ++i)
-                if (i < valid) value[i] = load_element(x, offset + i, type);
+                if (i < valid) words[i / 2] |= static_cast<u32>(source[i]) << (i % 2 * 16);
+        }
+    }
+};
+
+struct Group {
+    float value[8];
+
+    DEVICE void expand(const RawGroup& raw, u32 type) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            value[2 * i] = type == kBf16 ? low_bf16(raw.words[i]) : low_f16(raw.words[i]);
+            value[2 * i + 1] = type == kBf16 ? high_bf16(raw.words[i]) : high_f16(raw.words[i]);
         }
     }
 

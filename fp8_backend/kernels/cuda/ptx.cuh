@@ -35,23 +35,19 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-DEVICE void barrier_arrive_cluster(u32 barrier, u32 rank) {
+// Arrives in a peer CTA. Not .release.cluster: that compiles to MEMBAR.ALL.GPU (measured: the GEMM ran at half speed), and what is
+// released here are reads by wgmma, which have completed.
+DEVICE void barrier_arrive_peer(u32 barrier, u32 rank) {
     asm volatile(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-        " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier), "r"(rank) : "memory");
+        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "r"(rank) : "memory");
 }
+// Not .acquire.cluster: that invalidates L1 at every wait (CCTL.IVALL), and with it the weight scales.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     u32 done = 0;
     while (!done)
         asm volatile(
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-}
-DEVICE void barrier_wait_cluster(u32 barrier, u32 parity) {  // where peers of the cluster arrive too
-    u32 done = 0;
-    while (!done)
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -65,12 +61,19 @@ DEVICE u32 cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+// Says that this CTA runs, and nothing about memory.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 DEVICE u32 map_to_rank(u32 address, u32 rank) {
     u32 remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     return remote;
+}
+// Writes 16 bytes into a peer's shared memory and counts them on its barrier.
+DEVICE void store_async(u32 target, float4 value, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier) : "memory");
 }
 // Everything the previous kernel in the stream wrote is visible after this.
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -107,12 +110,12 @@ template <u32 kRegisters> DEVICE void give_registers() { asm volatile("setmaxnre
 template <u32 kRegisters> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
 // Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
-template <u32 kStages>
 struct Ring {
     u32 stage = 0, parity = 0;
-    DEVICE void advance() {
-        if (++stage == kStages) {
-            stage = 0;
+    DEVICE void advance(u32 stages, u32 count = 1) {  // count <= stages
+        stage += count;
+        if (stage >= stages) {
+            stage -= stages;
             parity ^= 1;
         }
     }

@@ -19,7 +19,15 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
     launch_next_kernel();
     Group group;
     const u32 valid = inside && column < k ? min(k - column, 8u) : 0;
-    group.load(x, static_cast<i64>(row) * stride + column, valid, type, vectorised);
+    const i64 offset = static_cast<i64>(row) * stride + column;
+    if (type == kF32) {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) group.value[i] = i < valid ? static_cast<const float*>(x)[offset + i] : 0.f;
+    } else {
+        RawGroup raw;
+        raw.load(x, offset, valid, vectorised);
+        group.expand(raw, type);
+    }
     const float largest = group.amax();
     if (!inside) return;
     *reinterpret_cast<uint2*>(codes + static_cast<i64>(row) * k_blocks * kBlockK + column) = group.codes(largest);
