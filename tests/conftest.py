@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def _why_no_hopper() -> str | None:
@@ -30,3 +36,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and (reason := why_not()) is not None:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def caplog_vllm() -> Iterator[list[str]]:
+    """Collect what is logged under `vllm`, a logger that does not propagate to the one pytest listens to."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[VllmConfig]:
+    """Initialise vLLM's process groups for a single rank and give a config for layers built without an engine."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import destroy_distributed_environment, destroy_model_parallel, parallel_state
+    from vllm.utils.network_utils import get_open_port
+
+    config = VllmConfig(device_config=DeviceConfig("cpu"))
+    with set_current_vllm_config(config):
+        parallel_state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
+        parallel_state.initialize_model_parallel()
+    yield config
+    destroy_model_parallel()
+    destroy_distributed_environment()

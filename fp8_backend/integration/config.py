@@ -169,6 +169,8 @@ class DeepGemmFp8Config(Fp8Config):
             raise UnsupportedError(
                 f"{prefix}: {reason}; unset FP8_BACKEND_STRICT to let vLLM's FP8 path serve this {kind}"
             )
-        _warn_once(f"each {kind} uses vLLM's own FP8 path: {reason}")
+        # One line for a GPU that is not ours, whatever kinds of layers the model has.
+        whole = reason == select_backend().reason
+        _warn_once(f"{'this model' if whole else f'each {kind}'} uses vLLM's own FP8 path: {reason}")
         self.summary.fall_back(kind, reason)
         return super().get_quant_method(layer, prefix)

@@ -1,0 +1,124 @@
+"""Real vLLM engines on generated checkpoints, held against the same weights dequantised to bf16."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.vllm
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+MAX_KL = 0.003
+FLAG = {"quantization": "deepgemm_fp8"}
+GENERATOR = torch.Generator().manual_seed(0)
+# Ids below 5 are special tokens. 4 x 48 tokens give 188 positions whose whole distribution is compared.
+PROMPTS = torch.randint(5, 1000, (4, 48), generator=GENERATOR).tolist()
+LINES = {
+    "deepseek_v3": "18 of 18 linears and 2 of 2 MoE layers use fp8_backend (reference)",
+    "qwen3": "12 of 12 linears use fp8_backend (reference)",
+    "qwen3_moe": "6 of 6 linears and 3 of 3 MoE layers use fp8_backend (reference)",
+}
+ON_CPU = not torch.cuda.is_available()
+
+
+class Answer(NamedTuple):
+    logprobs: torch.Tensor  # [positions, vocabulary] float64
+    tokens: list[list[int]]
+    log: str
+
+
+Engine = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Return a function that runs an engine on a generated checkpoint, once for each set of arguments."""
+    from demo.architectures import SIZES
+    from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+
+    root = tmp_path_factory.mktemp("engines")
+    answers: dict[str, Answer] = {}
+
+    def checkpoint(architecture: Any, kind: str) -> Path:
+        folder = root / f"{architecture}-{kind}"
+        if not folder.exists():
+            if kind == "bf16":
+                dequantize_checkpoint(checkpoint(architecture, "fp8"), folder)
+            else:
+                write_checkpoint(folder, architecture, SIZES[architecture, "demo"])
+        return folder
+
+    def run(architecture: str, kind: str = "fp8", **arguments: Any) -> Answer:
+        arguments = {"model": str(checkpoint(architecture, kind)), **(FLAG if kind == "fp8" else {}), **arguments}
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in answers:
+            answers[key] = _run(root, arguments)
+        return answers[key]
+
+    return run
+
+
+def _run(folder: Path, arguments: dict[str, Any]) -> Answer:
+    request, answer = folder / "request.json", folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    request.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS}))
+    environment = {**os.environ, "PYTHONPATH": str(WORKER.parent.parent)}
+    if arguments.get("tensor_parallel_size") == 2:
+        # Two ranks on one NUMA node: vLLM wants to be told their cores.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(request), str(answer)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    said = json.loads(answer.read_text())
+    rows = [row for prompt in said["logprobs"] for row in prompt]
+    return Answer(torch.tensor(rows, dtype=torch.float64), said["tokens"], log)
+
+
+def mean_kl(expected: Answer, got: Answer) -> float:
+    assert expected.logprobs.shape == got.logprobs.shape
+    return float((expected.logprobs.exp() * (expected.logprobs - got.logprobs)).sum(dim=1).mean())
+
+
+@pytest.mark.parametrize("architecture", LINES)
+def test_close_to_bf16_twin(engine: Engine, architecture: str) -> None:
+    ours, twin = engine(architecture), engine(architecture, "bf16")
+    assert ours.logprobs.shape == (188, 1024)
+    torch.testing.assert_close(twin.logprobs.exp().sum(dim=1), torch.ones(188, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert mean_kl(twin, ours) <= MAX_KL
+    # 0 would mean that both engines multiplied in bf16.
+    assert mean_kl(twin, ours) > 1e-6
+
+
+@pytest.mark.parametrize("architecture", LINES)
+@pytest.mark.skipif(not ON_CPU, reason="counts the layers that the CPU's reference kernels serve")
+def test_summary_counts_every_fp8_layer(engine: Engine, architecture: str) -> None:
+    lines = [line for line in engine(architecture).log.splitlines() if " use fp8_backend (" in line]
+    assert len(lines) == 1
+    assert lines[0].endswith(LINES[architecture])
+    assert "use fp8_backend" not in engine(architecture, "bf16").log
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"), [("deepseek_v3", {}), ("qwen3_moe", {"enable_expert_parallel": True})]
+)
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_agree_with_one(engine: Engine, architecture: str, arguments: dict[str, Any]) -> None:
+    two = engine(architecture, tensor_parallel_size=2, **arguments)
+    assert mean_kl(engine(architecture), two) <= MAX_KL
+    assert two.log.count(" use fp8_backend (") == 1
+    # The first process verifies the files; ranks do not repeat it.
+    assert two.log.count("checkpoint is complete") == 1
