@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Architecture = Literal["deepseek_v3", "qwen3", "qwen3_moe"]
-Kind = Literal["fp8", "embedding", "linear", "router", "norm", "router_bias"]
+EMBEDDING = "model.embed_tokens.weight"
+Kind = Literal["fp8", "embedding", "head", "router", "norm", "router_bias"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TensorSpec:
 
 def tensor_specs(architecture: Architecture, size: Size) -> Iterator[TensorSpec]:
     """Yield every tensor of the model under the name Hugging Face checkpoints give it."""
-    yield TensorSpec("model.embed_tokens.weight", (size.vocab, size.hidden), "embedding")
+    yield TensorSpec(EMBEDDING, (size.vocab, size.hidden), "embedding")
     for layer in range(size.layers):
         prefix = f"model.layers.{layer}"
         yield TensorSpec(f"{prefix}.input_layernorm.weight", (size.hidden,), "norm")
@@ -92,7 +93,7 @@ def tensor_specs(architecture: Architecture, size: Size) -> Iterator[TensorSpec]
         else:
             yield from _mlp(f"{prefix}.mlp", size.hidden, size.intermediate)
     yield TensorSpec("model.norm.weight", (size.hidden,), "norm")
-    yield TensorSpec("lm_head.weight", (size.vocab, size.hidden), "linear")
+    yield TensorSpec("lm_head.weight", (size.vocab, size.hidden), "head")
 
 
 def _latent_attention(prefix: str, size: Size) -> Iterator[TensorSpec]:

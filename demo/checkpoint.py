@@ -13,6 +13,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from math import log
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo.architectures import SIZES, Architecture, Size, TensorSpec, model_config, tensor_specs
+from demo.architectures import EMBEDDING, SIZES, Architecture, Size, TensorSpec, model_config, tensor_specs
 from demo.tokenizer import write_tokenizer
 from fp8_backend.kernels.reference import BLOCK, FP8_MAX, MIN_AMAX, ceil_div, dequantize
 
@@ -28,6 +29,10 @@ INDEX = "model.safetensors.index.json"
 # Standard deviation of a linear layer's output for inputs of unit variance. Larger values turn a rounding into another
 # expert choice often enough that even two correct servers disagree.
 GAIN = 0.6
+# Each token has one successor whose logit is raised by this times sqrt(ln(vocab)): above the largest of the others in
+# most places but not in all, so that greedy text rarely hangs on a rounding, does not go in circles, and a wrong layer
+# still shows.
+PREFERENCE = 1.8
 
 
 def quantize_weight(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +70,14 @@ def generate(spec: TensorSpec, scale_dtype: torch.dtype, seed: int, device: torc
             return {spec.name: codes.cpu(), f"{spec.name}_scale_inv": scale.cpu()}
         case "embedding":
             tensor = normal(*spec.shape)
-        case "linear" | "router":
+        case "router":
             tensor = normal(*spec.shape) / spec.shape[1] ** 0.5
+        case "head":
+            vocab, hidden = spec.shape
+            embedding = generate(TensorSpec(EMBEDDING, spec.shape, "embedding"), scale_dtype, seed, device)[EMBEDDING]
+            order = torch.randperm(vocab, generator=generator, device=device)  # one cycle through the vocabulary
+            tensor = normal(vocab, hidden) / hidden**0.5
+            tensor[order.roll(-1)] += embedding.to(device)[order] * (PREFERENCE * log(vocab) ** 0.5 / hidden)
         case "norm":
             tensor = 1 + 0.1 * normal(*spec.shape)
         case "router_bias":

@@ -7,8 +7,10 @@ Standard library only: it runs before anything is installed. A second run finds 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -45,14 +47,23 @@ def requirements(gpu: str | None) -> list[str]:
 
 
 def main() -> None:
-    """Install, unless the stamp of an earlier run says that all of it is there."""
+    """Refuse what cannot work, then install; one at a time in this folder."""
     if sys.version_info < (3, 11):  # noqa: UP036, a user's older Python gets here before pip can refuse it
         sys.exit(
             f"Python {platform.python_version()} is too old; 3.11 or newer is needed; run make with PYTHON=python3.12"
         )
     if platform.system() != "Linux":
         sys.exit(f"{platform.system()} is not supported, vLLM's wheels are for Linux; use a Linux machine or container")
-    gpu = hopper_gpu()
+    lock = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # `make demo` and `make test` may start together
+    try:
+        install(hopper_gpu())
+    finally:
+        os.close(lock)
+
+
+def install(gpu: str | None) -> None:
+    """Install for this GPU, or for the CPU where it is None, unless the stamp names the same requirements."""
     wanted = requirements(gpu)
     stamp = json.dumps(
         {

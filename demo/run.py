@@ -22,7 +22,7 @@ from fp8_backend.errors import Fp8BackendError
 from fp8_backend.weights.checkpoint import verify_checkpoint
 
 FOLDER = ROOT / ".demo"
-PROMPTS = ("the old man went down to the river", "snow on the mountain and a red moon", "one two three four five")
+PROMPTS = ("once upon a time there was a young dog", "snow on the mountain and a red moon", "one two three four five")
 MAX_TOKENS = 32
 # A rounding may decide between two tokens of nearly the same log-probability. FP8 activations move a difference of two
 # by about 0.03 here (mean KL 0.0004); a wrong layer moves it by 1 and more.
@@ -48,7 +48,7 @@ def run() -> None:
     gpu = hopper_gpu()
     fp8, bf16 = make_checkpoints()
     arguments, environment = serve_options(gpu)
-    print(f"Serving on {gpu or 'the CPU, eagerly: compiling the graph would take longer than it saves here'}")
+    print(f"Serving on {gpu or 'the CPU, with --enforce-eager: compiling would take longer than it saves'}")
     print(f"  vllm serve {fp8.relative_to(ROOT)} --quantization deepgemm_fp8 {' '.join(arguments)}", flush=True)
     with Server(fp8, FOLDER / "server-fp8.log", ["--quantization", "deepgemm_fp8", *arguments], environment) as server:
         print(f"  up after {server.started_s:.0f} s")

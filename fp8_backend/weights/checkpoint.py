@@ -116,7 +116,7 @@ def check_quantization_config(config: dict[str, Any]) -> list[str]:
         raise CheckpointError(f"config.json: activation_scheme is {scheme!r}; expected 'dynamic'; {stock}")
     if (fmt := quantization.get("fmt", "e4m3")) not in ("e4m3", "float8_e4m3fn"):
         raise CheckpointError(f"config.json: fmt is {fmt!r}; expected 'e4m3'; {stock}")
-    skipped = quantization.get("modules_to_not_convert") or []
+    skipped = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
         raise CheckpointError(
             f"config.json: modules_to_not_convert is {skipped!r}; expected a list of names; correct it"
