@@ -4,7 +4,7 @@
 //   warpgroup 0      producer. Lane 0 of warp 0 fetches, per stage, the tiles of a and b by tensor copies and the scales of a by a bulk
 //                    copy; the other warps idle (a warpgroup is the unit that can give registers away).
 //   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64, each SPLITS pieces of MMA_N columns.
-// Barriers per stage: full (1 arrival + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
+// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
 // this CTA's producer writes). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
 // because the FP8 accumulator keeps fewer bits than fp32.
 //
@@ -25,6 +25,7 @@ constexpr u32 kCluster = CLUSTER_M * CLUSTER_N;
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
+constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % kMmaN == 0, "tiles are whole wgmma slices");
@@ -60,6 +61,9 @@ DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
         }
     }
 }
+
+// Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
+DEVICE u32 first_scale_of(const Tile& tile, u32 scale_b_stride) { return min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
 struct Output {
     void* data;
@@ -120,7 +124,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         prefetch_map(&map_a);
         prefetch_map(&map_b);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
-            barrier_init(full + 8 * s, 1);
+            barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
         }
         barrier_init_fence();
@@ -139,30 +143,38 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
     if (warpgroup == 0) {
         if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
-        if (threadIdx.x < 32 && elect_lane()) {
+        const u32 producer = threadIdx.x / 32;
+        if (producer < kProducers && elect_lane()) {
             wait_for_previous_kernel();
             const u32 rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
             u16 ranks_a = 0, ranks_b = 0;
             for (u32 i = 0; i < CLUSTER_N; ++i) ranks_a |= 1 << (rank_m + CLUSTER_M * i);
             for (u32 i = 0; i < CLUSTER_M; ++i) ranks_b |= 1 << (i + CLUSTER_M * rank_n);
-            constexpr u32 kRowsA = BLOCK_M / CLUSTER_N, kRowsB = BLOCK_N / CLUSTER_M;
+            const u32 offset_a = rank_n * (BLOCK_M / CLUSTER_N), offset_b = rank_m * (BLOCK_N / CLUSTER_M);
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
-                const u32 first_scale_b = min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
+                const float* tile_scale_a = scale_a + tile.m;
+                const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
-                    const u32 s = ring.stage, bar = full + 8 * s, a = tiles + s * kStageBytes, b = a + kBytesA;
+                    const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
-                    barrier_expect(bar, kStageBytes + (scale_rows + kScaleFloats) * 4);
-                    const u32 offset_a = rank_n * kRowsA, offset_b = rank_m * kRowsB;
-                    if (CLUSTER_N > 1) tensor_copy_multicast(a + offset_a * kBlockK, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
-                    else tensor_copy(a, &map_a, 0, tile.m, kb, bar);
-                    if (CLUSTER_M > 1) tensor_copy_multicast(b + offset_b * kBlockK, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
-                    else tensor_copy(b, &map_b, 0, tile.n, kb, bar);
-                    if (scale_rows)
-                        bulk_copy(scales + s * kStageScaleBytes, scale_a + static_cast<i64>(kb) * m_aligned + tile.m, scale_rows * 4, bar);
-                    bulk_copy(scales + s * kStageScaleBytes + BLOCK_M * 4, scale_b + static_cast<i64>(kb) * scale_b_stride + first_scale_b,
-                              kScaleFloats * 4, bar);
+                    if (producer == 0) {
+                        const u32 target = tiles + s * kStageBytes + offset_a * kBlockK;
+                        barrier_expect(bar, kBytesA);
+                        if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
+                        else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
+                    } else if (producer == 1) {
+                        const u32 target = tiles + s * kStageBytes + kBytesA + offset_b * kBlockK;
+                        barrier_expect(bar, kBytesB);
+                        if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
+                        else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
+                    } else {
+                        const u32 target = scales + s * kStageScaleBytes;
+                        barrier_expect(bar, (scale_rows + kScaleFloats) * 4);
+                        if (scale_rows) bulk_copy(target, tile_scale_a + static_cast<i64>(kb) * m_aligned, scale_rows * 4, bar);
+                        bulk_copy(target + BLOCK_M * 4, tile_scale_b + static_cast<i64>(kb) * scale_b_stride, kScaleFloats * 4, bar);
+                    }
                 }
             }
         }
@@ -183,7 +195,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
-            const u32 tile_scale_b = tile.n < n ? tile.n / 128 - min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats) : 0;
+            const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
             float sum[kSlices][kMmaN / 2];
 #pragma unroll
             for (u32 slice = 0; slice < kSlices; ++slice)
