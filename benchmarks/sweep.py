@@ -63,7 +63,9 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes.split(","):
         n, k = map(int, shape.split("x"))
+        begun = time.time()
         weights = weights_of(n, k)
+        print(f"{shape}: {len(weights)} copies in {time.time() - begun:.1f} s", flush=True)
         for m in map(int, arguments.m.split(",")):
             start, problem = time.time(), GemmProblem(m, n, k)
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)

@@ -75,8 +75,38 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-def decode_choices(problem: GemmProblem, shared_bytes: int, ctas_per_sm: int) -> Iterator[tuple[float, DecodeChoice]]:
-    """Yield every decode kernel that can solve the problem, with its predicted cost in bytes streamed by the busiest SM."""
+# The cost model, in nanoseconds on one H200. Each constant was fitted to the sweep in docs/kernel-notes.md; they rank kernels
+# within about 15 % and are not meant to predict.
+_LAUNCH_NS = 2000  # from the start of a kernel to its first product, and its end
+_QUANTISE_NS = 1500  # a quantisation kernel ahead of it
+_STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
+_TOKEN_BYTES_PER_NS = 90  # activations come from L2
+_DECODE_BLOCK_NS = 150  # one k-block through a CTA, however small
+_EXCHANGE_NS = 350  # sums to another CTA of the cluster
+_GROUP_NS = 230  # a half-warp quantises one group more than the four whose latencies overlap
+_HALF_WARPS = 20  # that quantise
+# One k-block of a tile, with all SMs at work; the epilogue of a tile.
+_GEMM_NS = {
+    (64, 64, 1): (250, 400),
+    (64, 128, 1): (340, 500),
+    (128, 64, 1): (300, 400),
+    (128, 128, 1): (480, 700),
+    (128, 128, 2): (530, 700),
+    (256, 128, 2): (860, 1300),
+}
+_SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
+
+
+def decode_choices(
+    problem: GemmProblem, shared_bytes: int = MAX_SHARED_BYTES, ctas_per_sm: int = 1
+) -> Iterator[tuple[float, DecodeChoice]]:
+    """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
+
+    Args:
+        problem: yields nothing for more than 64 tokens.
+        shared_bytes: the most a CTA may take.
+        ctas_per_sm: how many CTAs of the kernel are to run on a multiprocessor.
+    """
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
@@ -91,36 +121,42 @@ def decode_choices(problem: GemmProblem, shared_bytes: int, ctas_per_sm: int) ->
             if not num_stages:
                 continue
             grid = min(tiles, ctas_per_sm * problem.machine.num_sms) if config.split == 1 else tiles * config.split
-            tiles_per_sm = ceil_div(tiles, grid) if config.split == 1 else 1
-            blocks = ceil_div(problem.k_blocks, config.split)
-            token_bytes = problem.m * (2 if config.fused else 1)
-            # Tokens come from L2, about three times as fast as weights from memory; a cluster's exchange costs about 0.7 us.
-            cost = tiles_per_sm * blocks * 128.0 * (rows + token_bytes / 3) + (20_000 if config.split > 1 else 0)
-            cost += 0 if config.fused else 50_000  # the quantisation launch
-            yield cost, DecodeChoice(config, rows, num_stages, grid)
+            choice = DecodeChoice(config, rows, num_stages, grid)
+            yield _decode_ns(problem, choice), choice
+
+
+def _decode_ns(problem: GemmProblem, choice: DecodeChoice) -> float:
+    config = choice.config
+    blocks = ceil_div(problem.k_blocks, config.split)
+    tiles_per_cta = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
+    stream = max(blocks * choice.rows * BLOCK / _STREAM_BYTES_PER_NS, blocks * _DECODE_BLOCK_NS) * tiles_per_cta
+    exchange = _EXCHANGE_NS + 50 * config.split if config.split > 1 else 0
+    if config.fused:
+        groups = ceil_div(problem.m * blocks, _HALF_WARPS)
+        return _LAUNCH_NS + stream + exchange + _GROUP_NS * max(0, groups - 4)
+    tokens = blocks * tiles_per_cta * problem.m * BLOCK / _TOKEN_BYTES_PER_NS
+    return _LAUNCH_NS + stream + exchange + _QUANTISE_NS + tokens
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
-    """Yield every GEMM kernel with its predicted cost in multiply-accumulates of the busiest SM."""
+    """Yield every GEMM kernel and its predicted cost in nanoseconds, without the quantisation of a."""
     for config in GEMM_CONFIGS:
         tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
         clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
+        block_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+        block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
         waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
-        area = config.block_m * config.block_n
-        # Small tiles fetch more bytes a multiply: measured cost a multiply relative to 256x128.
-        penalty = 1.0 + 0.25 * (256 * 128 / area - 1) ** 0.5
-        yield (
-            waves * area * (problem.k_blocks + 4) * penalty,
-            GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster),
-        )
+        cost = _LAUNCH_NS + waves * (problem.k_blocks * block_ns + epilogue_ns)
+        yield cost, GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster)
 
 
 @lru_cache(maxsize=65536)
 def select(problem: GemmProblem) -> DecodeChoice | GemmChoice:
     """Return the kernel for a linear layer (16-bit activations in) of this shape."""
-    decode = min(decode_choices(problem, MAX_SHARED_BYTES, 1), key=lambda pair: pair[0], default=None)
-    return decode[1] if decode is not None else select_gemm(problem)
+    choices: list[tuple[float, DecodeChoice | GemmChoice]] = list(decode_choices(problem))
+    choices += [(cost + _QUANTISE_NS, choice) for cost, choice in gemm_choices(problem)]
+    return min(choices, key=lambda pair: pair[0])[1]
 
 
 @lru_cache(maxsize=65536)
@@ -129,6 +165,6 @@ def select_gemm(problem: GemmProblem) -> GemmChoice:
     return min(gemm_choices(problem), key=lambda pair: pair[0])[1]
 
 
-def all_specs_configs() -> tuple[GemmConfig | DecodeConfig, ...]:
-    """Every configuration that serving can need."""
+def all_configs() -> tuple[GemmConfig | DecodeConfig, ...]:
+    """Return every configuration that serving can need."""
     return GEMM_CONFIGS + DECODE_CONFIGS

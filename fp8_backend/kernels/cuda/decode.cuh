@@ -12,7 +12,7 @@
 // FUSED = 0: x arrives as e4m3 codes through a 3D map {128 bytes of k, rows, k-blocks} and MN-major scales, fetched stage by stage.
 // Only the first `prefetch` stages are requested before the previous kernel has ended. The memory system answers a multiprocessor in
 // about the order of its requests: with 128 KiB of weights queued, activations that are in L2 arrive 2.7 us late (measured).
-// Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp that reads the stage) per stage; exchanged (1 arrival + bytes), filled by
+// Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp) per stage; exchanged (1 arrival + bytes), filled by
 // the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0 and 2..11 (FUSED:
 // activations are requested, the weights behind them may follow).
 //
@@ -211,7 +211,7 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < num_stages; ++s) {
             barrier_init(full + 8 * s, kProducers);
-            barrier_init(empty + 8 * s, k_halves ? kMathWarps / 2 : kMathWarps);
+            barrier_init(empty + 8 * s, kMathWarps);
         }
         barrier_init(exchanged, 1);
         barrier_init_fence();
@@ -286,7 +286,12 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
             for (u32 block = 0; block < blocks; block += kUnroll) {
                 const u32 count = min(kUnroll, blocks - block);
                 if (k_halves && block / kUnroll % 2 != warpgroup) {
-                    ring.advance(num_stages, count);
+                    // Not this warpgroup's: it waits and releases all the same. One that skipped phases would take a barrier still in phase p for
+                    // one that has completed p + 1: they have the same parity.
+                    for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
+                        barrier_wait(full + 8 * ring.stage, ring.parity);
+                        if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
+                    }
                 } else if (count == kUnroll) {
                     multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 } else {

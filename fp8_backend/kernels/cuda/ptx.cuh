@@ -113,10 +113,9 @@ template <u32 kRegisters> DEVICE void take_registers() { asm volatile("setmaxnre
 // Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
 struct Ring {
     u32 stage = 0, parity = 0;
-    DEVICE void advance(u32 stages, u32 count = 1) {  // count <= stages
-        stage += count;
-        if (stage >= stages) {
-            stage -= stages;
+    DEVICE void advance(u32 stages) {
+        if (++stage == stages) {
+            stage = 0;
             parity ^= 1;
         }
     }
