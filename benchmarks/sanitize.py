@@ -1,0 +1,156 @@
+"""compute-sanitizer over every kernel configuration on small odd shapes; a part of `python -m benchmarks.correctness`.
+
+    python -m benchmarks.sanitize OUT.json
+
+Only our kernels run on the GPU: operands are made and results compared on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.child import run_child, stop_children_on_signals
+from benchmarks.environment import write_json
+from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmConfig, GemmProblem
+from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.kernels.reference import ceil_div
+
+FINDINGS = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards?"),
+}
+LAUNCHES = re.compile(r"(\d+) launches")
+STATUS_OF_FINDINGS = 86
+# One allocation a tensor, so that memcheck knows where each ends.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+LIMIT = 0.01  # as tests/test_gemm_gpu.py has it
+
+
+def launches() -> Iterator[str]:
+    """Launch each kernel configuration once; yield what was launched, its result compared with the reference."""
+    for m, k, dtype in ((5, 300, torch.bfloat16), (9, 1029, torch.float16), (3, 7, torch.float32)):
+        x = torch.randn(m, k).to(dtype)
+        for found, expected in zip(per_token_group_quant(x.cuda()), reference.per_token_group_quant(x), strict=True):
+            assert torch.equal(found.cpu().float(), expected.float()), f"quantise {m} x {k} {dtype}"
+        yield f"quantise {m} x {k} {dtype}"
+    for config in heuristics.GEMM_CONFIGS:
+        for packed in (True, False):
+            launch_gemm(config, packed)
+            yield f"{config}, {'packed' if packed else 'plain'} weight"
+    for config in heuristics.DECODE_CONFIGS:
+        launch_decode(config)
+        yield str(config)
+
+
+def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:
+    """Return x on the CPU, the packed weight on the GPU, an output there full of NaN, and the truth on the CPU."""
+    x = torch.randn(m, k).to(torch.bfloat16)
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(n, 128), ceil_div(k, 128)) * 1e-3 + 1e-4
+    truth = reference.fp8_gemm_nt(*reference.per_token_group_quant(x), codes, scale)
+    weight = gemm.Weight(layout.pack_weight(codes).cuda(), layout.pack_scale(scale, n, k).cuda(), n, k)
+    return x, weight, torch.full((m, n), float("nan"), dtype=torch.bfloat16).cuda(), truth
+
+
+def launch_gemm(config: GemmConfig, packed: bool) -> None:
+    """Launch one configuration on partial tiles, two clusters of them each way."""
+    m = config.block_m * config.cluster_m + 3
+    # An n that allows stores of 16 bytes, and one that does not.
+    n, k = config.block_n * config.cluster_n + (8 if packed else 7), 384
+    x, weight, out, truth = operands(m, n, k)
+    if not packed:
+        weight = gemm.Weight(
+            layout.unpack_weight(weight.codes.cpu(), n, k).cuda(),
+            layout.unpack_scale(weight.scale.cpu(), k).cuda(),
+            n,
+            k,
+        )
+    codes, scale = per_token_group_quant(x.cuda())
+    for _, choice in heuristics.gemm_choices(GemmProblem(m, n, k)):
+        if choice.config == config:
+            gemm.launch_gemm(choice, codes, scale, weight, out, None)
+    assert reference.relative_error(out.cpu(), truth) < LIMIT, config
+
+
+def launch_decode(config: DecodeConfig) -> None:
+    """Launch one configuration with an odd number of tokens and of rows, on more tiles than clusters or CTAs."""
+    m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
+    x, weight, out, truth = operands(m, n, k)
+    tiles = ceil_div(n, rows)
+    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), MAX_SHARED_BYTES)
+    choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 2) if config.split == 1 else tiles * config.split)
+    if config.fused:
+        gemm.launch_decode(choice, x.cuda(), None, weight, out, None)
+    else:
+        gemm.launch_decode(choice, *per_token_group_quant(x.cuda()), weight, out, None)
+    assert reference.relative_error(out.cpu(), truth) < LIMIT, config
+
+
+def target() -> None:
+    """Be the program that compute-sanitizer watches."""
+    torch.manual_seed(0)
+    count, start = 0, time.monotonic()
+    for name in launches():
+        count += 1
+        print(f"{time.monotonic() - start:6.1f} s {name}", flush=True)
+    print(f"{count} launches", flush=True)
+
+
+def sanitize(tool: str, log: Path, timeout_s: float) -> dict[str, Any]:
+    """Run the launches under one tool; return what it found, or why it found nothing out."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        return {"tool_missing": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"}
+    command = [program, "--tool", tool, "--error-exitcode", str(STATUS_OF_FINDINGS), "--print-limit", "20"]
+    command += [sys.executable, "-m", "benchmarks.sanitize", "--target"]
+    start = time.monotonic()
+    failure = run_child(command, log, timeout_s, ENVIRONMENT)
+    text = log.read_text(errors="replace")
+    summary, launched = FINDINGS[tool].search(text), LAUNCHES.search(text)
+    result: dict[str, Any] = {
+        "errors": int(summary[1]) if summary else None,
+        "seconds": round(time.monotonic() - start, 1),
+        "launches": int(launched[1]) if launched else None,
+        "clean": failure is None and summary is not None and summary[1] == "0" and launched is not None,
+    }
+    return result if failure is None else {**result, "failure": failure}
+
+
+def main() -> None:
+    """Run the launches alone, which compiles every kernel, then under each tool; write after each one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
+    parser.add_argument("--timeout", type=float, default=70, help="seconds for each tool")
+    arguments = parser.parse_args()
+    if arguments.target:
+        return target()
+    if arguments.out is None:
+        parser.error("name the file to write")
+    stop_children_on_signals()
+    found: dict[str, Any] = {}
+    log = arguments.out.with_suffix(".log")
+    alone = [sys.executable, "-m", "benchmarks.sanitize", "--target"]
+    if (failure := run_child(alone, log, arguments.timeout, ENVIRONMENT)) is not None:
+        write_json(arguments.out, {"without a tool": {"failure": failure, "clean": False}})
+        sys.exit(f"the launches fail without any tool: {failure}")
+    for tool in FINDINGS:
+        found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.timeout)
+        print(f"{tool}: {found[tool]}"[:500], flush=True)
+        write_json(arguments.out, found)
+    if not all(result.get("clean") for result in found.values()):
+        sys.exit("compute-sanitizer: not clean")
+
+
+if __name__ == "__main__":
+    main()
