@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def main() -> None:
     """Run the parts and judge the whole."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correctness", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "correctness.json")
+    parser.add_argument("--logs", type=Path, help="folder to keep the parts' logs in; default: nowhere")
     parser.add_argument("--commit", help="where the tree is no repository")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="default: a fresh one")
     parser.add_argument("--parts", default=",".join(TIME_LIMITS), help="some of the default, comma-separated")
@@ -71,6 +73,10 @@ def main() -> None:
             written, failure = run_part(part, options[part], Path(folder), TIME_LIMITS[part])
             if failure is not None:
                 env["failed_parts"][part] = failure
+            if arguments.logs:
+                arguments.logs.mkdir(parents=True, exist_ok=True)
+                for log in Path(folder).glob("*.log"):
+                    shutil.copy(log, arguments.logs / log.name)
             if part == "sanitize":
                 result["sanitizer"] = written
             else:

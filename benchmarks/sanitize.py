@@ -8,6 +8,7 @@ Only our kernels run on the GPU: operands are made and results compared on the C
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import sys
@@ -29,8 +30,11 @@ FINDINGS = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards?"),
 }
-LAUNCHES = re.compile(r"(\d+) launches")
+LAUNCHED = re.compile(r"^ *\d+\.\d s ", re.MULTILINE)
+FINDING = re.compile(r"^========= +(?!COMPUTE-SANITIZER)(\S.*)", re.MULTILINE)
 STATUS_OF_FINDINGS = 86
+TARGET = [sys.executable, "-m", "benchmarks.sanitize", "--target"]
+SLACK_S = 30  # to start, to end the launch under way, and to print the summary
 # One allocation a tensor, so that memcheck knows where each ends.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 LIMIT = 0.01  # as tests/test_gemm_gpu.py has it
@@ -43,13 +47,15 @@ def launches() -> Iterator[str]:
         for found, expected in zip(per_token_group_quant(x.cuda()), reference.per_token_group_quant(x), strict=True):
             assert torch.equal(found.cpu().float(), expected.float()), f"quantise {m} x {k} {dtype}"
         yield f"quantise {m} x {k} {dtype}"
-    for config in heuristics.GEMM_CONFIGS:
-        for packed in (True, False):
-            launch_gemm(config, packed)
-            yield f"{config}, {'packed' if packed else 'plain'} weight"
-    for config in heuristics.DECODE_CONFIGS:
-        launch_decode(config)
-        yield str(config)
+    # In turns, so that a run cut short has seen both kernels.
+    for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, heuristics.DECODE_CONFIGS):
+        if gemm_config is not None:
+            for packed in (True, False):
+                launch_gemm(gemm_config, packed)
+                yield f"{gemm_config}, {'packed' if packed else 'plain'} weight"
+        if decode_config is not None:
+            launch_decode(decode_config)
+            yield str(decode_config)
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:
@@ -96,34 +102,36 @@ def launch_decode(config: DecodeConfig) -> None:
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config
 
 
-def target() -> None:
-    """Be the program that compute-sanitizer watches."""
+def target(seconds: float) -> None:
+    """Be the program that compute-sanitizer watches; end after `seconds`, for its summary to be printed."""
     torch.manual_seed(0)
-    count, start = 0, time.monotonic()
+    start = time.monotonic()
     for name in launches():
-        count += 1
         print(f"{time.monotonic() - start:6.1f} s {name}", flush=True)
-    print(f"{count} launches", flush=True)
+        if time.monotonic() - start > seconds:
+            print("stopped: the time is used up")
+            return
+    print("every configuration was launched")
 
 
-def sanitize(tool: str, log: Path, timeout_s: float) -> dict[str, Any]:
+def sanitize(tool: str, log: Path, seconds: float) -> dict[str, Any]:
     """Run the launches under one tool; return what it found, or why it found nothing out."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if program is None:
-        return {"tool_missing": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"}
+        return {"failure": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin", "clean": False}
     command = [program, "--tool", tool, "--error-exitcode", str(STATUS_OF_FINDINGS), "--print-limit", "20"]
-    command += [sys.executable, "-m", "benchmarks.sanitize", "--target"]
     start = time.monotonic()
-    failure = run_child(command, log, timeout_s, ENVIRONMENT)
+    failure = run_child([*command, *TARGET, "--seconds", str(seconds)], log, seconds + SLACK_S, ENVIRONMENT)
     text = log.read_text(errors="replace")
-    summary, launched = FINDINGS[tool].search(text), LAUNCHES.search(text)
+    summary = FINDINGS[tool].search(text)
     result: dict[str, Any] = {
         "errors": int(summary[1]) if summary else None,
         "seconds": round(time.monotonic() - start, 1),
-        "launches": int(launched[1]) if launched else None,
-        "clean": failure is None and summary is not None and summary[1] == "0" and launched is not None,
+        "launches": len(LAUNCHED.findall(text)),
+        "every_configuration": "every configuration was launched" in text,
+        "clean": failure is None and summary is not None and summary[1] == "0",
     }
-    return result if failure is None else {**result, "failure": failure}
+    return result if result["clean"] else {**result, "failure": failure, "findings": FINDING.findall(text)[:20]}
 
 
 def main() -> None:
@@ -131,21 +139,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
-    parser.add_argument("--timeout", type=float, default=70, help="seconds for each tool")
+    parser.add_argument("--seconds", type=float, default=40, help="of launches under each tool")
     arguments = parser.parse_args()
     if arguments.target:
-        return target()
+        return target(arguments.seconds)
     if arguments.out is None:
         parser.error("name the file to write")
     stop_children_on_signals()
     found: dict[str, Any] = {}
     log = arguments.out.with_suffix(".log")
-    alone = [sys.executable, "-m", "benchmarks.sanitize", "--target"]
-    if (failure := run_child(alone, log, arguments.timeout, ENVIRONMENT)) is not None:
+    if (failure := run_child(TARGET, log, arguments.seconds + SLACK_S, ENVIRONMENT)) is not None:
         write_json(arguments.out, {"without a tool": {"failure": failure, "clean": False}})
         sys.exit(f"the launches fail without any tool: {failure}")
     for tool in FINDINGS:
-        found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.timeout)
+        found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.seconds)
         print(f"{tool}: {found[tool]}"[:500], flush=True)
         write_json(arguments.out, found)
     if not all(result.get("clean") for result in found.values()):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve
 
-Each arm is one server, with torch.compile and CUDA graphs on a GPU, that is asked everything over HTTP: greedy texts and
-the log-probability of every token at every position. An arm that fails is named and the others go on; the result is
-written after each one. Exits with status 1 where an arm failed or a mean KL exceeds 0.003.
+Each arm is one server, with torch.compile and CUDA graphs on a GPU, that is asked everything over HTTP: greedy texts
+and the log-probability of every token at every position. An arm that fails is named and the others go on; the result
+is written after each one. Exits with status 1 where an arm failed or a mean KL exceeds 0.003.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks.child import stop_children_on_signals
-from benchmarks.environment import RESULTS, environment, write_json
+from benchmarks.environment import RESULTS, ROOT, environment, write_json
 from demo.architectures import SIZES, Architecture
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from demo.server import Completion, DemoError, Server
 from fp8_backend.weights.checkpoint import verify_checkpoint
 
 MAX_KL = 0.003
-# Every log-probability crosses HTTP as JSON: this many words instead of 16384 keep that to seconds. No FP8 weight is cut.
+# Every log-probability crosses HTTP as JSON: this many words, not 16384, keep it to seconds, and cut no FP8 weight.
 VOCAB = 4096
 GENERATOR = torch.Generator().manual_seed(0)
 # Token ids of two prompts, special ones left out: one for the linear's kernel of at most 64 tokens, one for the other.
@@ -207,7 +207,7 @@ def main() -> None:
     """Run every arm of every model."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
-    parser.add_argument("--logs", type=Path, help="folder for the servers' logs; default: beside the result")
+    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serve-logs", help="of the servers")
     parser.add_argument("--commit", help="where the tree is no repository")
     parser.add_argument("--models", default="deepseek_v3,qwen3")
     parser.add_argument("--against", default="stock", help="stock, twin (the dequantised bf16 checkpoint), or both")
@@ -217,7 +217,6 @@ def main() -> None:
     stop_children_on_signals()
     begin = time.monotonic()
     models, against = arguments.models.split(","), arguments.against.split(",")
-    logs = arguments.logs or arguments.out.parent
     env = {**environment(arguments.commit), "environment_variables": ENVIRONMENT, "failures": []}
     result: dict[str, Any] = {"env": env, "arms": [], "rows": []}
     with tempfile.TemporaryDirectory(prefix="fp8-serve-") as name:
@@ -231,7 +230,7 @@ def main() -> None:
                 try:
                     if left < 30:
                         raise DemoError(f"{left:.0f} s are left of --deadline {arguments.deadline:.0f}")
-                    found = run_arm(model, arm, checkpoints[arm], Path(name), logs, min(START_LIMIT_S, left))
+                    found = run_arm(model, arm, checkpoints[arm], Path(name), arguments.logs, min(START_LIMIT_S, left))
                 except (DemoError, KeyError, ValueError, RuntimeError) as error:
                     env["failures"].append(f"{model}, {arm}: {error}"[-3000:])
                     print(f"{model}, {arm} FAILED: {error}"[-3000:], flush=True)
