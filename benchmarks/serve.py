@@ -203,6 +203,42 @@ def problems_of(result: dict[str, Any], models: Iterable[str], against: Iterable
     return found
 
 
+def run_model(model: str, against: list[str], options: argparse.Namespace, end: float, result: dict[str, Any]) -> None:
+    """Run every arm of one model, the last one started before `end`; enter each into `result` and write that."""
+    done: dict[str, Arm] = {}
+    with tempfile.TemporaryDirectory(prefix="fp8-serve-") as name:
+        start = time.monotonic()
+        for arm in ("checkpoint", "ours", *against):
+            try:
+                if (left := end - time.monotonic()) < 30:
+                    raise DemoError(f"{left:.0f} s are left of --deadline {options.deadline:.0f}")
+                if arm == "checkpoint":
+                    checkpoints, verified = make_checkpoint(model, options.size, Path(name), "twin" in against)
+                    print(f"{model}: {verified['fp8_bytes'] / 1e9:.2f} GB of FP8 codes and scales", flush=True)
+                    continue
+                found = run_arm(model, arm, checkpoints[arm], Path(name), options.logs, min(START_LIMIT_S, left))
+            except Exception as error:  # the other arms and models still count
+                reason = str(error) if isinstance(error, DemoError) else repr(error)
+                result["env"]["failures"].append(f"{model}, {arm}: {reason[-3000:]}")
+                print(f"{model}, {arm} FAILED: {reason[-3000:]}", flush=True)
+                if arm == "checkpoint":
+                    return
+                continue
+            finally:
+                write_json(options.out, result)
+            done[arm] = found
+            result["arms"].append(found.record())
+            if arm != "ours" and "ours" in done:
+                result["rows"].append(compare(done["ours"], found, verified))
+            write_json(options.out, result)
+            spent = time.monotonic() - start
+            print(
+                f"{model}, {arm}: up after {found.start_up_s} s, {found.tokens_per_second} tokens/s, "
+                f"{spent:.0f} s in all; {found.summary}",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Run every arm of every model."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
@@ -219,34 +255,8 @@ def main() -> None:
     models, against = arguments.models.split(","), arguments.against.split(",")
     env = {**environment(arguments.commit), "environment_variables": ENVIRONMENT, "failures": []}
     result: dict[str, Any] = {"env": env, "arms": [], "rows": []}
-    with tempfile.TemporaryDirectory(prefix="fp8-serve-") as name:
-        for model in models:
-            done: dict[str, Arm] = {}
-            start = time.monotonic()
-            checkpoints, verified = make_checkpoint(model, arguments.size, Path(name), "twin" in against)
-            print(f"{model}: {verified['fp8_bytes'] / 1e9:.2f} GB of FP8, {time.monotonic() - start:.0f} s", flush=True)
-            for arm in ("ours", *against):
-                left = arguments.deadline - (time.monotonic() - begin)
-                try:
-                    if left < 30:
-                        raise DemoError(f"{left:.0f} s are left of --deadline {arguments.deadline:.0f}")
-                    found = run_arm(model, arm, checkpoints[arm], Path(name), arguments.logs, min(START_LIMIT_S, left))
-                except (DemoError, KeyError, ValueError, RuntimeError) as error:
-                    env["failures"].append(f"{model}, {arm}: {error}"[-3000:])
-                    print(f"{model}, {arm} FAILED: {error}"[-3000:], flush=True)
-                    continue
-                finally:
-                    write_json(arguments.out, result)
-                done[arm] = found
-                result["arms"].append(found.record())
-                if arm != "ours" and "ours" in done:
-                    result["rows"].append(compare(done["ours"], found, verified))
-                write_json(arguments.out, result)
-                print(
-                    f"{model}, {arm}: up after {found.start_up_s} s, {found.tokens_per_second} tokens/s, "
-                    f"{time.monotonic() - begin:.0f} s in all; {found.summary}",
-                    flush=True,
-                )
+    for model in models:
+        run_model(model, against, arguments, begin + arguments.deadline, result)
     for row in result["rows"]:
         print({key: row[key] for key in ("model", "against", "mean_kl", "greedy_equal_tokens", "top_1_agreement")})
     if problems := problems_of(result, models, against):
