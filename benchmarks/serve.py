@@ -214,7 +214,7 @@ def run_model(model: str, against: list[str], options: argparse.Namespace, end: 
                     raise DemoError(f"{left:.0f} s are left of --deadline {options.deadline:.0f}")
                 if arm == "checkpoint":
                     checkpoints, verified = make_checkpoint(model, options.size, Path(name), "twin" in against)
-                    print(f"{model}: {verified['fp8_bytes'] / 1e9:.2f} GB of FP8 codes and scales", flush=True)
+                    print(f"{model}: {verified['fp8_bytes'] / 1e9:.2f} GB of FP8 weights", flush=True)
                     continue
                 found = run_arm(model, arm, checkpoints[arm], Path(name), options.logs, min(START_LIMIT_S, left))
             except Exception as error:  # the other arms and models still count
