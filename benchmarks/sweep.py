@@ -12,7 +12,7 @@ import torch
 from benchmarks.timing import copies_for, graph_us
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
-from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 
 SHAPES = "512x7168,7168x256,3072x1536,2112x7168,7168x2048,4096x4096,6144x4096,4096x7168,24576x1536,4096x12288,24576x4096,7168x16384,10240x5120"
@@ -30,9 +30,10 @@ def weights_of(n: int, k: int) -> list[gemm.Weight]:
 def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoice]:
     """Return the best-predicted ways of cutting the weight for each decode configuration."""
     by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
-    for ctas_per_sm in (1, 2):
-        for cost, choice in heuristics.decode_choices(problem, ctas_per_sm):
-            by_config.setdefault((choice.config, ctas_per_sm), []).append((cost, choice))
+    half = heuristics.HALF_SHARED_BYTES
+    for shared_bytes, ctas_per_sm in ((MAX_SHARED_BYTES, 1), (half, 1), (half, 2)):
+        for cost, choice in heuristics.decode_choices(problem, shared_bytes, ctas_per_sm):
+            by_config.setdefault((choice.config, shared_bytes, ctas_per_sm), []).append((cost, choice))
     return [
         choice for found in by_config.values() for _, choice in sorted(found, key=lambda pair: pair[0])[:per_config]
     ]

@@ -181,6 +181,14 @@ def test_scale_shape(folder: Path) -> None:
     assert refusal(folder).startswith(f"{UP_SCALE}: shape [2, 3]; expected [3, 2]")
 
 
+def test_fp8_tensor_of_one_dimension(folder: Path) -> None:
+    def flatten(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UP] = tensors[UP].flatten()
+
+    edit_tensors(folder, UP, flatten)
+    assert refusal(folder).startswith(f"{UP}: F8_E4M3 of shape [98304]; expected [n, k] or [experts, n, k]")
+
+
 def test_scale_dtype(folder: Path) -> None:
     edit_tensors(folder, UP_SCALE, lambda tensors: tensors.update({UP_SCALE: tensors[UP_SCALE].double()}))
     assert refusal(folder).startswith(f"{UP_SCALE}: dtype F64; expected one of F32, BF16, F16")

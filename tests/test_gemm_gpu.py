@@ -80,7 +80,7 @@ def test_every_gemm_config(config, packed, out_dtype):
     weight = (
         gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
         if packed
-        else gemm.Weight(codes, scale, n, k)
+        else gemm.Weight(codes, layout.arrange_scale(scale, n, k), n, k)
     )
     surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=out_dtype, device="cuda")
     out = surroundings[1:-1, 8:-8]

@@ -54,7 +54,7 @@ def _experts_fake(
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
 ) -> torch.Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)  # contiguous, as the real one, whatever the strides of x
 
 
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)

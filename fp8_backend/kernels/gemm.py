@@ -17,7 +17,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
 _GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
-_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 14)
+_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
 _NO_MAP = bytes(BYTES)
 
 
@@ -26,7 +26,7 @@ class Weight:
     """A weight [n, k] in either form a kernel reads.
 
     codes: [n, k] float8_e4m3fn row-major with 16-byte aligned rows, k % 128 == 0; or packed by `layout.pack_weight`.
-    scale: [ceil(n / 128), >= ceil(k / 128)] float32, row-major.
+    scale: packed by `layout.pack_scale`.
     """
 
     codes: torch.Tensor
@@ -42,7 +42,7 @@ class Weight:
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return codes [n, k] and scale [ceil(n / 128), ceil(k / 128)], row-major."""
         codes = layout.unpack_weight(self.codes, self.n, self.k) if self.packed else self.codes
-        return codes, layout.unpack_scale(self.scale, self.k)
+        return codes, layout.unpack_scale(self.scale, self.n)
 
     def tensor_map(self, box_rows: int) -> bytes:
         """Return the map {128 bytes, rows, k-blocks} through which gemm.cuh fetches `box_rows` rows of one k-block."""
@@ -153,6 +153,7 @@ def launch_decode(
         weight.scale.stride(0),
         choice.rows,
         choice.num_stages,
+        choice.prefetch,
         ELEMENT_TYPES.get(x.dtype, 0),
         vectorised(x) if config.fused else 0,
         ELEMENT_TYPES[out.dtype],
@@ -176,7 +177,7 @@ def fp8_linear(
     Args:
         x: [..., k] bfloat16, float16 or float32, quantised in groups of 128; or float8_e4m3fn, taken as codes of scale 1.
         weight: [ceil(k / 128), align(n, 8), 128] float8_e4m3fn, from `pack_weight`.
-        scale: [ceil(n / 128), align(ceil(k / 128), 4)] float32, from `pack_scale`.
+        scale: [ceil(k / 128), align(ceil(n / 128), 4) + 4] float32, from `pack_scale`.
         n: rows of the unpacked weight.
         bias: [n] bfloat16, float16 or float32, or None.
 
@@ -246,7 +247,7 @@ def fp8_gemm_nt(
         a: codes [m, k] float8_e4m3fn with contiguous columns, and scale [m, ceil(k / 128)] float32 (any strides; MN-major with
             stride (1, align(m, 4)), as `per_token_group_quant` gives it, is not copied).
         b: codes [n, k] float8_e4m3fn with contiguous columns (or packed by `pack_weight`), and scale
-            [ceil(n / 128), ceil(k / 128)] float32 with contiguous columns (or packed by `pack_scale`).
+            [ceil(n / 128), ceil(k / 128)] float32 (any strides; packed by `pack_scale`, it is not copied).
         out: [m, n] bfloat16, float16 or float32 with contiguous columns; overwritten.
         bias: [n] bfloat16, float16 or float32, or None.
 
@@ -260,6 +261,8 @@ def fp8_gemm_nt(
             return fp8_gemm_nt(a, b, out, bias)
     m, k = codes.shape
     n = out.shape[1]
+    if tuple(scale_b.shape) != layout.packed_scale_shape(n, k):
+        scale_b = layout.arrange_scale(scale_b, n, k)
     weight = Weight(codes_b, scale_b, n, k)
     _check(codes, scale_a, weight, out, bias)
     _gemm(codes, reference.mn_major(scale_a), weight, out, bias)
@@ -268,26 +271,42 @@ def fp8_gemm_nt(
 def _check(
     codes: torch.Tensor, scale_a: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    m, k, n = codes.shape[0], weight.k, weight.n
-    blocks_n, blocks_k = ceil_div(n, BLOCK), ceil_div(k, BLOCK)
-    expected_b = layout.packed_weight_shape(n, k) if weight.packed else (n, k)
-    problems = (
-        ("a", codes, tuple(codes.shape) == (m, k) and codes.dtype == torch.float8_e4m3fn and codes.stride(-1) == 1, f"[{m}, {k}] float8_e4m3fn, contiguous columns"),
-        ("scale_a", scale_a, tuple(scale_a.shape) == (m, blocks_k) and scale_a.dtype == torch.float32, f"[{m}, {blocks_k}] float32"),
-        ("b", weight.codes, tuple(weight.codes.shape) == expected_b and weight.codes.dtype == torch.float8_e4m3fn and weight.codes.stride(-1) == 1, f"{list(expected_b)} float8_e4m3fn, contiguous columns"),
-        ("scale_b", weight.scale, weight.scale.dim() == 2 and weight.scale.shape[0] == blocks_n and weight.scale.shape[1] in (blocks_k, align(blocks_k, 4)) and weight.scale.dtype == torch.float32 and weight.scale.stride(-1) == 1, f"[{blocks_n}, {blocks_k}] float32, contiguous columns"),
-        ("out", out, tuple(out.shape) == (m, n) and out.dtype in ELEMENT_TYPES and (n <= 1 or out.stride(1) == 1), f"[{m}, {n}] bfloat16, float16 or float32, contiguous columns"),
-        ("bias", bias, bias is None or (tuple(bias.shape) == (n,) and bias.dtype in ELEMENT_TYPES and bias.is_contiguous()), f"[{n}] bfloat16, float16 or float32, contiguous"),
-    )  # fmt: skip
-    for name, tensor, holds, expected in problems:
-        if not holds:
-            assert tensor is not None
-            raise ArgumentError(
-                f"{name}: got {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}; "
-                f"expected {expected}"
-            )
+    m, n, k = codes.shape[0], weight.n, weight.k
+    fp8, float32, any_float = (torch.float8_e4m3fn,), (torch.float32,), tuple(ELEMENT_TYPES)
+    weight_shape = layout.packed_weight_shape(n, k) if weight.packed else (n, k)
+    _expect("a", codes, (m, k), fp8)
+    _expect("scale_a", scale_a, (m, ceil_div(k, BLOCK)), float32, contiguous_columns=False)
+    _expect("b", weight.codes, weight_shape, fp8)
+    _expect("scale_b", weight.scale, layout.packed_scale_shape(n, k), float32)
+    _expect("out", out, (m, n), any_float)
+    if bias is not None:
+        _expect("bias", bias, (n,), any_float)
+    for name, tensor in (
+        ("a", codes),
+        ("scale_a", scale_a),
+        ("b", weight.codes),
+        ("scale_b", weight.scale),
+        ("bias", bias),
+    ):
         if tensor is not None and tensor.device != out.device:
             raise ArgumentError(f"{name} is on {tensor.device} and out on {out.device}; move them to one device")
+
+
+def _expect(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    contiguous_columns: bool = True,
+) -> None:
+    columns = not contiguous_columns or shape[-1] <= 1 or tensor.stride(-1) == 1
+    if tuple(tensor.shape) == shape and tensor.dtype in dtypes and columns:
+        return
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    raise ArgumentError(
+        f"{name}: got {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}; "
+        f"expected {list(shape)} {names}{', contiguous columns' if contiguous_columns else ''}"
+    )
 
 
 def _gemm(

@@ -14,11 +14,13 @@ from fp8_backend.kernels.problem import (
     GemmConfig,
     GemmProblem,
 )
-from fp8_backend.kernels.reference import align, ceil_div
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
+PREFETCH_BYTES = 48 * 1024
+HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # of which a CTA with 1 KiB of the system's own fits twice
 
 GEMM_CONFIGS = (
     GemmConfig(64, 64, 1, 8),
@@ -40,12 +42,20 @@ DECODE_CONFIGS = tuple(
 
 @dataclass(frozen=True)
 class DecodeChoice:
-    """A decode kernel and how it cuts the weight: `rows` rows (a multiple of 8, at most 128) a cluster."""
+    """A decode kernel and how it cuts the weight.
+
+    rows: of the weight, a cluster; a multiple of 8, at most 128. prefetch: stages requested before the previous kernel ends.
+    """
 
     config: DecodeConfig
     rows: int
     num_stages: int
     grid: int
+
+    @property
+    def prefetch(self) -> int:
+        """Return how many stages of weights may be queued ahead of the activations."""
+        return max(1, PREFETCH_BYTES // (self.rows * BLOCK))
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-def decode_choices(problem: GemmProblem, ctas_per_sm: int) -> Iterator[tuple[float, DecodeChoice]]:
+def decode_choices(problem: GemmProblem, shared_bytes: int, ctas_per_sm: int) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every decode kernel that can solve the problem, with its predicted cost in bytes streamed by the busiest SM."""
     if problem.m > MAX_DECODE_TOKENS:
         return
@@ -77,7 +87,7 @@ def decode_choices(problem: GemmProblem, ctas_per_sm: int) -> Iterator[tuple[flo
             tiles = ceil_div(problem.n, rows)
             if config.split > 1 and tiles > ctas_per_sm * problem.machine.max_clusters(config.split):
                 continue
-            num_stages = decode_stages(config, rows, problem.k_blocks, MAX_SHARED_BYTES // ctas_per_sm - 1024)
+            num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
             if not num_stages:
                 continue
             grid = min(tiles, ctas_per_sm * problem.machine.num_sms) if config.split == 1 else tiles * config.split
@@ -109,7 +119,7 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 @lru_cache(maxsize=65536)
 def select(problem: GemmProblem) -> DecodeChoice | GemmChoice:
     """Return the kernel for a linear layer (16-bit activations in) of this shape."""
-    decode = min(decode_choices(problem, 1), key=lambda pair: pair[0], default=None)
+    decode = min(decode_choices(problem, MAX_SHARED_BYTES, 1), key=lambda pair: pair[0], default=None)
     return decode[1] if decode is not None else select_gemm(problem)
 
 

@@ -1,11 +1,12 @@
 """How weights and their scales lie in memory once packed for the kernels.
 
-A weight [n, k] of e4m3 codes becomes [k_blocks, n_aligned, 128] bytes: for each 128-wide block of k, all rows of n one after
-the other. The 16-byte chunks of a row are permuted as Hopper's 128-byte swizzle does it (chunk c of row r lies at c ^ (r % 8)), so
-any run of rows that starts at a multiple of 8 is one contiguous copy that lands in shared memory ready for wgmma: one layout serves
-every tile width. k is padded with zero codes to a multiple of 128, n to a multiple of 8.
+A weight [n, k] of e4m3 codes becomes [k_blocks, n_aligned, 128] bytes: for each 128-wide block of k, all rows of n one
+after the other. The 16-byte chunks of a row are permuted as Hopper's 128-byte swizzle does it (chunk c of row r lies at
+c ^ (r % 8)), so any run of rows that starts at a multiple of 8 is one contiguous copy that lands in shared memory ready for
+wgmma: one layout serves every tile width. k is padded with zero codes to a multiple of 128, n to a multiple of 8.
 
-Scales [ceil(n / 128), ceil(k / 128)] keep their order; rows are padded to 16 bytes so that a row is one aligned bulk copy.
+Scales [ceil(n / 128), ceil(k / 128)] are transposed, so that the scales of neighbouring rows in one block of k are neighbours, and
+padded so that the 8 that a kernel fetches with a tile start at a multiple of 16 bytes and exist.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 ROW_ALIGNMENT = 8  # rows in one period of the 128-byte swizzle
-SCALE_ALIGNMENT = 4  # float32 values in 16 bytes
+SCALE_ALIGNMENT = 4  # float32 values in 16 bytes, the granularity of bulk copies
+SCALES_FETCHED = 8  # kScaleFloats of ptx.cuh
 
 
 def packed_weight_shape(n: int, k: int) -> tuple[int, int, int]:
@@ -25,8 +27,8 @@ def packed_weight_shape(n: int, k: int) -> tuple[int, int, int]:
 
 
 def packed_scale_shape(n: int, k: int) -> tuple[int, int]:
-    """Return the shape [n_blocks, k_blocks_aligned] of the packed scales of a weight [n, k]."""
-    return ceil_div(n, BLOCK), align(ceil_div(k, BLOCK), SCALE_ALIGNMENT)
+    """Return the shape [k_blocks, align(n_blocks, 4) + 4] of the packed scales of a weight [n, k]."""
+    return ceil_div(k, BLOCK), align(ceil_div(n, BLOCK), SCALE_ALIGNMENT) + SCALES_FETCHED - SCALE_ALIGNMENT
 
 
 def _swizzled_chunks(n: int, device: torch.device) -> torch.Tensor:
@@ -46,7 +48,8 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """
     if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn:
         raise ArgumentError(
-            f"weight: got {tuple(weight.shape)} {weight.dtype}; expected [n, k] float8_e4m3fn; pass the checkpoint's codes"
+            f"weight: got {tuple(weight.shape)} {weight.dtype}; expected [n, k] float8_e4m3fn; pass the checkpoint's "
+            "codes"
         )
     n, k = weight.shape
     k_blocks, n_aligned, _ = packed_weight_shape(n, k)
@@ -56,18 +59,15 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     chunks = source.reshape(n_aligned, k_blocks, 8, 16).transpose(0, 1)
     index = _swizzled_chunks(n_aligned, weight.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
     packed = torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
-    if packed.is_cuda:
-        torch.cuda.current_stream(
-            packed.device
-        ).synchronize()  # kernels fetch weights before earlier work of the stream ends
-    return packed
+    return _complete(packed)
 
 
 def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Return the row-major weight [n, k] float8_e4m3fn that `pack_weight` packed, bit for bit."""
     if packed.dim() != 3 or tuple(packed.shape) != packed_weight_shape(n, k):
         raise ArgumentError(
-            f"packed weight: got {tuple(packed.shape)}; expected {packed_weight_shape(n, k)} for n={n}, k={k}; use pack_weight"
+            f"packed weight: got {tuple(packed.shape)}; expected {packed_weight_shape(n, k)} for n={n}, k={k}; "
+            "use pack_weight"
         )
     k_blocks, n_aligned, _ = packed.shape
     chunks = packed.view(torch.uint8).view(k_blocks, n_aligned, 8, 16)
@@ -76,25 +76,42 @@ def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return rows[:n, :k].contiguous().view(torch.float8_e4m3fn)
 
 
-def pack_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Return a weight's block scales in the kernels' layout.
+def arrange_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Return the block scales of a weight [n, k] in the kernels' layout, by work queued on the current stream.
 
     Args:
-        scale: [ceil(n / 128), ceil(k / 128)] float32.
-        n, k: of the weight.
+        scale: [ceil(n / 128), ceil(k / 128)] float32, any strides.
+        n: rows of the weight.
+        k: columns of the weight.
 
     Returns:
-        [ceil(n / 128), align(ceil(k / 128), 4)] float32, contiguous; the padding is zero.
+        [ceil(k / 128), align(ceil(n / 128), 4) + 4] float32, contiguous; the padding is zero.
+
+    Raises:
+        ArgumentError: scale has another shape or dtype.
     """
     blocks = (ceil_div(n, BLOCK), ceil_div(k, BLOCK))
     if tuple(scale.shape) != blocks or scale.dtype != torch.float32:
         raise ArgumentError(
-            f"scale: got {tuple(scale.shape)} {scale.dtype}; expected {blocks} float32 for a weight [{n}, {k}]; "
+            f"scale: got {list(scale.shape)} {scale.dtype}; expected {list(blocks)} float32 for a weight [{n}, {k}]; "
             "pass one scale per 128x128 block"
         )
-    return torch.nn.functional.pad(scale, (0, packed_scale_shape(n, k)[1] - blocks[1])).contiguous()
+    padding = packed_scale_shape(n, k)[1] - blocks[0]
+    return torch.nn.functional.pad(scale.t(), (0, padding)).contiguous()
 
 
-def unpack_scale(packed: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the scales [n_blocks, ceil(k / 128)] float32 that `pack_scale` packed."""
-    return packed[:, : ceil_div(k, BLOCK)].contiguous()
+def pack_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Return what `arrange_scale` does, complete in memory."""
+    return _complete(arrange_scale(scale, n, k))
+
+
+def unpack_scale(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the scales [ceil(n / 128), k_blocks] float32 that `pack_scale` packed."""
+    return packed[:, : ceil_div(n, BLOCK)].t().contiguous()
+
+
+def _complete(packed: torch.Tensor) -> torch.Tensor:
+    """Wait until a tensor is written: kernels fetch weights before earlier work of their stream has ended."""
+    if packed.is_cuda:
+        torch.cuda.current_stream(packed.device).synchronize()
+    return packed

@@ -11,6 +11,7 @@ MAX_SHARED_BYTES = 232448  # 227 KiB, the most a CTA may have on sm_90
 MAX_DECODE_TOKENS = 64
 DECODE_THREADS = 384
 MAX_DECODE_ROWS = 128
+_STAGE_EXTRA_BYTES = 8 * 4 + 16  # kScaleFloats weight scales, two barriers
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, activation scales and two barriers a stage."""
-        return self.num_stages * ((self.block_m + self.block_n) * BLOCK + self.block_m * 4 + 16)
+        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage."""
+        return self.num_stages * ((self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES)
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
@@ -116,7 +117,7 @@ class DecodeConfig:
         slices, sources = (4, 2 * self.split) if rows <= 64 else (8, self.split)
         exchange = ceil_div(slices * self.tokens // 8, self.split) * sources * 512
         scales = (resident if self.fused else num_stages) * self.tokens * 4
-        laid_out = num_stages * (stage + 16) + resident * self.tokens * BLOCK + exchange + scales + 8
+        laid_out = num_stages * (stage + _STAGE_EXTRA_BYTES) + resident * self.tokens * BLOCK + exchange + scales + 8
         return max(laid_out, (num_stages - 1) * stage + slices * 16 * BLOCK)
 
     def spec(self) -> KernelSpec:

@@ -46,7 +46,7 @@ def pack_linear(layer: str, weight: torch.Tensor, scale: torch.Tensor) -> tuple[
 
     Returns:
         weight: [ceil(k / 128), align(n, 8), 128] float8_e4m3fn.
-        scale: [ceil(n / 128), align(ceil(k / 128), 4)] float32.
+        scale: [ceil(k / 128), align(ceil(n / 128), 4) + 4] float32.
 
     Raises:
         CheckpointError: see `check_scale`.

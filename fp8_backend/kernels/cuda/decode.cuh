@@ -5,13 +5,16 @@
 // more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
 //
 // Warp roles (384 threads):
-//   warp 0        fetches weights, one contiguous copy of rows x 128 bytes a k-block, before the previous kernel has ended.
-//   warps 1..3    FUSED: help to quantise.
-//   warps 4..11   two math warpgroups; FUSED: quantise first.
+//   warps 0..3    producers, one lane each: 0 fetches weights, one contiguous copy of rows x 128 bytes a k-block; 1 their scales; FUSED = 0: 2 the
+//                 tokens, 3 their scales. Several, because a lane issues a copy every 40 ns or so (measured). FUSED = 1: 2 and 3 help to quantise.
+//   warps 4..11   two math warpgroups; FUSED = 1: quantise first.
 // FUSED = 1: x has 16-bit elements; every CTA quantises the columns of its k range once, into shared memory (group.cuh).
 // FUSED = 0: x arrives as e4m3 codes through a 3D map {128 bytes of k, rows, k-blocks} and MN-major scales, fetched stage by stage.
-// Barriers: full (1 arrival + bytes) and empty (one arrival per math warp that reads the stage) per stage; exchanged (1 arrival + bytes), filled by
-// the peers' sums. Named barrier 1: all but warp 0 (quantised tokens are ready); 2: the math warps (exchange inside one CTA).
+// Only the first `prefetch` stages are requested before the previous kernel has ended. The memory system answers a multiprocessor in
+// about the order of its requests: with 128 KiB of weights queued, activations that are in L2 arrive 2.7 us late (measured).
+// Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp that reads the stage) per stage; exchanged (1 arrival + bytes), filled by
+// the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0 and 2..11 (FUSED:
+// activations are requested, the weights behind them may follow).
 //
 // A stage holds exactly `rows` rows, so wgmma, which always reads 64, may read past them: those accumulators are never stored.
 #include "group.cuh"
@@ -19,41 +22,75 @@
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
 constexpr u32 kUnroll = TOKENS <= 16 ? 4 : 2;
-constexpr u32 kMathWarps = 8;
+constexpr u32 kMathWarps = 8, kThreads = 384, kProducers = FUSED ? 2 : 4;
+constexpr u32 kQuantisers = kThreads - 32 * kProducers, kRequested = kQuantisers + 32;  // threads of named barriers 1 and 3
+constexpr u32 kStageScales = (FUSED ? 0 : TOKENS) + kScaleFloats;  // floats a stage: of the tokens, of the weight
 constexpr u32 kFragmentBytes = 512;  // 16 rows x 8 tokens of fp32, as the 32 lanes of a warp hold them: 16 bytes each
 
 #if FUSED
-constexpr u32 kQuantisers = 352;
 
-// Quantises columns [first_block * 128, + blocks * 128) of x [m, k] into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
-DEVICE void quantise_tokens(const void* x, i64 stride, u32 type, u32 vectorised, u32 m, u32 k, u32 first_block, u32 blocks, u8* tokens,
-                            float* scales, u32 thread) {
-    constexpr u32 kBatch = 8, kStep = kQuantisers / kGroupLanes;  // loads in flight a thread; groups a round
-    const u32 lane = thread % kGroupLanes, groups = m * blocks;
-    const u64 reciprocal = (0xffffffffull + m) / m;  // index / m == index * reciprocal >> 32 for every index < 2^20
-    // The bound is the warp's, not the lane's: both halves of a warp shuffle together.
-    for (u32 base = thread / 32 * 2; base < groups; base += kStep * kBatch) {
-        RawGroup raw[kBatch];
+struct TokenSource {
+    const void* x;
+    i64 stride;
+    u32 type, vectorised, m, k, first_block, blocks;
+};
+
+// Quantises groups base, base + kStep, ... of this half-warp. Straight-line code, groups that do not exist included: each is a chain of latencies,
+// and kCount of them overlap.
+constexpr u32 kStep = kQuantisers / kGroupLanes;
+template <u32 kCount>
+DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base, u32 lane, u8* tokens, float* scales, bool& requested) {
+    RawGroup raw[kCount];
+    u32 block[kCount], token[kCount];
+    float largest[kCount];
 #pragma unroll
-        for (u32 b = 0; b < kBatch; ++b) {
-            const u32 index = base + thread % 32 / kGroupLanes + b * kStep, block = index * reciprocal >> 32, token = index - block * m;
-            const u32 column = (first_block + block) * kBlockK + lane * 8;
-            const u32 valid = index < groups && column < k ? min(k - column, 8u) : 0;
-            raw[b].load(x, static_cast<i64>(token) * stride + column, valid, vectorised);
-        }
-#pragma unroll
-        for (u32 b = 0; b < kBatch; ++b) {
-            if (base + b * kStep >= groups) break;
-            const u32 index = base + thread % 32 / kGroupLanes + b * kStep, block = index * reciprocal >> 32, token = index - block * m;
-            Group group;
-            group.expand(raw[b], type);
-            const float largest = group.amax();
-            if (index >= groups) continue;
-            u8* row = tokens + block * kTokenBytes + token * kBlockK;
-            *reinterpret_cast<uint2*>(row + ((lane / 2) ^ (token % 8)) * 16 + lane % 2 * 8) = group.codes(largest);
-            if (lane == 0) scales[block * TOKENS + token] = group_scale(largest);
-        }
+    for (u32 b = 0; b < kCount; ++b) {
+        const u32 index = base + b * kStep;
+        block[b] = index * reciprocal >> 32;
+        token[b] = index - block[b] * source.m;
+        const u32 column = (source.first_block + block[b]) * kBlockK + lane * 8;
+        const u32 valid = block[b] < source.blocks && column < source.k ? min(source.k - column, 8u) : 0;
+        raw[b].load(source.x, static_cast<i64>(token[b]) * source.stride + column, valid, source.vectorised);
     }
+    if (!requested) named_barrier_arrive(3, kRequested);
+    requested = true;
+#pragma unroll
+    for (u32 b = 0; b < kCount; ++b) {
+        Group group;
+        group.expand(raw[b], source.type);
+        largest[b] = group.lane_amax();
+    }
+    reduce_amax(largest);
+#pragma unroll
+    for (u32 b = 0; b < kCount; ++b) {
+        Group group;
+        group.expand(raw[b], source.type);
+        const uint2 codes = group.codes(largest[b]);
+        const float scale = group_scale(largest[b]);
+        if (block[b] >= source.blocks) continue;
+        u8* row = tokens + block[b] * kTokenBytes + token[b] * kBlockK;
+        *reinterpret_cast<uint2*>(row + ((lane / 2) ^ (token[b] % 8)) * 16 + lane % 2 * 8) = codes;
+        if (lane == 0) scales[block[b] * TOKENS + token[b]] = scale;
+    }
+}
+
+// Quantises the columns of this CTA's k-blocks into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
+DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales, u32 thread) {
+    const u32 lane = thread % kGroupLanes, half = thread % 32 / kGroupLanes, groups = source.m * source.blocks;
+    const u64 reciprocal = (0xffffffffull + source.m) / source.m;  // index / m == index * reciprocal >> 32 for every index < 2^20
+    bool requested = false;
+    // Bounds and branches are the warp's, not the lane's: both halves of a warp shuffle together.
+    u32 base = thread / 32 * 2;
+    while (base < groups) {
+        const u32 left = ceil_div(groups - base, kStep);
+        const u32 count = left > 4 ? 8 : left > 2 ? 4 : left;
+        if (count == 8) quantise_groups<8>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        else if (count == 4) quantise_groups<4>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        else if (count == 2) quantise_groups<2>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        else quantise_groups<1>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        base += count * kStep;
+    }
+    if (!requested) named_barrier_arrive(3, kRequested);
 }
 #endif
 
@@ -63,25 +100,21 @@ struct Sums {
 
 struct Stages {
     u32 base, bytes, weight_bytes, count, full, empty;
+    const float* scales;
 };
 
-// Where the tokens and their scales lie: FUSED, by k-block of this CTA; else by stage.
-struct Tokens {
+// FUSED: tokens and their scales by k-block of this CTA.
+struct Resident {
     u32 codes;
     const float* scales;
 };
 
 // kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales. Stages are released as they are done with.
 template <u32 kCount>
-DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Tokens& tokens, u32 first_row, const float* scale_low,
-                            const float* scale_high, u32 lane) {
-    float partial[kCount][TOKENS / 2], low[kCount], high[kCount];
+DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 scale_low,
+                            u32 scale_high, u32 lane) {
+    float partial[kCount][TOKENS / 2];
     u32 stage[kCount];
-#pragma unroll
-    for (u32 u = 0; u < kCount; ++u) {
-        low[u] = __ldg(scale_low + block + u);
-        high[u] = __ldg(scale_high + block + u);
-    }
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         stage[u] = ring.stage;
@@ -94,7 +127,7 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
     for (u32 u = 0; u < kCount; ++u) {
         const u32 base = stages.base + stage[u] * stages.bytes;
         const u64 weight = matrix_descriptor(base + first_row * kBlockK);
-        const u64 x = matrix_descriptor(FUSED ? tokens.codes + (block + u) * kTokenBytes : base + stages.weight_bytes);
+        const u64 x = matrix_descriptor(FUSED ? resident.codes + (block + u) * kTokenBytes : base + stages.weight_bytes);
 #pragma unroll
         for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
     }
@@ -103,14 +136,16 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(partial[u]);
-        const float* scale_x = tokens.scales + (FUSED ? block + u : stage[u]) * TOKENS;
+        const float* stage_scales = stages.scales + stage[u] * kStageScales;
+        const float* scale_x = FUSED ? resident.scales + (block + u) * TOKENS : stage_scales;
+        const float low = stage_scales[kStageScales - kScaleFloats + scale_low], high = stage_scales[kStageScales - kScaleFloats + scale_high];
 #pragma unroll
         for (u32 j = 0; j < kTokenGroups; ++j) {
             const float2 scale = *reinterpret_cast<const float2*>(scale_x + j * 8 + lane % 4 * 2);
-            sum.value[4 * j] += scale.x * low[u] * partial[u][4 * j];
-            sum.value[4 * j + 1] += scale.y * low[u] * partial[u][4 * j + 1];
-            sum.value[4 * j + 2] += scale.x * high[u] * partial[u][4 * j + 2];
-            sum.value[4 * j + 3] += scale.y * high[u] * partial[u][4 * j + 3];
+            sum.value[4 * j] += scale.x * low * partial[u][4 * j];
+            sum.value[4 * j + 1] += scale.y * low * partial[u][4 * j + 1];
+            sum.value[4 * j + 2] += scale.x * high * partial[u][4 * j + 2];
+            sum.value[4 * j + 3] += scale.y * high * partial[u][4 * j + 3];
         }
         if (lane == 0) barrier_arrive(stages.empty + 8 * stage[u]);
     }
@@ -149,13 +184,13 @@ struct Output {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, const u8* __restrict__ weight, const float* __restrict__ scale_a,
        const float* __restrict__ scale_b, void* __restrict__ out, const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 x_type, u32 x_vectorised,
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 x_type, u32 x_vectorised,
        u32 out_type, u32 bias_type, u32 out_paired) {
     extern __shared__ __align__(1024) u8 shared[];
-    // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales (FUSED: of the k range, else of the stages) | barriers
+    // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
     const bool k_halves = rows <= 64;  // the math warpgroups split k instead of rows
     const u32 slices = k_halves ? 4 : 8, sources = SPLIT * (k_halves ? 2 : 1);  // of 16 rows; of sums for each
     const u32 fragments = slices * kTokenGroups, exchange_bytes = ceil_div(fragments, u32(SPLIT)) * sources * kFragmentBytes;
@@ -164,9 +199,10 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
     u8* const resident = shared + num_stages * stage_bytes;
     u8* const exchange = resident + (FUSED ? blocks_most * kTokenBytes : 0);
     float* const scales = reinterpret_cast<float*>(exchange + exchange_bytes);
-    const u32 full = smem_address(scales + (FUSED ? blocks_most : num_stages) * TOKENS), empty = full + num_stages * 8;
+    float* const resident_scales = scales + num_stages * kStageScales;
+    const u32 full = smem_address(resident_scales + (FUSED ? blocks_most * TOKENS : 0)), empty = full + num_stages * 8;
     const u32 exchanged = empty + num_stages * 8;
-    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty};
+    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, scales};
 
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const u32 tiles = ceil_div(n, rows), first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
@@ -174,7 +210,7 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < num_stages; ++s) {
-            barrier_init(full + 8 * s, 1);
+            barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, k_halves ? kMathWarps / 2 : kMathWarps);
         }
         barrier_init(exchanged, 1);
@@ -185,46 +221,50 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
     if (SPLIT > 1) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
     launch_next_kernel();
 
-    if (warp == 0) {
-        if (elect_lane()) {
-            const u32 total = first_tile < tiles ? ((tiles - 1 - first_tile) / tile_step + 1) * blocks : 0;
-            const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
-            u32 row = first_tile * rows, block = 0;  // of the next weight tile
-            auto fetch_weight = [&](u32 s) {
-                const u32 bytes = min(rows, n_aligned - row) * kBlockK;
-                barrier_expect(full + 8 * s, bytes + (FUSED ? 0 : kTokenBytes + token_scale_bytes));
-                bulk_copy(stages.base + s * stage_bytes, weight + (static_cast<i64>(first_block + block) * n_aligned + row) * kBlockK, bytes,
-                          full + 8 * s);
-                if (++block == blocks) {
-                    block = 0;
+    if (warp < kProducers) {
+        const bool leader = elect_lane();
+        const u32 total = first_tile < tiles ? ((tiles - 1 - first_tile) / tile_step + 1) * blocks : 0;
+        const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
+        u32 row = first_tile * rows, block = first_block;  // of the next item
+        Ring ring;
+        auto produce = [&](u32 first, u32 last) {
+            for (u32 item = first; item < last; ++item, ring.advance(num_stages)) {
+                const u32 s = ring.stage, bar = full + 8 * s;
+                barrier_wait(empty + 8 * s, ring.parity ^ 1);
+                if (warp == 0) {
+                    const u32 bytes = min(rows, n_aligned - row) * kBlockK;
+                    barrier_expect(bar, bytes);
+                    bulk_copy(stages.base + s * stage_bytes, weight + (static_cast<i64>(block) * n_aligned + row) * kBlockK, bytes, bar);
+                } else if (warp == 1) {
+                    barrier_expect(bar, kScaleFloats * 4);
+                    bulk_copy(smem_address(scales + (s + 1) * kStageScales - kScaleFloats),
+                              scale_b + static_cast<i64>(block) * scale_b_stride + (row / 128 & ~3u), kScaleFloats * 4, bar);
+                } else if (warp == 2) {
+                    barrier_expect(bar, kTokenBytes);
+                    tensor_copy(stages.base + s * stage_bytes + weight_bytes, &map_x, 0, 0, block, bar);
+                } else {
+                    barrier_expect(bar, token_scale_bytes);
+                    bulk_copy(smem_address(scales + s * kStageScales), scale_a + static_cast<i64>(block) * m_aligned, token_scale_bytes, bar);
+                }
+                if (++block == first_block + blocks) {
+                    block = first_block;
                     row += tile_step * rows;
                 }
-            };
-            u32 token_block = 0;
-            auto fetch_tokens = [&](u32 s) {
-                const u32 source = first_block + token_block;
-                tensor_copy(stages.base + s * stage_bytes + weight_bytes, &map_x, 0, 0, source, full + 8 * s);
-                bulk_copy(smem_address(scales + s * TOKENS), scale_a + static_cast<i64>(source) * m_aligned, token_scale_bytes, full + 8 * s);
-                if (++token_block == blocks) token_block = 0;
-            };
-            const u32 ahead = min(total, num_stages);
-            for (u32 s = 0; s < ahead; ++s) fetch_weight(s);
-            if (!FUSED) {
-                wait_for_previous_kernel();
-                for (u32 s = 0; s < ahead; ++s) fetch_tokens(s);
             }
-            Ring ring;
-            for (u32 item = ahead; item < total; ++item, ring.advance(num_stages)) {
-                barrier_wait(empty + 8 * ring.stage, ring.parity);
-                fetch_weight(ring.stage);
-                if (!FUSED) fetch_tokens(ring.stage);
-            }
-        }
+        };
+        // Before the previous kernel has ended: some weights, their scales as far as the stages reach, nothing of the tokens.
+        const u32 early = min(total, warp == 0 ? prefetch : warp == 1 ? num_stages : 0);
+        if (leader) produce(0, early);
+        __syncwarp();
+        wait_for_previous_kernel();
+        if (FUSED && warp == 0) named_barrier(3, kRequested);
+        if (leader) produce(early, total);
         __syncwarp();
     } else {
         wait_for_previous_kernel();
 #if FUSED
-        quantise_tokens(x, x_stride, x_type, x_vectorised, m, k, first_block, blocks, resident, scales, threadIdx.x - 32);
+        const TokenSource source{x, x_stride, x_type, x_vectorised, m, k, first_block, blocks};
+        quantise_tokens(source, resident, resident_scales, threadIdx.x - 32 * kProducers);
         fence_async_shared();
         named_barrier(1, kQuantisers);
 #endif
@@ -234,14 +274,12 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
         const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
         const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
         const u32 source = k_halves ? rank * 2 + warpgroup : rank;
-        const u32 n_blocks = ceil_div(n, 128u);
-        const Tokens tokens{smem_address(resident), scales};
+        const Resident resident_tokens{smem_address(resident), resident_scales};
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_paired};
         Ring ring;
         for (u32 t = first_tile; t < tiles; t += tile_step) {
-            const u32 row_low = t * rows + slice * 16 + lane / 4;
-            const float* scale_low = scale_b + static_cast<i64>(min(row_low / 128, n_blocks - 1)) * scale_b_stride + first_block;
-            const float* scale_high = scale_b + static_cast<i64>(min((row_low + 8) / 128, n_blocks - 1)) * scale_b_stride + first_block;
+            const u32 row_low = t * rows + slice * 16 + lane / 4, first_scale = t * rows / 128 & ~3u;
+            const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
             Sums sum;
 #pragma unroll
             for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
@@ -250,10 +288,10 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                 if (k_halves && block / kUnroll % 2 != warpgroup) {
                     ring.advance(num_stages, count);
                 } else if (count == kUnroll) {
-                    multiply_blocks<kUnroll>(sum, ring, block, stages, tokens, first_row, scale_low, scale_high, lane);
+                    multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 } else {
                     for (u32 u = 0; u < count; ++u)
-                        multiply_blocks<1>(sum, ring, block + u, stages, tokens, first_row, scale_low, scale_high, lane);
+                        multiply_blocks<1>(sum, ring, block + u, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 }
             }
 

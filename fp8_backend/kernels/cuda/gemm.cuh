@@ -4,9 +4,13 @@
 //   warpgroup 0      producer. Lane 0 of warp 0 fetches, per stage, the tiles of a and b by tensor copies and the scales of a by a bulk
 //                    copy; the other warps idle (a warpgroup is the unit that can give registers away).
 //   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64, each SPLITS pieces of MMA_N columns.
-// Barriers per stage: full (1 arrival + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
+// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
 // this CTA's producer writes). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
-// because the FP8 accumulator keeps fewer bits than fp32. While one warpgroup promotes, the other's wgmma runs.
+// because the FP8 accumulator keeps fewer bits than fp32.
+//
+// The math warpgroups take turns to issue wgmma (named barriers 1..W: own threads wait, the predecessor's arrive), so that one promotes
+// while another's wgmma runs. Left alone they fall into step, and the tensor core idles while both promote: 1400 clocks a k-block of
+// 256 x 128 where 1024 is the limit.
 //
 // Clusters: CLUSTER_M CTAs with the same columns fetch one slice of b each and multicast it; CLUSTER_N CTAs with the same rows
 // do so with a. Both operands come through 3D maps {128 bytes of k, rows, k-blocks}, so that row-major tensors (swizzled by the copy) and packed ones
@@ -20,6 +24,8 @@ constexpr u32 kSlices = kWaves * kSplits;
 constexpr u32 kCluster = CLUSTER_M * CLUSTER_N;
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
+constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
+constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % kMmaN == 0, "tiles are whole wgmma slices");
@@ -55,6 +61,9 @@ DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
         }
     }
 }
+
+// Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
+DEVICE u32 first_scale_of(const Tile& tile, u32 scale_b_stride) { return min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
 struct Output {
     void* data;
@@ -108,14 +117,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 scales = tiles + NUM_STAGES * kStageBytes;
-    const u32 full = scales + NUM_STAGES * BLOCK_M * 4, empty = full + NUM_STAGES * 8;
+    const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
     const u32 warpgroup = threadIdx.x / 128, rank = kCluster > 1 ? cluster_rank() : 0;
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
         prefetch_map(&map_b);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
-            barrier_init(full + 8 * s, 1);
+            barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
         }
         barrier_init_fence();
@@ -134,27 +143,38 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
     if (warpgroup == 0) {
         if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
-        if (threadIdx.x < 32 && elect_lane()) {
+        const u32 producer = threadIdx.x / 32;
+        if (producer < kProducers && elect_lane()) {
             wait_for_previous_kernel();
             const u32 rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
             u16 ranks_a = 0, ranks_b = 0;
             for (u32 i = 0; i < CLUSTER_N; ++i) ranks_a |= 1 << (rank_m + CLUSTER_M * i);
             for (u32 i = 0; i < CLUSTER_M; ++i) ranks_b |= 1 << (i + CLUSTER_M * rank_n);
-            constexpr u32 kRowsA = BLOCK_M / CLUSTER_N, kRowsB = BLOCK_N / CLUSTER_M;
+            const u32 offset_a = rank_n * (BLOCK_M / CLUSTER_N), offset_b = rank_m * (BLOCK_N / CLUSTER_M);
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
+                const float* tile_scale_a = scale_a + tile.m;
+                const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
-                    const u32 s = ring.stage, bar = full + 8 * s, a = tiles + s * kStageBytes, b = a + kBytesA;
+                    const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
-                    barrier_expect(bar, kStageBytes + scale_rows * 4);
-                    const u32 offset_a = rank_n * kRowsA, offset_b = rank_m * kRowsB;
-                    if (CLUSTER_N > 1) tensor_copy_multicast(a + offset_a * kBlockK, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
-                    else tensor_copy(a, &map_a, 0, tile.m, kb, bar);
-                    if (CLUSTER_M > 1) tensor_copy_multicast(b + offset_b * kBlockK, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
-                    else tensor_copy(b, &map_b, 0, tile.n, kb, bar);
-                    if (scale_rows)
-                        bulk_copy(scales + s * BLOCK_M * 4, scale_a + static_cast<i64>(kb) * m_aligned + tile.m, scale_rows * 4, bar);
+                    if (producer == 0) {
+                        const u32 target = tiles + s * kStageBytes + offset_a * kBlockK;
+                        barrier_expect(bar, kBytesA);
+                        if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
+                        else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
+                    } else if (producer == 1) {
+                        const u32 target = tiles + s * kStageBytes + kBytesA + offset_b * kBlockK;
+                        barrier_expect(bar, kBytesB);
+                        if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
+                        else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
+                    } else {
+                        const u32 target = scales + s * kStageScaleBytes;
+                        barrier_expect(bar, (scale_rows + kScaleFloats) * 4);
+                        if (scale_rows) bulk_copy(target, tile_scale_a + static_cast<i64>(kb) * m_aligned, scale_rows * 4, bar);
+                        bulk_copy(target + BLOCK_M * 4, tile_scale_b + static_cast<i64>(kb) * scale_b_stride, kScaleFloats * 4, bar);
+                    }
                 }
             }
         }
@@ -164,31 +184,26 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
         const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, vectorised};
-        const u32 n_blocks = ceil_div(n, 128u);
+        // Waits for this warpgroup's turn to issue wgmma, and hands the turn on.
+        auto take_turn = [&] {
+            if (MATH_WARPGROUPS > 1) named_barrier(warpgroup, 256);
+        };
+        auto pass_turn = [&] {
+            if (MATH_WARPGROUPS > 1) named_barrier_arrive(warpgroup % MATH_WARPGROUPS + 1, 256);
+        };
+        if (warpgroup == MATH_WARPGROUPS) pass_turn();
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
+            const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
             float sum[kSlices][kMmaN / 2];
 #pragma unroll
             for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
                 for (u32 i = 0; i < kMmaN / 2; ++i) sum[slice][i] = 0.f;
-            const float* scale_rows_b[kSplits];
-            float next_scale_b[kSplits];
-#pragma unroll
-            for (u32 i = 0; i < kSplits; ++i) {
-                scale_rows_b[i] = scale_b + static_cast<i64>(min((tile.n + i * kMmaN) / 128, n_blocks - 1)) * scale_b_stride;
-                next_scale_b[i] = k_blocks ? __ldg(scale_rows_b[i]) : 0.f;
-            }
-
             for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                 const u32 s = ring.stage, a = tiles + s * kStageBytes, b = a + kBytesA;
-                float block_scale_b[kSplits];
-#pragma unroll
-                for (u32 i = 0; i < kSplits; ++i) {
-                    block_scale_b[i] = next_scale_b[i];
-                    next_scale_b[i] = __ldg(scale_rows_b[i] + min(kb + 1, k_blocks - 1));  // a block ahead: its latency is hidden
-                }
+                const float* stage_scales = reinterpret_cast<const float*>(shared + NUM_STAGES * kStageBytes + s * kStageScaleBytes);
                 barrier_wait(full + 8 * s, ring.parity);
 #pragma unroll
                 for (u32 slice = 0; slice < kSlices; ++slice) {
@@ -197,15 +212,17 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     const u64 descriptor_a = matrix_descriptor(a + row * kBlockK);
                     const u64 descriptor_b = matrix_descriptor(b + split * kMmaN * kBlockK);
                     float partial[kMmaN / 2];
+                    take_turn();
                     fence_registers(partial);
                     wgmma_fence();
 #pragma unroll
                     for (u32 i = 0; i < kBlockK / 32; ++i)
                         Wgmma<kMmaN>::multiply(partial, descriptor_a + 2 * i, descriptor_b + 2 * i, i > 0);
                     wgmma_commit();
-                    const float* stage_scales = reinterpret_cast<const float*>(shared + NUM_STAGES * kStageBytes) + s * BLOCK_M;
-                    const float low = stage_scales[row + warp * 16 + lane / 4] * block_scale_b[split];
-                    const float high = stage_scales[row + warp * 16 + lane / 4 + 8] * block_scale_b[split];
+                    pass_turn();
+                    const float block_scale_b = stage_scales[BLOCK_M + tile_scale_b + split];
+                    const float low = stage_scales[row + warp * 16 + lane / 4] * block_scale_b;
+                    const float high = stage_scales[row + warp * 16 + lane / 4 + 8] * block_scale_b;
                     wgmma_wait<0>();
                     fence_registers(partial);
                     if (slice == kSlices - 1) {  // nothing reads this stage any more
@@ -219,6 +236,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     }
 #pragma unroll
                     for (u32 i = 0; i < kMmaN / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+                    fence_registers(sum[slice]);  // promote before the next turn is taken, not while it is held
                 }
             }
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
@@ -229,6 +247,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             }
         }
     }
+    if (MATH_WARPGROUPS > 1 && warpgroup == 1) named_barrier(1, 256);  // the last turn that was passed
     if (kCluster > 1) {  // a peer may still arrive at this CTA's barriers
         __syncwarp();
         cluster_arrive();

@@ -39,14 +39,11 @@ struct Group {
         }
     }
 
-    // Largest magnitude of the group; every lane of the warp must call it. NaN does not count: its code shows it.
-    DEVICE float amax() const {
+    // Largest magnitude among this lane's elements. NaN does not count: its code shows it.
+    DEVICE float lane_amax() const {
         float largest = kMinAmax;
 #pragma unroll
         for (u32 i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(value[i]));
-#pragma unroll
-        for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
         return largest;
     }
 
@@ -61,5 +58,14 @@ struct Group {
         return make_uint2(packed[0], packed[1]);
     }
 };
+
+// Largest magnitude of each of kCount groups, from those of the lanes; every lane of the warp must call it. The groups' chains of shuffles
+// run side by side.
+template <u32 kCount> DEVICE void reduce_amax(float (&largest)[kCount]) {
+#pragma unroll
+    for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+        for (u32 i = 0; i < kCount; ++i) largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
+}
 
 DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }

@@ -16,7 +16,7 @@ struct __align__(64) TensorMap {
 };
 
 constexpr u32 kBlockK = 128;           // one scale block of k: 128 codes, 128 bytes, one row of the 128-byte swizzle
-constexpr u32 kSwizzlePeriod = 1024;   // 8 rows of 128 bytes; tiles start at multiples of it
+constexpr u32 kScaleFloats = 8;        // weight scales fetched a stage: two aligned runs of 4, so that any 5 neighbours are among them
 
 template <class T>
 DEVICE T ceil_div(T a, T b) { return (a + b - 1) / b; }
@@ -51,6 +51,7 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Ordinary writes to shared memory become visible to wgmma and to bulk copies.
 DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

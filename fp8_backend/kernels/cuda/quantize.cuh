@@ -28,8 +28,9 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
         raw.load(x, offset, valid, vectorised);
         group.expand(raw, type);
     }
-    const float largest = group.amax();
+    float largest[1] = {group.lane_amax()};
+    reduce_amax(largest);
     if (!inside) return;
-    *reinterpret_cast<uint2*>(codes + static_cast<i64>(row) * k_blocks * kBlockK + column) = group.codes(largest);
-    if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest);
+    *reinterpret_cast<uint2*>(codes + static_cast<i64>(row) * k_blocks * kBlockK + column) = group.codes(largest[0]);
+    if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[0]);
 }
