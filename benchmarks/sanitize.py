@@ -75,12 +75,7 @@ def launch_gemm(config: GemmConfig, packed: bool) -> None:
     n, k = config.block_n * config.cluster_n + (8 if packed else 7), 384
     x, weight, out, truth = operands(m, n, k)
     if not packed:
-        weight = gemm.Weight(
-            layout.unpack_weight(weight.codes.cpu(), n, k).cuda(),
-            layout.unpack_scale(weight.scale.cpu(), k).cuda(),
-            n,
-            k,
-        )
+        weight = gemm.Weight(layout.unpack_weight(weight.codes.cpu(), n, k).cuda(), weight.scale, n, k)
     codes, scale = per_token_group_quant(x.cuda())
     for _, choice in heuristics.gemm_choices(GemmProblem(m, n, k)):
         if choice.config == config:
