@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test lint test-compat clean
+.PHONY: help install demo test lint test-compat evidence clean
 
 help:
 	@echo "make demo         serve a generated FP8 checkpoint with vLLM and compare it with its bf16 twin"
 	@echo "make test         lint and the whole test suite; with a Hopper GPU also the tests that need one"
 	@echo "make lint         ruff check and format check"
 	@echo "make test-compat  load the plugin into every supported vLLM release (downloads them)"
+	@echo "make evidence     on a Hopper GPU: correctness and serving results into benchmarks/results/h200"
 	@echo "make clean        delete what the commands above wrote, except .venv"
 
 install:
@@ -26,6 +27,10 @@ lint: install
 
 test-compat: install
 	$(BIN)/python tests/compat_probe.py
+
+evidence: install
+	$(BIN)/python -m benchmarks.correctness
+	$(BIN)/python -m benchmarks.serve
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache .hypothesis build *.egg-info

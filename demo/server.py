@@ -42,11 +42,19 @@ class Server:
         DemoError: on entering, where the server dies or does not answer in time; quotes the end of its log.
     """
 
-    def __init__(self, model: Path, log: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
         self.model = model
         self.log = log
         self.arguments = arguments
         self.environment = environment
+        self.start_timeout_s = start_timeout_s
         self.started_s = 0.0
 
     def __enter__(self) -> Server:
@@ -77,7 +85,7 @@ class Server:
 
     def _wait_until_healthy(self) -> None:
         begin = time.monotonic()
-        while time.monotonic() < begin + START_TIMEOUT_S:
+        while time.monotonic() < begin + self.start_timeout_s:
             try:
                 self.process.wait(timeout=0.2)  # the pause between two looks, cut short by the server's death
             except subprocess.TimeoutExpired:
@@ -90,7 +98,7 @@ class Server:
                 continue
             self.started_s = time.monotonic() - begin
             return
-        raise DemoError(f"the server did not answer within {START_TIMEOUT_S} s; {self.end_of_log()}")
+        raise DemoError(f"the server did not answer within {self.start_timeout_s:.0f} s; {self.end_of_log()}")
 
     def end_of_log(self, lines: int = 25) -> str:
         """Return the last lines of the server's log, with the log's name."""
@@ -108,16 +116,21 @@ class Server:
             "logprobs": 5,
             "return_tokens_as_token_ids": True,
         }
-        choice = self._post("/v1/completions", body)["choices"][0]
+        choice = self.post("/v1/completions", body)["choices"][0]
         logprobs = choice["logprobs"]
         return Completion(choice["text"], logprobs["tokens"], logprobs["top_logprobs"])
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 300) -> dict[str, Any]:
+        """Send one request and return its answer.
+
+        Raises:
+            DemoError: the server refuses it, dies or takes longer than `timeout_s` without sending a byte.
+        """
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with _opener.open(request, timeout=300) as response:
+            with _opener.open(request, timeout=timeout_s) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             raise DemoError(f"{path} answered {error.code}: {error.read()[:500].decode(errors='replace')}") from None

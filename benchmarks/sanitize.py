@@ -1,0 +1,158 @@
+"""compute-sanitizer over every kernel configuration on small odd shapes; a part of `python -m benchmarks.correctness`.
+
+    python -m benchmarks.sanitize OUT.json
+
+Only our kernels run on the GPU: operands are made and results compared on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.child import run_child, stop_children_on_signals
+from benchmarks.environment import write_json
+from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmConfig, GemmProblem
+from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.kernels.reference import ceil_div
+
+FINDINGS = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards?"),
+}
+LAUNCHED = re.compile(r"^ *\d+\.\d s ", re.MULTILINE)
+FINDING = re.compile(r"^========= +(?!COMPUTE-SANITIZER)(\S.*)", re.MULTILINE)
+STATUS_OF_FINDINGS = 86
+TARGET = [sys.executable, "-m", "benchmarks.sanitize", "--target"]
+SLACK_S = 30  # to start, to end the launch under way, and to print the summary
+# One allocation a tensor, so that memcheck knows where each ends.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+LIMIT = 0.01  # as tests/test_gemm_gpu.py has it
+
+
+def launches() -> Iterator[str]:
+    """Launch each kernel configuration once; yield what was launched, its result compared with the reference."""
+    for m, k, dtype in ((5, 300, torch.bfloat16), (9, 1029, torch.float16), (3, 7, torch.float32)):
+        x = torch.randn(m, k).to(dtype)
+        for found, expected in zip(per_token_group_quant(x.cuda()), reference.per_token_group_quant(x), strict=True):
+            assert torch.equal(found.cpu().float(), expected.float()), f"quantise {m} x {k} {dtype}"
+        yield f"quantise {m} x {k} {dtype}"
+    # In turns, so that a run cut short has seen both kernels.
+    for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, heuristics.DECODE_CONFIGS):
+        if gemm_config is not None:
+            for packed in (True, False):
+                launch_gemm(gemm_config, packed)
+                yield f"{gemm_config}, {'packed' if packed else 'plain'} weight"
+        if decode_config is not None:
+            launch_decode(decode_config)
+            yield str(decode_config)
+
+
+def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:
+    """Return x on the CPU, the packed weight on the GPU, an output there full of NaN, and the truth on the CPU."""
+    x = torch.randn(m, k).to(torch.bfloat16)
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(n, 128), ceil_div(k, 128)) * 1e-3 + 1e-4
+    truth = reference.fp8_gemm_nt(*reference.per_token_group_quant(x), codes, scale)
+    weight = gemm.Weight(layout.pack_weight(codes).cuda(), layout.pack_scale(scale, n, k).cuda(), n, k)
+    return x, weight, torch.full((m, n), float("nan"), dtype=torch.bfloat16).cuda(), truth
+
+
+def launch_gemm(config: GemmConfig, packed: bool) -> None:
+    """Launch one configuration on partial tiles, two clusters of them each way."""
+    m = config.block_m * config.cluster_m + 3
+    # An n that allows stores of 16 bytes, and one that does not.
+    n, k = config.block_n * config.cluster_n + (8 if packed else 7), 384
+    x, weight, out, truth = operands(m, n, k)
+    if not packed:
+        weight = gemm.Weight(layout.unpack_weight(weight.codes.cpu(), n, k).cuda(), weight.scale, n, k)
+    codes, scale = per_token_group_quant(x.cuda())
+    for _, choice in heuristics.gemm_choices(GemmProblem(m, n, k)):
+        if choice.config == config:
+            gemm.launch_gemm(choice, codes, scale, weight, out, None)
+    assert reference.relative_error(out.cpu(), truth) < LIMIT, config
+
+
+def launch_decode(config: DecodeConfig) -> None:
+    """Launch one configuration with an odd number of tokens and of rows, on more tiles than clusters or CTAs."""
+    m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
+    x, weight, out, truth = operands(m, n, k)
+    tiles = ceil_div(n, rows)
+    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), MAX_SHARED_BYTES)
+    choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 2) if config.split == 1 else tiles * config.split)
+    if config.fused:
+        gemm.launch_decode(choice, x.cuda(), None, weight, out, None)
+    else:
+        gemm.launch_decode(choice, *per_token_group_quant(x.cuda()), weight, out, None)
+    assert reference.relative_error(out.cpu(), truth) < LIMIT, config
+
+
+def target(seconds: float) -> None:
+    """Be the program that compute-sanitizer watches; end after `seconds`, for its summary to be printed."""
+    torch.manual_seed(0)
+    start = time.monotonic()
+    for name in launches():
+        print(f"{time.monotonic() - start:6.1f} s {name}", flush=True)
+        if time.monotonic() - start > seconds:
+            print("stopped: the time is used up")
+            return
+    print("every configuration was launched")
+
+
+def sanitize(tool: str, log: Path, seconds: float) -> dict[str, Any]:
+    """Run the launches under one tool; return what it found, or why it found nothing out."""
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        return {"failure": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin", "clean": False}
+    command = [program, "--tool", tool, "--error-exitcode", str(STATUS_OF_FINDINGS), "--print-limit", "20"]
+    start = time.monotonic()
+    failure = run_child([*command, *TARGET, "--seconds", str(seconds)], log, seconds + SLACK_S, ENVIRONMENT)
+    text = log.read_text(errors="replace")
+    summary = FINDINGS[tool].search(text)
+    result: dict[str, Any] = {
+        "errors": int(summary[1]) if summary else None,
+        "seconds": round(time.monotonic() - start, 1),
+        "launches": len(LAUNCHED.findall(text)),
+        "every_configuration": "every configuration was launched" in text,
+        "clean": failure is None and summary is not None and summary[1] == "0",
+    }
+    return result if result["clean"] else {**result, "failure": failure, "findings": FINDING.findall(text)[:20]}
+
+
+def main() -> None:
+    """Run the launches alone, which compiles every kernel, then under each tool; write after each one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
+    parser.add_argument("--seconds", type=float, default=40, help="of launches under each tool")
+    arguments = parser.parse_args()
+    if arguments.target:
+        return target(arguments.seconds)
+    if arguments.out is None:
+        parser.error("name the file to write")
+    stop_children_on_signals()
+    found: dict[str, Any] = {}
+    log = arguments.out.with_suffix(".log")
+    if (failure := run_child(TARGET, log, arguments.seconds + SLACK_S, ENVIRONMENT)) is not None:
+        write_json(arguments.out, {"without a tool": {"failure": failure, "clean": False}})
+        sys.exit(f"the launches fail without any tool: {failure}")
+    for tool in FINDINGS:
+        found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.seconds)
+        print(f"{tool}: {found[tool]}"[:500], flush=True)
+        write_json(arguments.out, found)
+    if not all(result.get("clean") for result in found.values()):
+        sys.exit("compute-sanitizer: not clean")
+
+
+if __name__ == "__main__":
+    main()

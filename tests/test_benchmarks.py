@@ -1,0 +1,88 @@
+"""The measuring commands as far as a CPU goes: crashed and hung parts, the verdict, and a small run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import correctness
+from benchmarks.child import run_child
+from benchmarks.environment import write_json
+from benchmarks.operands import row
+from benchmarks.serve import mean_kl, selection_lines
+
+
+def test_a_hung_child_is_killed_with_its_own_children(tmp_path: Path) -> None:
+    output = tmp_path / "log"
+    program = "import subprocess; subprocess.run(['sh', '-c', 'echo $$; exec sleep 600'])"
+    failure = run_child([sys.executable, "-c", program], output, 3)
+    assert failure is not None and failure.startswith("not finished after 3 s")
+    grandchild = Path("/proc", output.read_text().strip())
+    # Killed; whether init has collected it by now is not ours to say.
+    assert not grandchild.exists() or "Z" in (grandchild / "stat").read_text().split()[2]
+
+
+def test_a_failed_child_is_quoted(tmp_path: Path) -> None:
+    failure = run_child([sys.executable, "-c", "raise SystemExit('the reason')"], tmp_path / "log", 30)
+    assert failure == "status 1; its log ends: the reason"
+
+
+@pytest.mark.parametrize("rest", [{}, {"env": {"seed": 1}, "failures": []}])
+def test_result_files_are_json(rest: dict, tmp_path: Path) -> None:
+    for rows in ([], [{"m": 1}, {"m": 2}]):
+        write_json(tmp_path / "new" / "result.json", {**rest, "rows": rows})
+        assert json.loads((tmp_path / "new" / "result.json").read_text()) == {**rest, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("rel_err", "deepgemm", "good"),
+    [(0.0018, 0.0017, True), (0.0019, 0.0017, False), (0.0019, None, True), (float("nan"), 0.0017, False)],
+)
+def test_verdict(rel_err: float, deepgemm: float | None, good: bool) -> None:
+    found = row("linear", 1, 2, 3, rel_err, deepgemm)
+    result = {"env": {"failures": [], "failed_parts": {}}, "rows": [found], "sanitizer": {"memcheck": {"clean": True}}}
+    assert found["verified"] is good
+    assert len(correctness.problems_of(result)) == (0 if good else 1)
+    result["sanitizer"]["memcheck"]["clean"] = False
+    result["env"]["failed_parts"]["edge_cases"] = "status 1"
+    assert len(correctness.problems_of(result)) == (2 if good else 3)
+
+
+def test_small_run(tmp_path: Path) -> None:
+    out = tmp_path / "correctness.json"
+    command = [sys.executable, "-m", "benchmarks.correctness", "--small", "--out", str(out)]
+    subprocess.run([*command, "--parts", "gemm_errors,edge_cases"], check=True, timeout=300)
+    result = json.loads(out.read_text())
+    assert {found["m"] for found in result["rows"]} >= {0, 1, 17}
+    assert all(found["verified"] for found in result["rows"])
+    assert result["env"]["failures"] == [] and result["env"]["failed_parts"] == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows a part that fails for want of a GPU")
+def test_a_failed_part_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "correctness.json"
+    command = [sys.executable, "-m", "benchmarks.correctness", "--small", "--out", str(out), "--parts", "sanitize"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    result = json.loads(out.read_text())
+    assert result["env"]["failed_parts"].keys() == {"sanitize"}
+    assert "CUDA" in result["sanitizer"]["without a tool"]["failure"]
+
+
+def test_mean_kl() -> None:
+    halves, quarters = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.25, 0.75]]).double().log()
+    assert mean_kl(halves, halves) == 0
+    assert mean_kl(halves, quarters) == pytest.approx(0.5 * log(4 / 3))
+
+
+def test_selection_lines_lose_time_and_process() -> None:
+    line = "INFO 11-22 14:00:00 [__init__.py:7] Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"
+    assert selection_lines(f"(EngineCore pid=1) {line}\n{line}\nINFO [x.py:1] other\n") == [
+        "Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"
+    ]
