@@ -41,6 +41,8 @@ SERVE = ["--max-model-len", "512", "--max-num-seqs", "4", "--max-logprobs", "-1"
 ON_GPU = [
     "--gpu-memory-utilization",
     "0.3",
+    "--kv-cache-memory-bytes",  # given, not profiled: other processes of this evidence may use the GPU meanwhile
+    str(2 << 30),
     "--compilation-config",
     json.dumps({"cudagraph_capture_sizes": [1, 4, 64]}),
 ]

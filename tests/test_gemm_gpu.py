@@ -93,7 +93,7 @@ def test_every_gemm_config(config, packed, out_dtype):
 
 
 @pytest.mark.parametrize("config", heuristics.DECODE_CONFIGS, ids=str)
-@pytest.mark.parametrize("rows", [40, 72, 128])
+@pytest.mark.parametrize("rows", [8, 40, 72, 128])
 def test_every_decode_config(config, rows):
     m, n, k = config.tokens - 1, 712, 2176
     codes, scale = make_weight(n, k)

@@ -87,7 +87,7 @@ _GROUP_NS = 230  # a half-warp quantises one group more than the four whose late
 _HALF_WARPS = 20  # that quantise
 # One k-block of a tile, with all SMs at work; the epilogue of a tile.
 _GEMM_NS = {
-    (64, 64, 1): (250, 400),
+    (64, 64, 1): (300, 400),
     (64, 128, 1): (340, 500),
     (128, 64, 1): (300, 400),
     (128, 128, 1): (480, 700),
@@ -146,6 +146,8 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
         clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
         block_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
         block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
+        # With few rows of tiles the weights come from memory, not from L2.
+        block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m)
         waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
         cost = _LAUNCH_NS + waves * (problem.k_blocks * block_ns + epilogue_ns)
         yield cost, GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster)
