@@ -93,7 +93,11 @@ class Arm:
 
 def selection_lines(log: str) -> list[str]:
     """Return the different lines of a server's log on kernels, compilation and graphs, without time and process."""
-    lines = [line.rpartition("] ")[2].strip()[:300] for line in log.splitlines() if SELECTION.search(line)]
+    lines = [
+        line.rpartition("] ")[2].strip()[:300]
+        for line in log.splitlines()
+        if SELECTION.search(line) and "%|" not in line  # no progress bars
+    ]
     return list(dict.fromkeys(lines))[:30]
 
 

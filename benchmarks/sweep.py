@@ -1,4 +1,7 @@
-"""Time every configuration on a grid of shapes, to choose the heuristics by: python -m benchmarks.sweep OUT.json [--m 1,16] [--shapes 512x7168,...]."""
+"""Time every configuration on a grid of shapes, to fit the cost model of heuristics.py by.
+
+python -m benchmarks.sweep OUT.json [--m 1,16] [--shapes 512x7168,...]
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 
-SHAPES = "512x7168,7168x256,3072x1536,2112x7168,7168x2048,4096x4096,6144x4096,4096x7168,24576x1536,4096x12288,24576x4096,7168x16384,10240x5120"
+SHAPES = (
+    "512x7168,7168x256,3072x1536,2112x7168,7168x2048,4096x4096,6144x4096,4096x7168,"
+    "24576x1536,4096x12288,24576x4096,7168x16384,10240x5120"
+)
 
 
 def weights_of(n: int, k: int) -> list[gemm.Weight]:
@@ -63,9 +69,7 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes.split(","):
         n, k = map(int, shape.split("x"))
-        begun = time.time()
         weights = weights_of(n, k)
-        print(f"{shape}: {len(weights)} copies in {time.time() - begun:.1f} s", flush=True)
         for m in map(int, arguments.m.split(",")):
             start, problem = time.time(), GemmProblem(m, n, k)
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -89,7 +93,8 @@ def main() -> None:
             worst = max(error for *_, error in found)
             tflops = 2 * m * n * k / found[0][0] / 1e6
             print(
-                f"{m:5d} {n:6d} {k:6d} best {found[0][0]:8.2f} us {tflops:7.1f} TF chosen {mine} err {worst:.5f} {time.time() - start:.1f}s {found[0][1]}",
+                f"{m:5d} {n:6d} {k:6d} best {found[0][0]:8.2f} us {tflops:7.1f} TFLOPS, chosen {mine}, "
+                f"error {worst:.5f}, {time.time() - start:.1f} s: {found[0][1]}",
                 flush=True,
             )
         arguments.out.write_text(json.dumps(rows))

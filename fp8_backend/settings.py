@@ -21,11 +21,11 @@ class Settings(BaseModel):
 
     strict: bool = Field(
         default=False,
-        description="1: refuse to start where a layer or GPU cannot use this package's kernels, instead of falling back.",
+        description="1: refuse to start where a layer or GPU cannot use our kernels; 0: fall back and say so.",
     )
     kernels: Literal["auto", "reference"] = Field(
         default="auto",
-        description="auto: CUDA kernels on a Hopper GPU, the torch reference on the CPU. reference: the torch reference everywhere.",
+        description="auto: CUDA kernels on a Hopper GPU, the torch reference on the CPU; reference: always that.",
     )
     cache_dir: Path | None = Field(
         default=None,
@@ -57,7 +57,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings in force.
 
     Raises:
-        SettingsError: an `FP8_BACKEND_*` variable that does not exist, or a value it cannot take; names both and what is allowed.
+        SettingsError: an `FP8_BACKEND_*` variable does not exist or cannot take its value; names both and the choice.
     """
     given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     known = {PREFIX + field.upper(): field for field in Settings.model_fields}

@@ -12,9 +12,8 @@ from fp8_backend.kernels.reference import ceil_div
 
 pytestmark = pytest.mark.gpu
 
-# bf16 rounding gives about 0.0017 and the tensor core's own FP8 accumulation, which keeps 14 bits, up to 0.005 on single rows
-# (measured); a wrong scale or a lost block gives far more.
-BF16_ERROR = 0.01
+# bf16 rounding gives about 0.0017 (measured: at most 0.002); a wrong scale or a lost block gives far more.
+BF16_ERROR = 0.004
 
 
 def make_weight(n, k, seed=0):

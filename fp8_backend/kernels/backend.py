@@ -8,7 +8,6 @@ import torch
 
 from fp8_backend import settings
 from fp8_backend.errors import UnsupportedError
-from fp8_backend.kernels.problem import Machine
 
 CAPABILITY = (9, 0)  # Hopper: the kernels use wgmma and are compiled for sm_90a alone
 
@@ -37,17 +36,6 @@ def runs_cuda_kernels(device: torch.device) -> bool:
     return True
 
 
-@cache
-def machine(index: int) -> Machine:
-    """Return what CUDA device `index` can run at once."""
-    return Machine(torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 def is_current(device: torch.device) -> bool:
     """Return whether a CUDA device is the one that launches go to."""
     return device.index == torch._C._cuda_getDevice()
-
-
-def current_stream(device: torch.device) -> int:
-    """Return the raw handle of torch's current stream on a CUDA device, without building a torch.cuda.Stream."""
-    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -9,9 +9,16 @@ import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import heuristics, launcher, layout, reference
-from fp8_backend.kernels.backend import current_stream, is_current, machine, runs_cuda_kernels
+from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
-from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig, GemmConfig, GemmProblem
+from fp8_backend.kernels.problem import (
+    DECODE_THREADS,
+    MAX_SHARED_BYTES,
+    DecodeConfig,
+    GemmConfig,
+    GemmProblem,
+    Machine,
+)
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of, vectorised
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
@@ -67,9 +74,19 @@ def _kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
     return launcher.load(config.spec(), _GEMM_LAYOUT if isinstance(config, GemmConfig) else _DECODE_LAYOUT)
 
 
+@cache
+def _machine(device: int) -> Machine:
+    """Return what the current device, of this index, can run at once."""
+    clusters = (
+        _kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
+        for split in (2, 4, 8)
+    )
+    return Machine(torch.cuda.get_device_properties(device).multi_processor_count, tuple(clusters))
+
+
 @lru_cache(maxsize=65536)
 def _choose(m: int, n: int, k: int, device: int) -> DecodeChoice | GemmChoice:
-    return heuristics.select(GemmProblem(m, n, k, machine(device)))
+    return heuristics.select(GemmProblem(m, n, k, _machine(device)))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -116,7 +133,7 @@ def launch_gemm(
         config.threads,
         config.shared_bytes,
         params,
-        current_stream(out.device),
+        launcher.current_stream(out.device.index),
         config.cluster,
         True,
     )
@@ -130,7 +147,7 @@ def launch_decode(
     out: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> None:
-    """Launch decode.cuh on x [m, k] (fused) or codes and MN-major scale_a; weight is packed; arguments are not checked."""
+    """Launch decode.cuh on x [m, k] (fused) or codes and MN-major scale_a, with a packed weight; nothing is checked."""
     config, m, k_blocks = choice.config, x.shape[0], ceil_div(weight.k, BLOCK)
     assert weight.packed and (config.split == 1 or choice.grid == ceil_div(weight.n, choice.rows) * config.split)
     paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and weight.n % 2 == 0
@@ -162,7 +179,13 @@ def launch_decode(
     )
     shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
     _kernel(config, out.device.index).launch(
-        (choice.grid, 1, 1), DECODE_THREADS, shared_bytes, params, current_stream(out.device), config.split, True
+        (choice.grid, 1, 1),
+        DECODE_THREADS,
+        shared_bytes,
+        params,
+        launcher.current_stream(out.device.index),
+        config.split,
+        True,
     )
 
 
@@ -171,11 +194,11 @@ def fp8_linear(
 ) -> torch.Tensor:
     """Quantise activations and multiply them by a packed FP8 weight: y = x @ weight^T + bias.
 
-    On a GPU the weight may be fetched before earlier kernels of the stream have ended: it must have been written by work that
-    is complete (`pack_weight` waits for its own).
+    On a GPU the weight may be fetched before earlier kernels of the stream have ended: it must have been written by
+    work that is complete (`pack_weight` waits for its own).
 
     Args:
-        x: [..., k] bfloat16, float16 or float32, quantised in groups of 128; or float8_e4m3fn, taken as codes of scale 1.
+        x: [..., k] bfloat16, float16 or float32, quantised in groups of 128; or float8_e4m3fn, codes of scale 1.
         weight: [ceil(k / 128), align(n, 8), 128] float8_e4m3fn, from `pack_weight`.
         scale: [ceil(k / 128), align(ceil(n / 128), 4) + 4] float32, from `pack_scale`.
         n: rows of the unpacked weight.
@@ -244,15 +267,15 @@ def fp8_gemm_nt(
     """Multiply block-scaled FP8 matrices: out = a @ b^T + bias.
 
     Args:
-        a: codes [m, k] float8_e4m3fn with contiguous columns, and scale [m, ceil(k / 128)] float32 (any strides; MN-major with
-            stride (1, align(m, 4)), as `per_token_group_quant` gives it, is not copied).
+        a: codes [m, k] float8_e4m3fn with contiguous columns, and scale [m, ceil(k / 128)] float32 (any strides;
+            MN-major with stride (1, align(m, 4)), as `per_token_group_quant` gives it, is not copied).
         b: codes [n, k] float8_e4m3fn with contiguous columns (or packed by `pack_weight`), and scale
             [ceil(n / 128), ceil(k / 128)] float32 (any strides; packed by `pack_scale`, it is not copied).
         out: [m, n] bfloat16, float16 or float32 with contiguous columns; overwritten.
         bias: [n] bfloat16, float16 or float32, or None.
 
     Raises:
-        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0 (pad both operands with zero codes).
+        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0 (pad a and b with zero codes).
         UnsupportedError: the tensors are on a GPU for which there are no kernels.
     """
     (codes, scale_a), (codes_b, scale_b) = a, b
@@ -325,5 +348,5 @@ def _gemm(
         raise ArgumentError(
             f"k={weight.k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes, or use fp8_linear"
         )
-    problem = GemmProblem(codes.shape[0], weight.n, weight.k, machine(out.device.index))
+    problem = GemmProblem(codes.shape[0], weight.n, weight.k, _machine(out.device.index))
     launch_gemm(heuristics.select_gemm(problem), codes, scale_a, weight, out, bias)

@@ -44,7 +44,7 @@ DECODE_CONFIGS = tuple(
 class DecodeChoice:
     """A decode kernel and how it cuts the weight.
 
-    rows: of the weight, a cluster; a multiple of 8, at most 128. prefetch: stages requested before the previous kernel ends.
+    rows: of the weight, a cluster; a multiple of 8, at most 128.
     """
 
     config: DecodeConfig
@@ -75,8 +75,8 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds on one H200. Each constant was fitted to the sweep in docs/kernel-notes.md; they rank kernels
-# within about 15 % and are not meant to predict.
+# The cost model, in nanoseconds on one H200. Each constant was fitted to the sweep in docs/kernel-notes.md; they rank
+# kernels within about 15 % and are not meant to predict.
 _LAUNCH_NS = 2000  # from the start of a kernel to its first product, and its end
 _QUANTISE_NS = 1500  # a quantisation kernel ahead of it
 _STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s

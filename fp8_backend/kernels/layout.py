@@ -2,11 +2,11 @@
 
 A weight [n, k] of e4m3 codes becomes [k_blocks, n_aligned, 128] bytes: for each 128-wide block of k, all rows of n one
 after the other. The 16-byte chunks of a row are permuted as Hopper's 128-byte swizzle does it (chunk c of row r lies at
-c ^ (r % 8)), so any run of rows that starts at a multiple of 8 is one contiguous copy that lands in shared memory ready for
-wgmma: one layout serves every tile width. k is padded with zero codes to a multiple of 128, n to a multiple of 8.
+c ^ (r % 8)), so any run of rows that starts at a multiple of 8 is one contiguous copy that lands in shared memory ready
+for wgmma: one layout serves every tile width. k is padded with zero codes to a multiple of 128, n to a multiple of 8.
 
-Scales [ceil(n / 128), ceil(k / 128)] are transposed, so that the scales of neighbouring rows in one block of k are neighbours, and
-padded so that the 8 that a kernel fetches with a tile start at a multiple of 16 bytes and exist.
+Scales [ceil(n / 128), ceil(k / 128)] are transposed, so that the scales of neighbouring rows in one block of k are
+neighbours, and padded so that the 8 that a kernel fetches with a tile start at a multiple of 16 bytes and exist.
 """
 
 from __future__ import annotations

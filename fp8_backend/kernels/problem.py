@@ -18,8 +18,8 @@ _STAGE_EXTRA_BYTES = 8 * 4 + 16  # kScaleFloats weight scales, two barriers
 class Machine:
     """What a GPU can run at once: multiprocessors, and clusters of 2, 4 and 8 CTAs that fill one each.
 
-    Multiprocessors come in groups of 16 or 18, some with one missing, and a cluster lies within a group: fewer clusters fit
-    than num_sms / size. The defaults were read on an H200.
+    Multiprocessors come in groups of 16 or 18, some with one missing, and a cluster lies within a group: fewer clusters
+    fit than num_sms / size. The defaults were read on an H200.
     """
 
     num_sms: int = 132

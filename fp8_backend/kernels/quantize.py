@@ -8,7 +8,7 @@ import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, reference
-from fp8_backend.kernels.backend import current_stream, is_current, runs_cuda_kernels
+from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -29,7 +29,8 @@ def rows_of(x: torch.Tensor, name: str) -> torch.Tensor:
     """Return x [m, k] with contiguous rows, copying only if its columns are strided."""
     if x.dim() != 2 or x.dtype not in ELEMENT_TYPES:
         raise ArgumentError(
-            f"{name}: got {tuple(x.shape)} {x.dtype}; expected [m, k] bfloat16, float16 or float32; reshape or convert it"
+            f"{name}: got {tuple(x.shape)} {x.dtype}; expected [m, k] bfloat16, float16 or float32; reshape or convert "
+            "it"
         )
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
@@ -72,7 +73,7 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             0,
             (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), x.stride(0), m, k, k_blocks, m_aligned)
             + (ELEMENT_TYPES[x.dtype], vectorised(x)),
-            current_stream(x.device),
+            launcher.current_stream(x.device.index),
             pdl=True,
         )
     return codes, scale.t()[:m]

@@ -51,7 +51,7 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def mn_major(scale: torch.Tensor) -> torch.Tensor:
     """Return activation scales [m, k_blocks] float32 as the kernels read them: stride (1, align(m, 4)).
 
-    Columns are then 16-byte aligned runs of m that a bulk copy can fetch. A tensor already laid out so is returned as is.
+    Columns are then 16-byte aligned runs of m that a bulk copy can fetch. A tensor laid out so already is returned.
     """
     m, k_blocks = scale.shape
     m_aligned = align(m, 4)
@@ -89,8 +89,10 @@ def fp8_gemm_nt(
     """Return a @ b^T of block-scaled FP8 operands, plus bias, in `dtype`.
 
     Args:
-        a: [m, k] float8_e4m3fn. scale_a: [m, ceil(k / 128)] float32.
-        b: [n, k] float8_e4m3fn. scale_b: [ceil(n / 128), ceil(k / 128)] float32.
+        a: [m, k] float8_e4m3fn.
+        scale_a: [m, ceil(k / 128)] float32.
+        b: [n, k] float8_e4m3fn.
+        scale_b: [ceil(n / 128), ceil(k / 128)] float32.
         bias: [n], any float dtype, or None.
         dtype: float32 or float64; the dtype of all arithmetic and of the result.
     """

@@ -1,0 +1,55 @@
+"""Every problem gets a kernel that exists, fits the chip and covers the output."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8_backend.kernels.heuristics import DecodeChoice, all_configs, select, select_gemm
+from fp8_backend.kernels.problem import H200, MAX_DECODE_ROWS, MAX_SHARED_BYTES, GemmProblem, Machine
+from fp8_backend.kernels.reference import ceil_div
+
+# Widths of DeepSeek-V3 and Qwen3 at several tensor-parallel sizes, and odd ones: below, at and off every tile width.
+SHAPES = [
+    (512, 7168), (7168, 256), (2112, 7168), (3072, 1536), (24576, 1536), (36864, 7168), (7168, 18432), (51200, 5120),
+    (5120, 25600), (1, 128), (7, 200), (8, 1), (129, 129), (200_000, 128), (64, 131_072), (1000, 130),
+]  # fmt: skip
+ROWS = [1, 2, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000, 4096, 100_000]
+SMALLER = Machine(78, (36, 16, 6))
+
+
+def check_decode(problem, choice):
+    config, k_blocks = choice.config, problem.k_blocks
+    assert config.tokens >= problem.m and config.split <= max(1, k_blocks)
+    assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
+    assert choice.num_stages >= config.unroll
+    assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
+    tiles = ceil_div(problem.n, choice.rows)
+    if config.split == 1:
+        assert choice.grid == min(tiles, problem.machine.num_sms)
+    else:  # a cluster has one tile, and all clusters run at once
+        assert choice.grid == tiles * config.split and tiles <= problem.machine.max_clusters(config.split)
+
+
+@pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_every_problem_gets_a_legal_kernel(n, k, machine):
+    for m in ROWS:
+        problem = GemmProblem(m, n, k, machine)
+        for choice in (select(problem), select_gemm(problem)):
+            assert choice.config in all_configs()
+            if isinstance(choice, DecodeChoice):
+                check_decode(problem, choice)
+            else:
+                assert choice.config.shared_bytes <= MAX_SHARED_BYTES and choice.strip >= 1
+                assert choice.grid % choice.config.cluster == 0
+                assert 0 < choice.grid // choice.config.cluster <= machine.max_clusters(choice.config.cluster)
+
+
+def test_few_tokens_stream_and_many_multiply():
+    assert isinstance(select(GemmProblem(1, 4096, 4096)), DecodeChoice)
+    assert not isinstance(select(GemmProblem(65, 4096, 4096)), DecodeChoice)
+
+
+def test_narrow_weights_are_split_along_k():
+    choice = select(GemmProblem(1, 512, 7168))
+    assert choice.config.split == 8 and choice.grid >= 100
