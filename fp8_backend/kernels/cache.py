@@ -4,8 +4,8 @@ An entry `v1/<kernel>-<first 16 digits of its key>.cubin` is the cubin, then a l
 ptxas said, then the sha256 of all that: one file, so that no two halves can differ. It is still a valid ELF file.
 
 A cache that cannot be used costs one warning and the time to compile, never an error. An entry appears under its name
-whole or not at all, so that nothing has to wait for anything: the lock that `exclusive` takes saves the processes of one
-host work, and nothing depends on it.
+whole or not at all, so that nothing has to wait for anything: the lock that `exclusive` takes saves the processes of
+one host work, and nothing depends on it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def warm_up(
         lock_timeout_s: how long another process is waited for before this one compiles, too.
 
     Raises:
-        CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; names the first and counts all.
+        CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; the message counts them.
     """
     start, before = time.monotonic(), cache.compilations()
     specs = all_specs() if specs is None else specs
