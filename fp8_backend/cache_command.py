@@ -11,8 +11,7 @@ from contextlib import nullcontext
 from fp8_backend import settings
 from fp8_backend.errors import CacheError
 from fp8_backend.kernels import cache, warmup
-
-_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+from fp8_backend.text import readable_age, readable_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,16 +87,3 @@ def _warm() -> None:
             "directory writable, free disk space, or set FP8_BACKEND_CACHE_DIR"
         )
     print(f"{done}; {directory}")
-
-
-def readable_size(size: int) -> str:
-    """Return a number of bytes as kB or MB."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def readable_age(seconds: float) -> str:
-    """Return a time in its largest unit; one in the future, which a skewed clock gives, is 0 s."""
-    for unit, name in _UNITS:
-        if seconds >= unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{max(0, seconds):.0f} s"

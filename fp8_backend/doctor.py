@@ -1,4 +1,4 @@
-"""`fp8-backend doctor`: what this machine has, what is wrong, what to do; made to run where torch or the driver is broken.
+"""`fp8-backend doctor`: what this machine has, what is wrong, what to do; runs where torch is broken.
 
 Modules that may be broken are imported inside the probe that looks at them.
 """
@@ -19,6 +19,7 @@ from fp8_backend import doctor_machine
 from fp8_backend.findings import CPU, HOPPER, OTHER_GPU, Finding, guarded
 
 ENTRY_POINT = "fp8_backend"
+LABELS = {True: "ok", False: "ACTION", None: "skip"}
 MEANINGS = {
     HOPPER: "fp8_backend's CUDA kernels serve",
     OTHER_GPU: "vLLM's own FP8 path serves",
@@ -36,12 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     role, findings = examine()
     to_do = [finding for finding in findings if finding.action]
     if arguments.json:
-        rows = [{"what": f.what, "found": f.found, "ok": not f.action, "action": f.action} for f in findings]
+        rows = [{"what": f.what, "found": f.found, "ok": f.ok, "action": f.action} for f in findings]
         print(json.dumps({"role": role, "ok": not to_do, "findings": rows}, indent=1))
     else:
         width = max(len(finding.what) for finding in findings)
         for finding in findings:
-            print(f"{'ACTION' if finding.action else 'ok':6}  {finding.what:{width}}  {finding.found}")
+            print(f"{LABELS[finding.ok]:6}  {finding.what:{width}}  {finding.found}")
             if finding.action:
                 print(f"{'':6}  {'':{width}}  -> {finding.action}")
         end = f"{len(to_do)} of {len(findings)} need action" if to_do else "nothing to do"
@@ -51,22 +52,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine() -> tuple[str, list[Finding]]:
     """Return this machine's role and everything found, in the order of the report."""
+    torch = guarded("torch", torch_version, "reinstall torch; nothing works without it")
     findings = [
         *guarded("python", python, "install Python 3.11 or newer"),
         *guarded("fp8-backend", package, "pip install fp8-backend in this environment"),
-        *guarded("torch", torch_version, "reinstall torch; nothing works without it"),
+        *torch,
         *guarded("cuda-bindings", cuda_bindings, "pip install 'cuda-bindings>=13'"),
         *guarded("GPU", doctor_machine.gpu, "run nvidia-smi"),
         *guarded("driver", doctor_machine.driver, "run nvidia-smi"),
         *guarded("NVRTC", doctor_machine.nvrtc, "pip install 'nvidia-cuda-nvrtc>=13.0,<13.1'"),
         *guarded("vLLM", vllm, "reinstall vLLM"),
         *guarded("plugin", plugin, "pip install fp8-backend in vLLM's environment"),
-        *guarded("settings", settings, "correct the variable or unset it"),
+        *guarded("settings", settings, "pip install 'pydantic>=2.12'"),
         *guarded("cache", cache_directory, "follow the message, or set FP8_BACKEND_CACHE_DIR"),
-        *guarded("kernels", kernels, "follow the message"),
         *guarded("clocks", doctor_machine.clocks, "run nvidia-smi"),
-        *guarded("GEMM", doctor_machine.verified_gemm, "follow the lines above first; do not serve before this works"),
     ]
+    if torch[0].action:
+        findings += [
+            Finding(what, "not examined: torch cannot be imported", examined=False) for what in ("kernels", "GEMM")
+        ]
+    else:
+        findings += guarded("kernels", kernels, "follow the message")
+        step = "follow the lines above first; do not serve before this works"
+        findings += guarded("GEMM", doctor_machine.verified_gemm, step)
     return doctor_machine.role(), findings
 
 
@@ -154,8 +162,8 @@ def settings() -> list[Finding]:
 def cache_directory() -> Finding:
     """Look at the directory of compiled kernels: trusted, writable, how full."""
     from fp8_backend import settings
-    from fp8_backend.cache_command import readable_size
     from fp8_backend.kernels import cache
+    from fp8_backend.text import readable_size
 
     directory = settings.load().resolved_cache_dir()
     held = cache.entries(())

@@ -19,6 +19,12 @@ class Finding:
     what: str
     found: str
     action: str = ""
+    examined: bool = True
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it is fine; None if it could not be examined for a reason that another finding gives."""
+        return not self.action if self.examined else None
 
 
 Probe = Callable[[], Finding | list[Finding]]
@@ -29,7 +35,7 @@ def guarded(what: str, probe: Probe, action: str) -> list[Finding]:
     try:
         found = probe()
     except SettingsError:  # the settings have a line of their own, which says what to do
-        return [Finding(what, "not examined: the settings cannot be read")]
+        return [Finding(what, "not examined: the settings cannot be read", examined=False)]
     except Fp8BackendError as error:
         return [Finding(what, str(error), action)]
     except Exception as error:  # whatever is broken here is what the user wants to know
