@@ -50,7 +50,10 @@ def caplog_vllm() -> Iterator[list[str]]:
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("vllm")
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)  # vLLM sets it when an engine starts, not when it is imported
     yield lines
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
