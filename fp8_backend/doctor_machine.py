@@ -58,7 +58,8 @@ def gpu() -> Finding:
         return Finding("GPU", "none; the torch reference serves on this CPU")
     names = ", ".join(f"{name} (compute capability {major}.{minor})" for name, (major, minor) in usable or listed)
     if not usable:
-        return Finding("GPU", f"{names}, of which torch can use none", "install a CUDA build of torch that imports")
+        step = "install a CUDA build of torch, or correct CUDA_VISIBLE_DEVICES and what the driver's line says"
+        return Finding("GPU", f"{names}, of which torch can use none", step)
     if all(capability != CAPABILITY for _, capability in usable):
         names += "; not Hopper: vLLM's own FP8 path serves"
     return Finding("GPU", names)
