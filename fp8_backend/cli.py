@@ -9,7 +9,10 @@ import sys
 from fp8_backend.errors import Fp8BackendError
 
 # Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "cache": ("fp8_backend.cache_command", "List, fill or empty the directory of compiled kernels."),
+    "doctor": ("fp8_backend.doctor", "Say what this machine has, what is wrong and what to do about it."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

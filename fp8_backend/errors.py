@@ -27,5 +27,9 @@ class CompileError(Fp8BackendError):
     """NVRTC rejected a kernel, or compiling is forbidden and the kernel is not in the cache."""
 
 
+class CacheError(Fp8BackendError):
+    """The directory of compiled kernels cannot be used for what was asked."""
+
+
 class DriverError(Fp8BackendError, RuntimeError):
     """A CUDA driver call failed: loading a kernel, launching it or describing a tensor to the copy engine."""

@@ -52,6 +52,12 @@ class Settings(BaseModel):
             return Path(root).expanduser() / "fp8_backend"
         return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fp8_backend"
 
+    def cache_dir_source(self, environ: Mapping[str, str] = os.environ) -> str:
+        """Return the variable that decides `resolved_cache_dir`, or "default"."""
+        if self.cache_dir is not None:
+            return PREFIX + "CACHE_DIR"
+        return next((name for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME") if environ.get(name)), "default")
+
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings in force.
@@ -79,3 +85,8 @@ def value_or_none(field: str) -> object:
         return getattr(load(), field)
     except SettingsError:
         return None
+
+
+def vllm_plugins(environ: Mapping[str, str] = os.environ) -> list[str] | None:
+    """Return the names in vLLM's allow-list of plugins, or None if it loads all."""
+    return environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else None

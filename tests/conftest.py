@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,8 +50,31 @@ def caplog_vllm() -> Iterator[list[str]]:
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("vllm")
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)  # vLLM sets it when an engine starts, not when it is imported
     yield lines
+    logger.setLevel(level)
     logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def warm_cache_and_said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Fill a cache with every kernel, as `fp8-backend cache warm` does it for an image; return it and what was said."""
+    directory = tmp_path_factory.mktemp("warm") / "cache"
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(directory), "FP8_BACKEND_JIT": "auto"}
+    command = [sys.executable, "-m", "fp8_backend.cli", "cache", "warm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, check=True)
+    return directory, done.stdout
+
+
+@pytest.fixture(scope="session")
+def warm_cache(warm_cache_and_said: tuple[Path, str]) -> Path:
+    return warm_cache_and_said[0]
+
+
+@pytest.fixture(scope="session")
+def warm_cache_said(warm_cache_and_said: tuple[Path, str]) -> str:
+    return warm_cache_and_said[1]
 
 
 @pytest.fixture(scope="session")

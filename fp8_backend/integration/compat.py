@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-import torch
-import vllm
-
 if TYPE_CHECKING:
+    import torch
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 TESTED = f"vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
 
 
-def untested_version() -> str | None:
-    """Return a sentence about a vLLM that this package was never run with, or None."""
-    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+def untested_version(version: str | None = None) -> str | None:
+    """Return a sentence about a vLLM that this package was never run with, or None; by default the one imported."""
+    if version is None:
+        import vllm
+
+        version = vllm.__version__
+    match = re.match(r"(\d+)\.(\d+)", version)
     if match and OLDEST <= (int(match[1]), int(match[2])) <= NEWEST:
         return None
-    return f"fp8_backend was not tested with vLLM {vllm.__version__}; tested: {TESTED}"
+    return f"fp8_backend was not tested with vLLM {version}; tested: {TESTED}"
 
 
 def is_skipped(config: Fp8Config, prefix: str) -> bool:

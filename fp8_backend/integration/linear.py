@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightP
 from vllm.model_executor.utils import replace_parameter
 
 from fp8_backend.errors import UnsupportedError
-from fp8_backend.integration import compat, ops
+from fp8_backend.integration import compat, ops, warmup
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.weights import loader
 
@@ -52,8 +52,12 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
 
         Raises:
             UnsupportedError: merging or splitting the layer cuts through a 128x128 block.
+            CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid.
         """
         check_partition(self.prefix, input_size, input_size_per_partition, output_size, output_partition_sizes)
+        if self.config.backend_name == "cuda":
+            # Here and not after loading: a kernel that is missing stops the start before gigabytes are read.
+            warmup.warm_up_process(get_tensor_model_parallel_rank() == 0)
         n, k = sum(output_partition_sizes), input_size_per_partition
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = k  # read by MLA, which multiplies an identity of this size

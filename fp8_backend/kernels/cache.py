@@ -3,10 +3,9 @@
 An entry `v1/<kernel>-<first 16 digits of its key>.cubin` is the cubin, then a line of JSON with the whole key and what
 ptxas said, then the sha256 of all that: one file, so that no two halves can differ. It is still a valid ELF file.
 
-An entry is code that will run with the rights of the process that reads it. Directories and entries that another user
-(but root) owns, or that group or others may write, are therefore not used. A cache that cannot be used costs one
-warning and the time to compile, never an error. Processes do not wait for each other: each compiles a kernel at most
-once, and an entry appears under its name whole or not at all.
+A cache that cannot be used costs one warning and the time to compile, never an error. An entry appears under its name
+whole or not at all, so that nothing has to wait for anything: the lock that `exclusive` takes saves the processes of
+one host work, and nothing depends on it.
 """
 
 from __future__ import annotations
@@ -14,28 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import secrets
-import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fp8_backend import settings
-from fp8_backend.errors import CompileError
+from fp8_backend.errors import CacheError, CompileError
+from fp8_backend.kernels import cache_folder
 from fp8_backend.kernels.compiler import CompiledKernel, KernelSpec, cache_key, compile_kernel, read_sources
 
-_LAYOUT = "v1"
 _DIGEST_LINE = 65  # sha256 in hex and a newline
-# Readable by all, so that root can bake a cache into an image; writable by the owner alone, whatever the umask.
-_DIRECTORY_MODE, _ENTRY_MODE = 0o755, 0o644
 
 _log = logging.getLogger(__name__)
 _memory: dict[KernelSpec, CompiledKernel] = {}
 _locks: dict[KernelSpec, threading.Lock] = {}
 _warned: set[str] = set()
+_compiled: list[str] = []  # appending is atomic, adding to a counter is not
 
 
 def get(spec: KernelSpec) -> CompiledKernel:
@@ -49,6 +45,25 @@ def get(spec: KernelSpec) -> CompiledKernel:
             if (kernel := _memory.get(spec)) is None:
                 kernel = _memory[spec] = load_or_compile(spec)
     return kernel
+
+
+def find(spec: KernelSpec) -> CompiledKernel | None:
+    """Return a compiled kernel from this process, else from the disk, else None; nothing is compiled.
+
+    Raises:
+        CompileError: its sources or NVRTC, which are part of its key, cannot be read.
+    """
+    if (kernel := _memory.get(spec)) is None:
+        key = cache_key(spec)
+        kernel, _ = _look_up(_directory(settings.load()), entry_name(spec, key), key)
+        if kernel is not None:
+            kernel = _memory.setdefault(spec, kernel)
+    return kernel
+
+
+def compilations() -> int:
+    """Return how many kernels this process has compiled."""
+    return len(_compiled)
 
 
 def load_or_compile(spec: KernelSpec) -> CompiledKernel:
@@ -71,12 +86,88 @@ def load_or_compile(spec: KernelSpec) -> CompiledKernel:
             "this version filled"
         )
     kernel = compile_kernel(spec, sources)
+    _compiled.append(spec.name)
     if directory is not None:
         try:
-            _publish(directory, entry_name(spec, key), _encode(kernel, key))
+            cache_folder.publish(directory, entry_name(spec, key), _encode(kernel, key))
         except OSError as error:
             _warn_once(f"kernel cache {directory}", str(error))
     return kernel
+
+
+@contextmanager
+def exclusive(timeout_s: float) -> Iterator[bool]:
+    """Hold the lock of the cache among the processes of this host; yield whether it is held, and go on either way.
+
+    A lock that cannot be made (read-only directory, a file system without locks) is not waited for; one that another
+    process holds is waited for `timeout_s` seconds. It ends with the process that holds it.
+    """
+    directory = _directory(settings.load())
+    with ExitStack() as stack:
+        held = False
+        try:
+            held = directory is not None and stack.enter_context(cache_folder.locked(directory, timeout_s))
+        except OSError as error:
+            _log.debug("kernel cache %s: no lock: %s", directory, error)
+        yield held
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache. size: bytes. modified: seconds since 1970. state: "current", "stale" or "damaged".
+
+    A stale entry belongs to another version of the package or of NVRTC: it is not used and does no harm.
+    """
+
+    kernel: str
+    key: str
+    size: int
+    modified: float
+    state: str
+
+
+def entries(specs: Iterable[KernelSpec]) -> list[Entry]:
+    """Return what the directory holds, in the order of names; only entries of `specs` can be current.
+
+    Raises:
+        CacheError: the directory is refused or cannot be read.
+        CompileError: NVRTC, which is part of the keys, cannot be loaded.
+    """
+    current = {}
+    for spec in specs:
+        key = cache_key(spec)
+        current[entry_name(spec, key)] = key
+    found = []
+    for name, size, modified in _usable(cache_folder.files, ".cubin"):
+        kernel, _, digits = name.removesuffix(".cubin").rpartition("-")
+        state = "stale"
+        if name in current:
+            whole, _ = _look_up(_directory(settings.load()), name, current[name])
+            state = "damaged" if whole is None else "current"
+        found.append(Entry(kernel, digits, size, modified, state))
+    return found
+
+
+def clear() -> list[Entry]:
+    """Delete every entry, and what writers that were killed left behind; return the entries.
+
+    Raises:
+        CacheError: the directory is refused or a file cannot be deleted.
+    """
+    removed = entries(())
+    _usable(cache_folder.delete, ".cubin", ".tmp")
+    return removed
+
+
+def _usable(act: Callable[..., Any], *endings: str) -> Any:
+    """Act on the directory in force, with its errors made the user's."""
+    directory = _directory(settings.load())
+    if directory is None:
+        raise CacheError("there is no home directory to keep kernels in; set FP8_BACKEND_CACHE_DIR")
+    try:
+        return act(directory, endings)
+    except OSError as error:
+        raise CacheError(f"kernel cache {directory}: {error}") from error
 
 
 def entry_name(spec: KernelSpec, key: str) -> str:
@@ -97,13 +188,13 @@ def _look_up(directory: Path | None, name: str, key: str) -> tuple[CompiledKerne
     if directory is None:
         return None, "there is no home directory"
     try:
-        kernel = _decode(_read(directory, name), key)
+        kernel = _decode(cache_folder.read(directory, name), key)
     except FileNotFoundError:
-        return None, f"{_LAYOUT}/{name} does not exist"
+        return None, f"{cache_folder.LAYOUT}/{name} does not exist"
     except OSError as error:
         _warn_once(f"kernel cache {directory}", str(error))
         return None, str(error)
-    return kernel, "" if kernel is not None else f"{_LAYOUT}/{name} is damaged"
+    return kernel, "" if kernel is not None else f"{cache_folder.LAYOUT}/{name} is damaged"
 
 
 def _encode(kernel: CompiledKernel, key: str) -> bytes:
@@ -121,69 +212,6 @@ def _decode(data: bytes, key: str) -> CompiledKernel | None:
     if facts.pop("key") != key:
         return None
     return CompiledKernel(cubin, **{**facts, "warnings": tuple(facts["warnings"])})
-
-
-@contextmanager
-def _opened(directory: Path, create: bool = False) -> Iterator[int]:
-    """Open the folder of entries; all accesses go through this one, so that it cannot be exchanged after the check."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    root = os.open(directory, flags)
-    try:
-        _require_private(root, str(directory))
-        if create:
-            with suppress(FileExistsError):
-                os.mkdir(_LAYOUT, _DIRECTORY_MODE, dir_fd=root)
-        folder = os.open(_LAYOUT, flags | os.O_NOFOLLOW, dir_fd=root)
-    finally:
-        os.close(root)
-    try:
-        _require_private(folder, str(directory / _LAYOUT))
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def _require_private(descriptor: int, name: str) -> None:
-    status = os.fstat(descriptor)
-    if status.st_uid not in (os.geteuid(), 0):
-        raise PermissionError(
-            f"{name} belongs to user {status.st_uid}, not to {os.geteuid()} or root; "
-            "set FP8_BACKEND_CACHE_DIR to a directory of your own"
-        )
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(
-            f"{name} can be written by other users (mode {stat.S_IMODE(status.st_mode):o}) and its contents are run; "
-            f"chmod go-w {name}"
-        )
-
-
-def _read(directory: Path, name: str) -> bytes:
-    with _opened(directory) as folder:
-        # O_NONBLOCK: opening a FIFO must not hang.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        with os.fdopen(descriptor, "rb") as file:
-            _require_private(descriptor, str(directory / _LAYOUT / name))
-            return file.read()
-
-
-def _publish(directory: Path, name: str, data: bytes) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        directory.mkdir(mode=_DIRECTORY_MODE)
-    temporary = f".{secrets.token_hex(8)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with _opened(directory, create=True) as folder:
-        descriptor = os.open(temporary, flags, _ENTRY_MODE, dir_fd=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(descriptor)  # a crash of the machine must not leave a name with no bytes behind it
-            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
 
 
 def _warn_once(place: str, problem: str) -> None:

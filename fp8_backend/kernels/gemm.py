@@ -69,7 +69,7 @@ def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int)
 
 
 @cache
-def _kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
+def kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
     return launcher.load(config.spec(), _GEMM_LAYOUT if isinstance(config, GemmConfig) else _DECODE_LAYOUT)
 
@@ -78,7 +78,7 @@ def _kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
 def _machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
     clusters = (
-        _kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
+        kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
         for split in (2, 4, 8)
     )
     return Machine(torch.cuda.get_device_properties(device).multi_processor_count, tuple(clusters))
@@ -128,7 +128,7 @@ def launch_gemm(
         _bias_type(bias),
         int(store_16_bytes),
     )
-    _kernel(config, out.device.index).launch(
+    kernel(config, out.device.index).launch(
         (choice.grid, 1, 1),
         config.threads,
         config.shared_bytes,
@@ -178,7 +178,7 @@ def launch_decode(
         int(paired),
     )
     shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
-    _kernel(config, out.device.index).launch(
+    kernel(config, out.device.index).launch(
         (choice.grid, 1, 1),
         DECODE_THREADS,
         shared_bytes,

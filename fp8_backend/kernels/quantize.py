@@ -20,7 +20,7 @@ _THREADS = 256
 
 
 @cache
-def _kernel(device: int) -> launcher.Kernel:
+def kernel(device: int) -> launcher.Kernel:
     """Return the loaded kernel on the current device, whose index is part of the key only."""
     return launcher.load(SPEC, _LAYOUT)
 
@@ -67,7 +67,7 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
     if m and k:
-        _kernel(x.device.index).launch(
+        kernel(x.device.index).launch(
             (ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA), 1),
             _THREADS,
             0,

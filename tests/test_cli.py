@@ -1,0 +1,118 @@
+"""The commands as users run them: real processes, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fp8_backend.kernels import warmup
+
+COUNT = len(warmup.all_specs())
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line with the settings given and no others."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FP8_BACKEND_")}
+    command = [sys.executable, "-m", "fp8_backend.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**inherited, **environ})
+
+
+@pytest.fixture
+def filled(warm_cache: Path, tmp_path: Path) -> Path:
+    """A copy of the full cache that a test may spoil."""
+    return Path(shutil.copytree(warm_cache, tmp_path / "cache"))
+
+
+def test_warm_fills_an_empty_directory_and_the_next_finds_all(warm_cache: Path, warm_cache_said: str) -> None:
+    assert warm_cache_said.startswith(f"{COUNT} kernels ready in ")
+    assert f": 0 from the cache, {COUNT} compiled; {warm_cache}" in warm_cache_said
+    again = run("cache", "warm", FP8_BACKEND_CACHE_DIR=str(warm_cache))
+    assert (again.returncode, again.stderr) == (0, "")
+    assert f": {COUNT} from the cache, 0 compiled" in again.stdout
+
+
+def test_forbidden_compile_passes_with_a_full_cache_and_fails_with_an_empty_one(filled: Path) -> None:
+    environ = {"FP8_BACKEND_CACHE_DIR": str(filled), "FP8_BACKEND_JIT": "forbid"}
+    assert run("cache", "warm", **environ).returncode == 0
+    cleared = run("cache", "clear", **environ)
+    assert cleared.returncode == 0
+    assert cleared.stdout.count("removed ") == COUNT + 1
+    assert cleared.stdout.splitlines()[-1].startswith(f"removed {COUNT} entries, ")
+    assert list(filled.glob("v1/*.cubin")) == []
+    failed = run("cache", "warm", **environ)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith(f"fp8-backend cache: {COUNT} kernels cannot be made ready; the first: kernel ")
+    assert "FP8_BACKEND_JIT=forbid: unset it" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_list_tells_current_stale_and_damaged_entries(filled: Path) -> None:
+    spoilt, *others = sorted(filled.glob("v1/*.cubin"))
+    shutil.copy(others[0], filled / "v1" / "gemm-OLD=1-0123456789abcdef.cubin")
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    done = run("cache", "list", "--json", FP8_BACKEND_CACHE_DIR=str(filled))
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["directory"]) == (0, str(filled))
+    rows = {f"{row['kernel']}-{row['key']}.cubin": row for row in report["entries"]}
+    assert set(rows) == {path.name for path in filled.glob("v1/*.cubin")}
+    expected = {path.name: "current" for path in others}
+    expected |= {spoilt.name: "damaged", "gemm-OLD=1-0123456789abcdef.cubin": "stale"}
+    assert {name: row["state"] for name, row in rows.items()} == expected
+    for name, row in rows.items():
+        assert set(row) == {"kernel", "key", "size_bytes", "age_s", "state"}
+        assert row["size_bytes"] == (filled / "v1" / name).stat().st_size
+        assert row["age_s"] >= 0
+    lines = run("cache", "list", FP8_BACKEND_CACHE_DIR=str(filled)).stdout.splitlines()
+    assert len(lines) == COUNT + 2
+    assert lines[-1].startswith(f"{filled}: {COUNT + 1} entries, ")
+    assert lines[-1].endswith(f"; {COUNT - 1} of {COUNT} kernels are current")
+
+
+def test_list_of_a_directory_that_does_not_exist_is_empty_and_makes_none(tmp_path: Path) -> None:
+    done = run("cache", "list", FP8_BACKEND_CACHE_DIR=str(tmp_path / "none"))
+    assert (done.returncode, done.stdout.partition(":")[0]) == (0, str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_clear_deletes_what_killed_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "v1"
+    folder.mkdir()
+    for name in (".0123.tmp", "mine.txt", "x-0123456789abcdef.cubin"):
+        (folder / name).write_text("")
+    done = run("cache", "clear", FP8_BACKEND_CACHE_DIR=str(tmp_path))
+    assert done.stdout.startswith("removed x-0123456789abcdef\nremoved 1 entries, 0.0 kB, from ")
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_path_follows_the_settings(tmp_path: Path) -> None:
+    assert run("cache", "path", FP8_BACKEND_CACHE_DIR=str(tmp_path)).stdout == f"{tmp_path}\n"
+
+
+@pytest.mark.parametrize("action", ["list", "clear"])
+def test_refused_directory_is_an_error_with_the_next_step(action: str, tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    tmp_path.chmod(0o777)
+    done = run("cache", action, FP8_BACKEND_CACHE_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"chmod go-w {tmp_path}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("cache",), ("cache", "nonsense"), ("doctor", "--nonsense")])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: fp8-backend")
+
+
+def test_malformed_setting_is_one_line(tmp_path: Path) -> None:
+    done = run("cache", "path", FP8_BACKEND_CACHE_DIR="relative")
+    assert done.returncode == 2
+    assert "FP8_BACKEND_CACHE_DIR='relative'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
