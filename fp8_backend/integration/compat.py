@@ -68,15 +68,14 @@ def hide_moe_from_compiler(layer: RoutedExperts, prefix: str, config: Compilatio
         UnsupportedError: the layer is compiled and vLLM has no runner for it whose forward can be replaced.
     """
     from vllm.config import CompilationMode
-    from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
-    opaque = {
-        moe_runner._moe_forward: torch.ops.vllm.moe_forward,
-        moe_runner._moe_forward_shared: torch.ops.vllm.moe_forward_shared,
-    }
     for runner in config.static_forward_context.values():
-        if getattr(runner, "routed_experts", None) is layer and hasattr(runner, "_forward_entry"):
-            runner._forward_entry = opaque.get(runner._forward_entry, runner._forward_entry)
+        entry = getattr(runner, "_forward_entry", None)
+        if entry is None or getattr(runner, "routed_experts", None) is not layer:
+            continue
+        if entry.__name__ in ("_moe_forward", "_moe_forward_shared"):
+            entry = runner._forward_entry = getattr(torch.ops.vllm, entry.__name__.removeprefix("_"))
+        if isinstance(entry, torch._ops.OpOverloadPacket):
             return
     if config.mode not in (None, CompilationMode.NONE) and layer.w13_weight.device.type == "cpu":
         raise UnsupportedError(
