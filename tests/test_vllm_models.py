@@ -112,6 +112,13 @@ def test_summary_counts_every_fp8_layer(engine: Engine, architecture: str) -> No
     assert "use fp8_backend" not in engine(architecture, "bf16").log
 
 
+@pytest.mark.skipif(not ON_CPU, reason="guards against a fault of torch.compile's C++ backend")
+def test_compiled_agrees_with_eager(engine: Engine) -> None:
+    compiled = engine("deepseek_v3", enforce_eager=False)
+    assert compiled.logprobs.isfinite().all()
+    assert mean_kl(engine("deepseek_v3"), compiled) <= MAX_KL
+
+
 @pytest.mark.parametrize(
     ("architecture", "arguments"), [("deepseek_v3", {}), ("qwen3_moe", {"enable_expert_parallel": True})]
 )

@@ -14,7 +14,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        enforce_eager=True,
+        **{"enforce_eager": True, **request["engine"]},
         max_model_len=256,
         max_logprobs=-1,
         enable_prefix_caching=False,
@@ -22,7 +22,6 @@ def main() -> None:
         seed=0,
         gpu_memory_utilization=0.05,  # of memory; on the CPU too, despite its name
         kv_cache_memory_bytes=1 << 28,
-        **request["engine"],
     )
     prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
     scored = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=-1, ignore_eos=True))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -50,3 +52,35 @@ def keep_from_amx_mla(layer: torch.nn.Module) -> None:
     """
     if getattr(layer, "_cpu_skip_gemm_dispatch", False):
         layer.weight_block_size = None
+
+
+def hide_moe_from_compiler(layer: RoutedExperts, prefix: str, config: CompilationConfig) -> None:
+    """Make torch.compile on a CPU take a whole MoE layer, its router included, as one opaque op, as vLLM does on GPUs.
+
+    From 0.26 on vLLM lets the compiler see the router on CPUs. A compiled DeepSeek-V3 then answered with NaN, or with
+    finite nonsense (vLLM 0.32, torch 2.13, AMX): the C++ backend read the router's logits before the op that writes
+    them, `_C.weight_packed_linear(out, ...)`, had run. When it recomputes a node's loops to fuse it with another's,
+    `SchedulerNode.recompute_size_and_body` drops the node's mutation renames unless it has other fake dependencies, and
+    with them the order after the writer. Whether that shows depends on the rest of the graph: a bf16 twin came out
+    right.
+
+    Raises:
+        UnsupportedError: the layer is compiled and vLLM has no runner for it whose forward can be replaced.
+    """
+    import torch
+    import vllm
+    from vllm.config import CompilationMode
+
+    for runner in config.static_forward_context.values():
+        entry = getattr(runner, "_forward_entry", None)
+        if entry is None or getattr(runner, "routed_experts", None) is not layer:
+            continue
+        if entry.__name__ in ("_moe_forward", "_moe_forward_shared"):
+            entry = runner._forward_entry = getattr(torch.ops.vllm, entry.__name__.removeprefix("_"))
+        if isinstance(entry, torch._ops.OpOverloadPacket):
+            return
+    if config.mode not in (None, CompilationMode.NONE) and layer.w13_weight.device.type == "cpu":
+        raise UnsupportedError(
+            f"{prefix}: this vLLM ({vllm.__version__}) gives no way to keep the router of an MoE layer from "
+            "torch.compile, which miscompiles it on a CPU; use --enforce-eager"
+        )

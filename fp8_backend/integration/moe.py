@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -12,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightSc
 from vllm.model_executor.utils import set_weight_attrs
 
 from fp8_backend.errors import UnsupportedError
-from fp8_backend.integration import ops
+from fp8_backend.integration import compat, ops
 from fp8_backend.integration.linear import loads_dummy_weights
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.weights import loader
@@ -34,6 +35,8 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         self.config = config
         self.prefix = prefix
         self.dummy_weights = loads_dummy_weights()
+        # Kept, since a later weight update packs the layer again without a current config.
+        self.compilation_config = get_current_vllm_config().compilation_config
         check_features(prefix, layer.moe_config, getattr(layer, "swiglu_limit", None))
 
     def create_weights(
@@ -70,12 +73,13 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         self.config.summary.create("MoE layer")
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Check the scales; the reference experts read weights as they were loaded."""
+        """Check the scales and make the layer opaque to the compiler; weights stay as they were loaded."""
         for name in SCALES:
             scale = getattr(layer, name).data
             if self.dummy_weights:
                 scale.abs_().clamp_min_(1e-6)
             loader.check_scale(self.prefix, name, scale)
+        compat.hide_moe_from_compiler(layer, self.prefix, self.compilation_config)
         self.config.summary.pack("MoE layer", self.config.backend_name, get_tensor_model_parallel_rank() == 0)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
