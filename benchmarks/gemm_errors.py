@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import write_json
+from fp8_backend.measure.environment import write_json
 from benchmarks.operands import DEVICE, DeepGemm, RandomWeight, row
 from fp8_backend.kernels import reference
 from fp8_backend.kernels.quantize import per_token_group_quant

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.child import stop_children_on_signals
-from benchmarks.environment import RESULTS, ROOT, environment, write_json
+from fp8_backend.measure.child import stop_children_on_signals
+from benchmarks import RESULTS, ROOT
+from fp8_backend.measure.environment import environment, write_json
 from demo.architectures import SIZES, Architecture
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from demo.server import Completion, DemoError, Server

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import copies_for, graph_us
+from fp8_backend.measure.timing import copies_for, graph_us
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem

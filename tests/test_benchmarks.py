@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import correctness
-from benchmarks.child import run_child
-from benchmarks.environment import write_json
+from fp8_backend.measure.child import run_child
+from fp8_backend.measure.environment import write_json
 from benchmarks.operands import row
 from benchmarks.serve import mean_kl, selection_lines
 
