@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8_backend.measure.child import run_child, stop_children_on_signals
 from benchmarks import RESULTS
+from fp8_backend.measure.child import run_child, stop_children_on_signals
 from fp8_backend.measure.environment import environment, write_json
 
 # Seconds a part may take. On an H200 the grid is bound by DeepGEMM's compilations, the rest takes seconds.

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from fp8_backend.measure.child import stop_children_on_signals
 from benchmarks import RESULTS, ROOT
-from fp8_backend.measure.environment import environment, write_json
 from demo.architectures import SIZES, Architecture
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from demo.server import Completion, DemoError, Server
+from fp8_backend.measure.child import stop_children_on_signals
+from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.weights.checkpoint import verify_checkpoint
 
 MAX_KL = 0.003

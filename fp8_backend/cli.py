@@ -9,7 +9,13 @@ import sys
 from fp8_backend.errors import Fp8BackendError
 
 # Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": (
+        "fp8_backend.bench.command",
+        "Time dense linears beside every peer and the streaming of their weights.",
+    ),
+    "ab": ("fp8_backend.ab.command", "Run the same vLLM with its default backend and with this one, and compare."),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Time GPU work so that the numbers mean something: CUDA graphs, weights cold from memory, arms interleaved, medians."""
+"""Time GPU work so that the numbers mean something: CUDA graphs, weights cold, arms interleaved, medians."""
 
 from __future__ import annotations
 
