@@ -16,7 +16,7 @@ from fp8_backend.measure.timing import capture, interleaved_us
 SPEC = KernelSpec("stream.cuh", "stream", (), Path(__file__).parent)
 TILE_BYTES = 16384
 THREADS = 64
-# (CTAs an SM, stages): either keeps 192 KiB of an SM in flight; which is faster depends on the weight: the better counts.
+# (CTAs an SM, stages): either keeps 192 KiB of an SM in flight; the faster of the two for a weight is its floor.
 SHAPES = ((1, 12), (2, 6))
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "u32"))
 

@@ -45,7 +45,7 @@ def compile_peers(
     """Call each such peer once for every cell, one process a shape, as many at once as there are cores.
 
     Returns:
-        One line for every process that failed or was stopped at the limit; the rest is compiled before its cell is timed.
+        One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
     """
     names = [name for name in names if name in COMPILED_AT_CALL]
     waiting, running, problems = list(shapes) if names else [], {}, []
