@@ -96,7 +96,7 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
 
 
 def child_environment(caches: Path) -> dict[str, str]:
-    """Return what a run's environment adds: nothing compiled for one run serves another, and nothing is asked online."""
+    """Return what a run's environment adds: caches of its own, and nothing asked online."""
     return {
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "DG_JIT_CACHE_DIR": str(caches / "deep_gemm"),

@@ -25,7 +25,7 @@ class Request:
     """What to measure.
 
     engine: arguments of vllm.LLM. prefill: (batch, tokens) pairs. vocab: token ids are drawn below it. scored: prompts
-    whose next-token distributions are wanted, each in a call of its own; logprobs: how many of the likeliest, -1 for all.
+    whose next-token distributions are wanted, each in a call of its own. logprobs: how many of the likeliest, -1: all.
     """
 
     engine: dict[str, Any]
