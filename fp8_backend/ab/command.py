@@ -29,7 +29,7 @@ SCORED_LENGTHS = (48, 144)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("model", type=Path, help="a checkpoint, or a folder with config.json alone (dummy weights)")
+    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint, or config.json alone (dummy weights)")
     parser.add_argument("--batches", default="1,8,32", help="batch sizes of TPOT, comma-separated")
     parser.add_argument("--prefill", default="4x2048", help="batch x tokens, comma-separated; none")
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens of TPOT")
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds after which no run is started")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs that --out already holds")
     parser.add_argument("--out", type=Path, help="folder of report.md, e2e.json, chart.png, logs; default: ab-<model>")
+    parser.add_argument("--from", type=Path, dest="recorded", metavar="JSON", help="write the report of these runs")
     parser.add_argument("--commit", help="recorded in the result where the tree is no repository")
 
 
@@ -152,6 +153,11 @@ def _say(run: dict[str, Any], seconds: float) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the arms in turns; return 0 if every run finished and a verdict may be given, else 1."""
+    if arguments.recorded:
+        _write(json.loads(arguments.recorded.read_text()), arguments.out or arguments.recorded.parent)
+        return 0
+    if arguments.model is None:
+        raise ArgumentError("no model; give the folder of a checkpoint, or --from with an e2e.json")
     stop_children_on_signals()
     begin = time.monotonic()
     out = arguments.out or Path(f"ab-{arguments.model.resolve().name}")
@@ -159,7 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
     env = {**environment(arguments.commit), "missing_runs": []}
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fp8-ab-twin-") as scratch:
-        setup = prepare(arguments.model, arguments.kv_gib, Path(scratch))
+        setup = prepare(arguments.model.resolve(), arguments.kv_gib, Path(scratch))
         request = request_for(arguments, setup)
         print(f"{setup.model.name}: default arm is {setup.default_text}", flush=True)
         for number, arm in enumerate(ORDER * arguments.rounds, 1):
@@ -176,13 +182,13 @@ def run(arguments: argparse.Namespace) -> int:
             _say(runs[-1], time.monotonic() - start)
             write_json(out / "e2e.json", _result(arguments, setup, request, runs, env))
     result = _result(arguments, setup, request, runs, env)
+    write_json(out / "e2e.json", result)
     _write(result, out)
     failed = [run for run in runs if run["failure"] is not None]
     return 1 if failed or env["missing_runs"] or result["no_verdict"] else 0
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
-    write_json(out / "e2e.json", result)
     page = report.markdown(result)
     (out / "report.md").write_text(page + "\n")
     print(page)

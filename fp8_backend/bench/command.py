@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import sys
 import time
 from pathlib import Path
@@ -11,13 +13,14 @@ from typing import Any
 import torch
 
 from fp8_backend.bench import chain, dense, host, peers, report, warm
+from fp8_backend.bench.plot import plot, pyplot
 from fp8_backend.bench.shapes import MODELS, parse_ms, parse_shapes
 from fp8_backend.errors import Fp8BackendError, UnsupportedError
 from fp8_backend.kernels.backend import capability_reason, machine, runs_cuda_kernels
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.progress import Progress, Watchdog
 
-CELL_LIMIT_S = 90.0  # a cell takes about a second, and a minute where a peer still has to compile
+CELL_LIMIT_S = 180.0  # a cell takes about a second, and minutes where a peer still has to compile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a chart; needs matplotlib")
     parser.add_argument("--chain", action="store_true", help="instead: eight dependent linears in one graph")
     parser.add_argument("--host", action="store_true", help="instead: host time of an eager call")
+    parser.add_argument("--from", type=Path, dest="recorded", metavar="JSON", help="report these rows")
     parser.add_argument("--commit", help="recorded in the result where the tree is no repository")
 
 
@@ -56,9 +60,15 @@ def run(arguments: argparse.Namespace) -> int:
         parse_ms(arguments.m),
         peers.parse_peers(arguments.peers),
     )
+    if arguments.plot:
+        pyplot()  # refuses now, not after minutes
+    if arguments.recorded:
+        _report(json.loads(arguments.recorded.read_text()), arguments.plot)
+        return 0
     require_hopper()
     begin = time.monotonic()
     present, absent = peers.load(names)
+    gc.freeze()  # a capture may collect garbage, and there are thousands: spare them all that is loaded
     env = {**environment(arguments.commit), "absent_peers": absent, "failures": {}}
     result: dict[str, Any] = {"env": env, "rows": []}
     for name, reason in absent.items():
@@ -70,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     env["seconds_to_compile"] = round(time.monotonic() - begin, 1)
     _dense(plan, arguments.json, result)
     env["seconds"] = round(time.monotonic() - begin, 1)
-    _finish(arguments, result)
+    if arguments.json:
+        write_json(arguments.json, result)
+    _report(result, arguments.plot)
     return 0 if result["rows"] and all(row["verified"] for row in result["rows"]) else 1
 
 
@@ -104,21 +116,17 @@ def _dense(plan: dense.Plan, out: Path | None, result: dict[str, Any]) -> None:
     watchdog.end()
 
 
-def _finish(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    if arguments.json:
-        write_json(arguments.json, result)
+def _report(result: dict[str, Any], chart: Path | None) -> None:
     print("\n".join(report.table(result["rows"])))
     for failure, cells in result["env"]["failures"].items():
         print(f"left out: {failure} ({len(cells)} cells, {cells[0]} first)")
     for name, reason in result["env"]["absent_peers"].items():
         print(f"absent: {name}: {reason}")
     print("\n".join(report.summary(result["rows"])))
-    if arguments.plot and result["rows"]:
-        from fp8_backend.bench.plot import plot
-
+    if chart and result["rows"]:
         gpu = (result["env"]["gpu"] or {}).get("name", "GPU")
-        plot(result["rows"], f"{gpu}, FP8 linear, bf16 in and out, weights cold", arguments.plot)
-        print(f"chart: {arguments.plot}")
+        plot(result["rows"], f"{gpu}, FP8 linear, bf16 in and out, weights cold", chart)
+        print(f"chart: {chart}")
 
 
 def _side(arguments: argparse.Namespace, present: dict[str, peers.Linear], result: dict[str, Any]) -> int:
