@@ -52,10 +52,12 @@ def plot(rows: Sequence[dict[str, Any]], title: str, out: Path) -> None:
             (line,) = right.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
             right.plot([p[0] for p in points], [p[2] for p in points], color=line.get_color(), linestyle=":")
     right.axhline(1, color="black", linewidth=0.8)
-    right.set(
-        xscale="log", yscale="log", xlabel="m", ylabel="peer / ours", title="mean over shapes; dotted: worst shape"
-    )
+    right.set(xscale="log", xlabel="m", ylabel="peer / ours", title="mean over shapes; dotted: worst shape")
     right.legend(fontsize=8)
+    for axes in (left, right):
+        shown = [m for m in ms if m <= DECODE_M or axes is right]
+        axes.set_xticks(shown, [str(m) for m in shown], rotation=45)
+        axes.minorticks_off()
     figure.suptitle(title)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
