@@ -90,7 +90,8 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
         common["quantization"] = NAME
     if setup.on_gpu:
         sizes = sorted(set(request.batches))
-        return common | {"gpu_memory_utilization": 0.9, "compilation_config": {"cudagraph_capture_sizes": sizes}}
+        # The share is only checked to be free: what the cache takes is given, and the run before has just been ended.
+        return common | {"gpu_memory_utilization": 0.6, "compilation_config": {"cudagraph_capture_sizes": sizes}}
     # On the CPU, despite its name, a share of the machine's memory.
     return common | {"gpu_memory_utilization": 0.05, "enforce_eager": True}
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", help="more shapes or others, NxK,...")
     parser.add_argument("--m", help="comma-separated; default: 1 to 64, 128 to 1024 and 2048 to 16384 in powers of two")
     parser.add_argument("--peers", default="auto", help=f"auto, none, or some of {', '.join(peers.NAMES)}")
-    parser.add_argument("--peer-compile-limit", type=float, default=150, metavar="S", help="seconds for peers' kernels")
+    parser.add_argument("--peer-compile-limit", type=float, default=240, metavar="S", help="seconds for peers' kernels")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, after every cell")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a chart; needs matplotlib")
     parser.add_argument("--chain", action="store_true", help="instead: eight dependent linears in one graph")

@@ -42,7 +42,9 @@ def _command(names: Sequence[str], shape: Shape, ms: Sequence[int]) -> list[str]
 def compile_peers(
     names: Sequence[str], shapes: Sequence[Shape], ms: Sequence[int], limit_s: float, say: Callable[[str], None]
 ) -> list[str]:
-    """Call each such peer once for every cell, one process a shape, as many at once as there are cores.
+    """Call each such peer once for every cell, one process a shape.
+
+    Two run at once for each core: they wait for the GPU and for locks, too.
 
     Returns:
         One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
@@ -52,7 +54,7 @@ def compile_peers(
     end = time.monotonic() + limit_s
     try:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            while waiting and len(running) < 2 * (os.cpu_count() or 1):
                 shape = waiting.pop(0)
                 command = _command(names, shape, ms)
                 running[shape] = subprocess.Popen(
