@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import run_child, stop_children_on_signals
-from benchmarks.environment import RESULTS, environment, write_json
+from benchmarks import RESULTS
+from fp8_backend.measure.child import run_child, stop_children_on_signals
+from fp8_backend.measure.environment import environment, write_json
 
 # Seconds a part may take. On an H200 the grid is bound by DeepGEMM's compilations, the rest takes seconds.
 TIME_LIMITS = {"gemm_errors": 330, "edge_cases": 120, "sanitize": 230}

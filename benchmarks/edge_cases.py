@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import write_json
 from benchmarks.operands import DEVICE, DeepGemm, RandomWeight, row
 from fp8_backend.kernels import reference
 from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.measure.environment import write_json
 
 MS = (1, 3, 17, 64, 127, 128, 129, 1000, 4096)
 SHAPES = ((2112, 7168), (576, 2048), (1000, 640), (200, 300))

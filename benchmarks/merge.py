@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import write_json
+from fp8_backend.measure.environment import write_json
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:

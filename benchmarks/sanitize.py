@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.child import run_child, stop_children_on_signals
-from benchmarks.environment import write_json
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
+from fp8_backend.measure.child import run_child, stop_children_on_signals
+from fp8_backend.measure.environment import write_json
 
 FINDINGS = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),

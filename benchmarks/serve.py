@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -22,11 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.child import stop_children_on_signals
-from benchmarks.environment import RESULTS, ROOT, environment, write_json
+from benchmarks import RESULTS, ROOT
 from demo.architectures import SIZES, Architecture
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from demo.server import Completion, DemoError, Server
+from fp8_backend.ab.logs import SUMMARY, selection_lines
+from fp8_backend.measure.child import stop_children_on_signals
+from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.weights.checkpoint import verify_checkpoint
 
 MAX_KL = 0.003
@@ -59,12 +60,6 @@ ENVIRONMENT = {
 ARMS = {"ours": ["--quantization", "deepgemm_fp8"], "stock": [], "twin": []}
 START_LIMIT_S = 240
 REQUEST_LIMIT_S = 90
-SUMMARY = re.compile(r"\d+ of \d+ linears.* use fp8_backend.*")
-# Lines in which vLLM says what it chose, and whether it compiled and captured.
-SELECTION = re.compile(
-    r"(Selected \S+ for|[Uu]sing .*(kernel|[Bb]ackend|MoE|GEMM)|vLLM's own FP8 path|torch\.compile (takes|took)|"
-    r"Capturing CUDA graphs|Graph capturing finished|[Mm]odel loading took)"
-)
 
 
 @dataclass
@@ -89,16 +84,6 @@ class Arm:
             for prompt, completion in zip(PROMPTS, self.completions, strict=True)
         ]
         return {**found, "completions": texts, "positions": len(self.logprobs)}
-
-
-def selection_lines(log: str) -> list[str]:
-    """Return the different lines of a server's log on kernels, compilation and graphs, without time and process."""
-    lines = [
-        line.rpartition("] ")[2].strip()[:300]
-        for line in log.splitlines()
-        if SELECTION.search(line) and "%|" not in line  # no progress bars
-    ]
-    return list(dict.fromkeys(lines))[:30]
 
 
 def scored(server: Server, vocab: int) -> torch.Tensor:

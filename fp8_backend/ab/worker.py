@@ -1,0 +1,153 @@
+"""One vLLM engine in a process of its own: start it, time it, score with it.
+
+    python -m fp8_backend.ab.worker REQUEST.json ANSWER.json
+
+The request is `Request` as JSON; the answer is written again after every measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TIMED, TIMED_PREFILL = 3, 4  # repeats whose median counts
+
+
+@dataclass
+class Request:
+    """What to measure.
+
+    engine: arguments of vllm.LLM. prefill: (batch, tokens) pairs. vocab: token ids are drawn below it. scored: prompts
+    whose next-token distributions are wanted, each in a call of its own. logprobs: how many of the likeliest, -1: all.
+    """
+
+    engine: dict[str, Any]
+    batches: list[int]
+    prefill: list[tuple[int, int]]
+    input_len: int
+    output_len: int
+    vocab: int
+    scored: list[list[int]] = field(default_factory=list)
+    logprobs: int = -1
+
+
+def peak_bytes(worker: Any) -> int:
+    """Return the most memory the worker's process has used: of its GPU, or resident where it has none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Engine:
+    """A running vLLM and the questions it is asked."""
+
+    def __init__(self, request: Request) -> None:
+        from vllm import LLM
+
+        start = time.monotonic()
+        self.llm = LLM(**request.engine)
+        self.start_up_s = time.monotonic() - start
+        self.request, self._random = request, random.Random(0)
+
+    def seconds(self, batch: int, input_len: int, output_len: int) -> float:
+        """Return how long one batch of random prompts takes."""
+        from vllm import SamplingParams
+
+        # Ids below 10 are special tokens in most vocabularies.
+        prompts = [
+            {"prompt_token_ids": [self._random.randrange(10, self.request.vocab) for _ in range(input_len)]}
+            for _ in range(batch)
+        ]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        self.llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def tpot_ms(self, batch: int) -> float:
+        """Return milliseconds for one more token of every sequence: (t(all tokens) - t(1 token)) / (tokens - 1)."""
+        input_len, output_len = self.request.input_len, self.request.output_len
+        for length in (min(8, output_len), 1):  # every shape is compiled before it is timed
+            self.seconds(batch, input_len, length)
+        one, many = (
+            statistics.median(self.seconds(batch, input_len, length) for _ in range(TIMED))
+            for length in (1, output_len)
+        )
+        return (many - one) / (output_len - 1) * 1e3
+
+    def prefill_ms(self, batch: int, tokens: int) -> float:
+        """Return milliseconds from a batch of prompts to their first tokens."""
+        self.seconds(batch, tokens, 1)
+        return statistics.median(self.seconds(batch, tokens, 1) for _ in range(TIMED_PREFILL)) * 1e3
+
+    def distributions(self) -> list[dict[str, float]]:
+        """Return the log-probabilities of tokens, by id, after every token of the scored prompts."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=self.request.logprobs, detokenize=False)
+        rows = []
+        for prompt in self.request.scored:
+            (output,) = self.llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+            for given in output.prompt_logprobs[1:]:  # nothing predicts the first token
+                rows.append({str(token): found.logprob for token, found in given.items()})
+        return rows
+
+    def shut_down(self) -> None:
+        """End the engine's processes, as far as this vLLM can be asked to; the parent kills what is left."""
+        try:
+            self.llm.llm_engine.engine_core.shutdown()
+        except AttributeError:
+            pass
+
+    def peak_memory(self) -> tuple[int | None, str | None]:
+        """Return the largest of the workers' peaks in bytes, or None and why it is not known."""
+        try:
+            return max(self.llm.collective_rpc(peak_bytes)), None
+        except Exception as error:  # a version that cannot be asked is no reason to lose the times
+            return None, f"{type(error).__name__}: {error}"[:200]
+
+
+def main() -> None:
+    """Measure everything the request asks for."""
+    raw, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    request = Request(**raw)
+    answer: dict[str, Any] = {"tpot_ms": {}, "prefill_ms": {}}
+
+    def write(**found: Any) -> None:
+        answer.update(found)
+        partial = out.with_name(out.name + ".part")
+        partial.write_text(json.dumps(answer))
+        partial.replace(out)
+
+    engine = Engine(request)
+    write(start_up_s=engine.start_up_s)
+    for batch in request.batches:
+        answer["tpot_ms"][str(batch)] = engine.tpot_ms(batch)
+        write()
+    for batch, tokens in request.prefill:
+        answer["prefill_ms"][f"{batch}x{tokens}"] = engine.prefill_ms(batch, tokens)
+        write()
+    peak, unknown = engine.peak_memory()
+    write(peak_bytes=peak, peak_unknown=unknown)
+    if request.scored:
+        write(distributions=engine.distributions())
+    write(done=True)
+    engine.shut_down()
+    # Not through the interpreter's own end, where vLLM's threads can abort the process (seen: 1 run of 5, on the CPU).
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

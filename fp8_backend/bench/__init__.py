@@ -1,0 +1,1 @@
+"""`fp8-backend bench`: dense linears beside every peer and the time of streaming their weights."""

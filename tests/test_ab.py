@@ -1,0 +1,217 @@
+"""The ab command: its arithmetic on recorded runs, what it refuses, and one real engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo.architectures import SIZES
+from demo.checkpoint import write_checkpoint
+from fp8_backend import cli
+from fp8_backend.ab import command, report, setup
+from fp8_backend.ab.logs import names_fp8_kernel, names_ours, selection_lines
+from fp8_backend.errors import UnsupportedError
+
+OURS = ["12 of 12 linears use fp8_backend (cuda)"]
+STOCK = ["Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"]
+
+
+def run(number: int, arm: str, tpot: float, prefill: float, failure: str | None = None) -> dict:
+    answer = {
+        "start_up_s": 80.0 + number,
+        "tpot_ms": {"1": tpot, "8": tpot + 0.5},
+        "prefill_ms": {"4x2048": prefill},
+        "peak_bytes": 2**30 * (12 if arm == "ours" else 13),
+    }
+    lines = OURS if arm == "ours" else STOCK
+    return {"number": number, "arm": arm, "failure": failure, "selection": lines, "answer": answer}
+
+
+# Synthetic: ours faster in TPOT beyond doubt, prefill within the spread.
+RUNS = [
+    run(1, "default", 4.0, 120.0),
+    run(2, "ours", 3.0, 124.0),
+    run(3, "ours", 3.1, 116.0),
+    run(4, "default", 4.1, 121.0),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ab") / "qwen3"
+    write_checkpoint(folder, "qwen3", SIZES["qwen3", "demo"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("default", "ours", "verdict"),
+    [
+        ([4.0, 4.1], [3.0, 3.1], "ours 1.33x better"),
+        ([3.0, 3.0], [4.0, 4.0], "ours 1.33x worse"),
+        ([4.0, 4.4], [4.0, 3.8], "inconclusive: runs of one arm differ by 9.5%"),
+        ([4.0, 4.0], [3.99, 3.99], "inconclusive: runs of one arm differ by 1.0%"),
+        ([4.0], [3.0, 3.0], "inconclusive: fewer than two runs of an arm"),
+        ([], [3.0], "not measured"),
+    ],
+)
+def test_verdicts(default: list[float], ours: list[float], verdict: str) -> None:
+    assert report.compare(default, ours)[1] == verdict
+
+
+def test_rows() -> None:
+    found = report.rows("m", RUNS, report.why_no_verdict(RUNS, True))
+    assert [report.name_of(row) for row in found] == [
+        "TPOT, batch 1 (ms)",
+        "TPOT, batch 8 (ms)",
+        "prefill 4x2048 (ms)",
+        "start-up (s)",
+        "peak memory (GiB)",
+    ]
+    first = found[0]
+    assert (first["default_ms"], first["ours_ms"], first["ratio"]) == (4.05, 3.05, 1.328)
+    assert first["verdict"].startswith("ours 1.33x") and found[2]["verdict"].startswith("inconclusive")
+    assert found[4]["default_gib"] == 13
+
+
+def test_a_failed_run_does_not_count() -> None:
+    found = report.rows("m", [*RUNS[:3], run(4, "default", 1.0, 1.0, "killed")], None)
+    assert found[0]["runs"]["default"] == [4.0] and found[0]["verdict"].startswith("inconclusive: fewer")
+
+
+@pytest.mark.parametrize(
+    ("arm", "lines", "reason"),
+    [
+        ("ours", [], "a log of ours does not say that its linears use fp8_backend"),
+        ("ours", ["0 of 12 linears use fp8_backend (cuda)"], "a log of ours does not say"),
+        ("default", OURS, "a log of the default says that its linears use fp8_backend"),
+        ("default", ["Using FlashAttention backend"], "does not name the kernel of its FP8 linears"),
+    ],
+)
+def test_no_verdict_without_the_kernels_names(arm: str, lines: list[str], reason: str) -> None:
+    assert report.why_no_verdict(RUNS, True) is None
+    wrong = [*RUNS, {**run(5, arm, 1.0, 1.0), "selection": lines}]
+    why = report.why_no_verdict(wrong, True)
+    assert why is not None and reason in why
+    assert report.rows("m", wrong, why)[0]["verdict"] == f"none: {why}"
+
+
+def test_a_twin_need_not_name_an_fp8_kernel() -> None:
+    twin = [{**found, "selection": []} if found["arm"] == "default" else found for found in RUNS]
+    assert report.why_no_verdict(twin, False) is None
+
+
+def test_selection_lines_are_read_from_a_log() -> None:
+    log_text = (
+        "(EngineCore pid=7) INFO 11-22 14:00:00 [__init__.py:7] Selected CutlassFp8BlockScaledMMKernel for X\n"
+        "INFO 11-22 14:00:01 [summary.py:44] 27 of 27 linears and 2 of 2 MoE layers use fp8_backend (cuda)\nother\n"
+    )
+    lines = selection_lines(log_text)
+    assert len(lines) == 2 and names_ours(lines) and names_fp8_kernel(lines)
+    assert not names_ours(lines[:1]) and not names_fp8_kernel(lines[1:])
+
+
+def test_mean_kl() -> None:
+    half, quarter = log(0.5), log(0.25)
+    full = [{"1": half, "2": half}]
+    assert report.mean_kl(full, full) == 0
+    assert report.mean_kl(full, [{"1": quarter, "2": log(0.75)}]) == pytest.approx(0.5 * log(4 / 3))
+    # Token 2 is known to one arm alone: what is left over counts as one token, here the same distributions.
+    assert report.mean_kl(full, [{"1": quarter, "3": log(0.7)}]) == pytest.approx(0.5 * log(4 / 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batches", "1,x"], "--batches 1,x: expected numbers above 0"),
+        (["--prefill", "2048"], "--prefill 2048: expected batch x tokens"),
+        (["--output-len", "1"], "--output-len must be at least 2"),
+        (["--prefill", "1x100000"], "100001 tokens of a sequence"),
+    ],
+)
+def test_refusals(
+    options: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ab", str(checkpoint), "--out", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_what_is_not_an_fp8_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ab", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"vocab_size": 10}')
+    assert cli.main(["ab", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "not an FP8 checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_arms(stock: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "stock_fp8_runs", lambda: stock)
+    found = setup.prepare(checkpoint, None, tmp_path)
+    request = command.request_for(_arguments(checkpoint), found)
+    default, ours = (setup.engine_arguments(found, arm, request) for arm in ("default", "ours"))
+    differ = {key for key in ours if ours[key] != default.get(key)}
+    assert differ == ({"quantization"} if stock else {"quantization", "model"})
+    assert found.default_is_fp8 is stock and ours["load_format"] == "auto"
+    if not stock:
+        config = json.loads((Path(default["model"]) / "config.json").read_text())
+        assert "quantization_config" not in config and "bf16 twin" in found.default_text
+
+
+def test_a_config_alone_gets_dummy_weights_and_no_kl(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    found = setup.prepare(tmp_path, None, tmp_path / "scratch")
+    request = command.request_for(_arguments(tmp_path), found)
+    assert request.scored == []
+    assert setup.engine_arguments(found, "ours", request)["load_format"] == "dummy"
+
+
+def test_page_and_chart(tmp_path: Path) -> None:
+    result = {
+        "env": {"gpu": None, "cpus": 2, "command": "fp8-backend ab m"},
+        "model": "m",
+        "default": "vLLM's own FP8 path",
+        "weights": "dummy",
+        "order": "default ours ours default",
+        "kl": "not measured",
+        "rows": report.rows("m", RUNS, None),
+        "runs": RUNS,
+    }
+    page = report.markdown(result)
+    assert "CPU, 2 cores: shows that it works" in page
+    assert page.count("12 of 12 linears use fp8_backend (cuda)") == 2 and page.count("Selected DeepGemm") == 2
+    assert "| TPOT, batch 1 (ms) | 4.05 | 3.05 | 1.328 | ours 1.33x better |" in page
+    from fp8_backend.ab.chart import chart
+
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(UnsupportedError, match="matplotlib is not installed"):
+            chart(result, tmp_path / "chart.png")
+        return
+    chart(result, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _arguments(model: Path) -> command.argparse.Namespace:
+    parser = command.argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(
+        [str(model), "--batches", "1", "--prefill", "1x64", "--input-len", "8", "--output-len", "3"]
+    )
+
+
+@pytest.mark.vllm
+def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
+    found = setup.prepare(checkpoint, None, tmp_path / "scratch")
+    request = command.request_for(_arguments(checkpoint), found)
+    done = command.run_arm("ours", 1, found, request, tmp_path, 300)
+    assert done["failure"] is None
+    answer = done["answer"]
+    assert answer["tpot_ms"]["1"] > 0 and answer["prefill_ms"]["1x64"] > 0 and answer["start_up_s"] > 0
+    assert answer["peak_bytes"] > 2**27 and names_ours(done["selection"])
+    rows = torch.tensor([list(row.values()) for row in answer["distributions"]], dtype=torch.float64)
+    assert rows.shape == (190, 1024)
+    torch.testing.assert_close(rows.exp().sum(dim=1), torch.ones(190, dtype=torch.float64), rtol=0, atol=1e-3)
