@@ -22,7 +22,8 @@ from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK
-from fp8_backend.weights.checkpoint import check_quantization_config, verify_checkpoint
+from fp8_backend.weights.checkpoint import verify_checkpoint
+from fp8_backend.weights.formats import read_format
 
 BLOCK_SHAPE = [BLOCK, BLOCK]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' and weight_block_size {BLOCK_SHAPE}"
@@ -104,7 +105,7 @@ class DeepGemmFp8Config(Fp8Config):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeepGemmFp8Config:
         """Read a checkpoint's `quantization_config`."""
-        check_quantization_config({"quantization_config": config})
+        read_format({"quantization_config": config})
         if store_dtype := config.get("store_dtype"):
             raise CheckpointError(
                 f"config.json: store_dtype is {store_dtype!r}; expected none; {EXPECTED}; drop the flag"

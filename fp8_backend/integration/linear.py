@@ -15,7 +15,7 @@ from vllm.model_executor.utils import replace_parameter
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import compat, ops
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-from fp8_backend.weights import loader
+from fp8_backend.weights import loader, partition
 
 if TYPE_CHECKING:
     from fp8_backend.integration.config import DeepGemmFp8Config
@@ -111,22 +111,5 @@ def check_partition(name: str, input_size: int, k: int, output_size: int, widths
     Raises:
         UnsupportedError: names layer, width, limit and next step.
     """
-    if k != input_size and k % BLOCK:
-        raise UnsupportedError(
-            f"{name}: input width {k} of one tensor-parallel rank is not a multiple of {BLOCK} ({input_size} / "
-            f"{input_size // k} ranks); use a smaller --tensor-parallel-size"
-        )
-    split = sum(widths) != output_size
-    # The last part of an unsplit layer starts at a boundary if the others do: DeepSeek-V3 merges 1536 + 576.
-    for width in widths if split else widths[:-1]:
-        if width % BLOCK:
-            kind = "merged shard width" if len(widths) > 1 else "shard width"
-            step = (
-                "use a smaller --tensor-parallel-size"
-                if split and width * (output_size // sum(widths)) % BLOCK == 0
-                else "requantise the model with these layers in modules_to_not_convert"
-            )
-            raise UnsupportedError(
-                f"{name}: {kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 "
-                f"block would need two scales; {step}"
-            )
+    if reason := partition.linear_reason(input_size, k, output_size, widths):
+        raise UnsupportedError(f"{name}: {reason}")

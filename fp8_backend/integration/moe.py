@@ -15,7 +15,7 @@ from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import ops
 from fp8_backend.integration.linear import loads_dummy_weights
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-from fp8_backend.weights import loader
+from fp8_backend.weights import loader, partition
 
 if TYPE_CHECKING:
     from fp8_backend.integration.config import DeepGemmFp8Config
@@ -51,11 +51,8 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             UnsupportedError: an expert's intermediate size on one rank is not a multiple of 128.
         """
         intermediate = intermediate_size_per_partition
-        if intermediate % BLOCK:
-            raise UnsupportedError(
-                f"{self.prefix}: merged shard width {intermediate} of an expert's gate and up projections is not a "
-                f"multiple of {BLOCK}; use --enable-expert-parallel or a smaller --tensor-parallel-size"
-            )
+        if reason := partition.experts_reason(intermediate):
+            raise UnsupportedError(f"{self.prefix}: {reason}")
         layer.num_experts = num_experts
         layer.orig_dtype = params_dtype
         layer.weight_block_size = [BLOCK, BLOCK]

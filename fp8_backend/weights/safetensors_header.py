@@ -32,6 +32,11 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor in the file."""
+        return self.end - self.begin
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return what the header of a safetensors file says of each tensor, in the order of their bytes.
