@@ -9,7 +9,9 @@ import sys
 from fp8_backend.errors import Fp8BackendError
 
 # Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("fp8_backend.inspect", "what a checkpoint holds, and what the kernels take of it"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
