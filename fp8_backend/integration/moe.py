@@ -20,8 +20,6 @@ from fp8_backend.weights import loader, partition
 if TYPE_CHECKING:
     from fp8_backend.integration.config import DeepGemmFp8Config
 
-SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
-
 
 class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
     """Serves one layer of routed experts; routing, shared experts and reduction over ranks stay vLLM's.
@@ -60,7 +58,7 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             weight = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn)
             scale = loader.unloaded_scale(num_experts, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
             block = {"quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
-            for suffix, data, attributes in (("weight", weight, {}), ("weight_scale_inv", scale, block)):
+            for suffix, data, attributes in (("weight", weight, {}), (self.config.scale_name, scale, block)):
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{name}_{suffix}", parameter)
                 set_weight_attrs(parameter, {**extra_weight_attrs, **attributes})
@@ -68,7 +66,7 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check the scales; the reference experts read weights as they were loaded."""
-        for name in SCALES:
+        for name in (f"w13_{self.config.scale_name}", f"w2_{self.config.scale_name}"):
             scale = getattr(layer, name).data
             if self.dummy_weights:
                 scale.abs_().clamp_min_(1e-6)
@@ -106,9 +104,9 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             topk_weights,
             topk_ids,
             layer.w13_weight,
-            layer.w13_weight_scale_inv,
+            getattr(layer, f"w13_{self.config.scale_name}"),
             layer.w2_weight,
-            layer.w2_weight_scale_inv,
+            getattr(layer, f"w2_{self.config.scale_name}"),
             layer.expert_map,
             layer.apply_router_weight_on_input,
         )

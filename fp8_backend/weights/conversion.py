@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,14 +139,20 @@ def _check_free_space(tasks: list[ShardTask], out: Path) -> None:
 
 def _run(tasks: list[ShardTask], state: Path, workers: int) -> None:
     total = sum(info.bytes for task in tasks for info in read_header(task.source).values())
+    with Progress("converting", total) as progress:
+        if workers > 1:
+            _run_in_processes(tasks, state, workers, progress)
+            return
+        for task in tasks:
+            _convert_and_report(task, _report_path(state, task), progress.advance)
+
+
+def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progress: Progress) -> None:
     # spawn: forking a process whose torch has threads can deadlock the child.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    with (
-        Progress("converting", total) as progress,
-        ProcessPoolExecutor(workers, context, _start_worker, (counter, workers)) as pool,
-    ):
-        running = {pool.submit(_work, task, str(_report_path(state, task))) for task in tasks}
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter, workers)) as pool:
+        running = {pool.submit(_work, task, _report_path(state, task)) for task in tasks}
         try:
             while running:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -176,13 +182,17 @@ def _start_worker(counter: Any, workers: int) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
-def _work(task: ShardTask, report: str) -> None:
+def _work(task: ShardTask, report: Path) -> None:
     def advance(count: int) -> None:
         with _counter.get_lock():
             _counter.value += count
 
+    _convert_and_report(task, report, advance)
+
+
+def _convert_and_report(task: ShardTask, report: Path, advance: Callable[[int], None]) -> None:
     errors = convert_shard(task, advance)
-    _write_atomically(Path(report), {"errors": [dataclasses.asdict(error) for error in errors]})
+    _write_atomically(report, {"errors": [dataclasses.asdict(error) for error in errors]})
 
 
 def _finish(conversion: Conversion) -> None:

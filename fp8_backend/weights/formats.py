@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,10 +50,14 @@ class Fp8Format:
         module = tensor.rpartition(".")[0]
         if self.method == "fp8":
             return any(entry in tensor for entry in self.skipped)
-        return any(
-            re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
-            for entry in self.skipped
-        )
+        return is_listed(module, self.skipped)
+
+
+def is_listed(module: str, entries: Iterable[str]) -> bool:
+    """Return whether compressed-tensors' `ignore` names a module, plainly or by a pattern after `re:`."""
+    return any(
+        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module for entry in entries
+    )
 
 
 def read_format(config: dict[str, Any]) -> Fp8Format:

@@ -15,7 +15,7 @@ from fp8_backend.weights.loader import check_scale
 from fp8_backend.weights.safetensors_writer import ShardWriter
 from fp8_backend.weights.tensor_reader import ShardReader, rows_at_once
 
-STRIPE_BYTES = 1 << 24  # of the source; float32 copies of a stripe make that about ten times
+STRIPE_BYTES = 1 << 22  # of the source; float32 copies of a stripe make that about ten times
 COPIED_AT_ONCE = 1 << 24
 Advance = Callable[[int], None]
 
@@ -83,24 +83,27 @@ def _contents(task: ShardTask, reader: ShardReader) -> dict[str, tuple[str, tupl
 def _quantize(task: ShardTask, name: str, reader: ShardReader, writer: ShardWriter, advance: Advance) -> LayerError:
     info = reader.info[name]
     step = rows_at_once(info, STRIPE_BYTES, BLOCK)
-    scales, error_norms, weight_norms = [], [], []
+    grid = tuple(ceil_div(width, BLOCK) for width in info.shape)
+    # Made before the stripes: small results kept from each would scatter over the heap and keep it from shrinking.
+    scales = torch.empty(grid, dtype=torch.uint8 if task.scale_kind == "e8m0" else torch.float32)
+    error_norms, weight_norms = torch.empty(2, *grid, dtype=torch.float64)
     for row in range(0, info.shape[0], step):
         weight = reader.read_rows(name, row, min(step, info.shape[0] - row))
-        if not torch.isfinite(weight).all():
-            position = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        finite = torch.isfinite(weight)
+        if not finite.all():
+            position = (~finite).nonzero()[0].tolist()
             raise CheckpointError(
                 f"{reader.path.name}: {name}: {weight[tuple(position)]:g} at [{position[0] + row}, {position[1]}]; "
                 "expected finite weights; fetch the shard again"
             )
         codes, scale = quantize_blocks(weight, task.scale_kind)
         writer.write_rows(name, row, codes)
-        errors, norms = block_errors(weight, codes, scale)
-        scales.append(scale.view(torch.uint8) if task.scale_kind == "e8m0" else scale)
-        error_norms.append(errors)
-        weight_norms.append(norms)
+        blocks = slice(row // BLOCK, ceil_div(row + len(weight), BLOCK))
+        scales[blocks] = scale.view(scales.dtype)
+        error_norms[blocks], weight_norms[blocks] = block_errors(weight, codes, scale)
         advance(weight.nbytes)
-    writer.write_rows(task.quantized[name], 0, torch.cat(scales))
-    return _layer_error(name, info.shape, torch.cat(error_norms), torch.cat(weight_norms))
+    writer.write_rows(task.quantized[name], 0, scales)
+    return _layer_error(name, info.shape, error_norms, weight_norms)
 
 
 def _layer_error(name: str, shape: tuple[int, ...], errors: torch.Tensor, norms: torch.Tensor) -> LayerError:
