@@ -33,12 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
         if info.dtype == FP8:
             scale = fp8_format.scale_name(name)
             weights[checkpoint.home[name]][name] = (scale, checkpoint.home[scale])
-    scales = frozenset(name for name in checkpoint.info if fp8_format.weight_name(name) is not None)
+    scales: dict[Path, set[str]] = defaultdict(set)
+    for name in checkpoint.info:
+        if fp8_format.weight_name(name) is not None:
+            scales[checkpoint.home[name]].add(name)
     conversion = Conversion(
         checkpoint=checkpoint,
         out=arguments.out,
         tasks=[
-            ShardTask(shard, arguments.out / shard.name, {}, "float32", weights[shard], scales)
+            ShardTask(shard, arguments.out / shard.name, {}, "float32", weights[shard], frozenset(scales[shard]))
             for shard in checkpoint.shards
         ],
         config=_without_quantization(config),

@@ -18,15 +18,15 @@ FINDINGS_SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("model", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="judge layers split over N ranks (default: 1)")
+    parser.add_argument(
+        "--tp", type=_ranks, default=1, metavar="N", help="judge layers split over N ranks (default: 1)"
+    )
     parser.add_argument("--deep", action="store_true", help="read every scale and code, not only the files' headers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found; 1 if the checkpoint cannot be served with these kernels at this --tp, else 0."""
-    if arguments.tp < 1:
-        raise SystemExit(f"--tp {arguments.tp}: expected at least 1")
     checkpoint = open_checkpoint(arguments.model, read_config(arguments.model))
     inventory, fp8_format = take_inventory(checkpoint, arguments.tp)
     findings: list[Finding] | None = None
@@ -111,3 +111,9 @@ def _row(kind: Kind) -> tuple[str, ...]:
 
 def _extents(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)

@@ -56,11 +56,13 @@ def test_unpacking_undoes_packing(n: int, k: int, seed: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    ranks=st.sampled_from([1, 2, 3, 4, 8]), blocks=st.integers(1, 3), other=WIDTH, split_k=st.booleans(), seed=st.integers(0, 2**32 - 1)
-)  # fmt: skip
-def test_packed_shards_put_together_are_the_whole(
-    ranks: int, blocks: int, other: int, split_k: bool, seed: int
-) -> None:
+    ranks=st.sampled_from([1, 2, 3, 4, 8]),
+    blocks=st.integers(1, 3),
+    other=WIDTH,
+    split_k=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_packed_shards_make_the_packed_whole(ranks: int, blocks: int, other: int, split_k: bool, seed: int) -> None:
     split = ranks * blocks * BLOCK
     n, k = (other, split) if split_k else (split, other)
     codes = codes_of(n, k, seed)

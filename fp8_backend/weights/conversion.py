@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_sentinel
@@ -159,6 +160,11 @@ def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progres
                 for future in finished:
                     future.result()
                 progress.advance_to(counter.value)
+        except BrokenProcessPool:
+            raise CheckpointError(
+                f"{tasks[0].out.parent}: a worker process was killed, perhaps for want of memory; run the command again "
+                "with fewer --workers: finished shards are kept"
+            ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -84,7 +84,6 @@ def _quantize(task: ShardTask, name: str, reader: ShardReader, writer: ShardWrit
     info = reader.info[name]
     step = rows_at_once(info, STRIPE_BYTES, BLOCK)
     grid = tuple(ceil_div(width, BLOCK) for width in info.shape)
-    # Made before the stripes: small results kept from each would scatter over the heap and keep it from shrinking.
     scales = torch.empty(grid, dtype=torch.uint8 if task.scale_kind == "e8m0" else torch.float32)
     error_norms, weight_norms = torch.empty(2, *grid, dtype=torch.float64)
     for row in range(0, info.shape[0], step):
