@@ -10,7 +10,7 @@ from fp8_backend.errors import Fp8BackendError
 
 # Command -> (module with add_arguments(parser) and run(arguments) -> exit code, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("fp8_backend.inspect", "what a checkpoint holds, and what the kernels take of it"),
+    "inspect": ("fp8_backend.inspect_checkpoint", "what a checkpoint holds, and what the kernels take of it"),
     "quantize": ("fp8_backend.quantize", "a bf16 checkpoint to FP8 with 128x128 block scales"),
     "dequantize": ("fp8_backend.dequantize", "an FP8 block checkpoint back to bf16"),
 }

@@ -162,8 +162,8 @@ def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progres
                 progress.advance_to(counter.value)
         except BrokenProcessPool:
             raise CheckpointError(
-                f"{tasks[0].out.parent}: a worker process was killed, perhaps for want of memory; run the command again "
-                "with fewer --workers: finished shards are kept"
+                f"{tasks[0].out.parent}: a worker was killed, perhaps for want of memory; run the command again with "
+                "fewer --workers: finished shards are kept"
             ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -18,9 +18,7 @@ FINDINGS_SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.add_argument("model", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument(
-        "--tp", type=_ranks, default=1, metavar="N", help="judge layers split over N ranks (default: 1)"
-    )
+    parser.add_argument("--tp", type=_ranks, default=1, metavar="N", help="judge layers split over N ranks")
     parser.add_argument("--deep", action="store_true", help="read every scale and code, not only the files' headers")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
