@@ -17,6 +17,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Time dense linears beside every peer and the streaming of their weights.",
     ),
     "ab": ("fp8_backend.ab.command", "Run the same vLLM with its default backend and with this one, and compare."),
+    "inspect": ("fp8_backend.inspect_checkpoint", "Say what a checkpoint holds and what the kernels take of it."),
+    "quantize": ("fp8_backend.quantize", "Turn a bf16 checkpoint into FP8 with 128x128 block scales."),
+    "dequantize": ("fp8_backend.dequantize", "Turn an FP8 block checkpoint back into bf16."),
 }
 
 

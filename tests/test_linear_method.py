@@ -32,6 +32,7 @@ from fp8_backend.integration.linear import check_partition
 from fp8_backend.integration.moe import check_features
 from fp8_backend.kernels import layout
 from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize, relative_error
+from fp8_backend.quantize import written_config
 
 DEVICE = torch.device(current_platform.device_type)
 
@@ -59,7 +60,7 @@ def part(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def load(layer: LinearBase, parts: dict[Any, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Feed parts to a layer as a model's load_weights does; return the dequantised whole [n, k]."""
     for shard, (codes, scale) in parts.items():
-        for parameter, tensor in ((layer.weight, codes), (layer.weight_scale_inv, scale)):
+        for parameter, tensor in ((layer.weight, codes), (getattr(layer, layer.quant_method.config.scale_name), scale)):
             parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
     return torch.cat([dequantize(codes, scale, BLOCK, torch.float64) for codes, scale in parts.values()])
 
@@ -110,6 +111,44 @@ def test_loads_packs_and_multiplies(kind: str, dtype: torch.dtype, config: DeepG
         expected += layer.bias.double()
     # e4m3 activations: 3 mantissa bits give 0.026 for normal data.
     assert relative_error(y, expected) < 0.04
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+@pytest.mark.parametrize("kind", ["row", "merged", "qkv"])
+def test_one_byte_scales_are_loaded_exactly(kind: str, method: Any) -> None:
+    config = DeepGemmFp8Config.from_config(written_config(method, "e8m0", []))
+    layer, parts = build(kind, config)
+    powers = {name: (codes, scale.to(torch.float8_e8m0fnu)) for name, (codes, scale) in parts.items()}
+    for shard, tensors in powers.items():
+        for parameter, tensor in zip((layer.weight, getattr(layer, config.scale_name)), tensors, strict=True):
+            parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+    assert config.scale_name == ("weight_scale" if method == "compressed-tensors" else "weight_scale_inv")
+    loaded = getattr(layer, config.scale_name).data
+    assert torch.equal(loaded, torch.cat([scale.float() for _, scale in powers.values()]).to(loaded.device))
+    layer.quant_method.process_weights_after_loading(layer)
+    n, k = sum(len(codes) for codes, _ in powers.values()), layer.input_size_per_partition
+    assert torch.equal(layout.unpack_weight(layer.weight, n, k).view(torch.uint8).cpu(),
+                       torch.cat([codes for codes, _ in powers.values()]).view(torch.uint8))  # fmt: skip
+    assert torch.equal(layout.unpack_scale(getattr(layer, config.scale_name), n), loaded)
+
+
+def test_compressed_tensors_names_what_is_not_quantised() -> None:
+    expert = "model.layers.2.mlp.experts.0.down_proj"
+    projections = ["model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.1.k_proj"]
+    entries = ["lm_head", "re:.*mlp.gate$", *projections, expert]
+    config = DeepGemmFp8Config.from_config(written_config("compressed-tensors", "float32", entries))
+    config.packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+    for prefix, skipped in {
+        "model.layers.7.mlp.gate": True,
+        "model.layers.7.mlp.gate_up": False,
+        "model.layers.0.qk_proj": True,
+        "model.layers.2.qk_proj": False,
+        "model.layers.2.mlp.experts": True,
+        "model.layers.3.mlp.experts": False,
+    }.items():
+        assert config.is_skipped(prefix) is skipped, prefix
+    with pytest.raises(CheckpointError, match="model.layers.1.qk_proj: config.json's ignore lists some of"):
+        config.is_skipped("model.layers.1.qk_proj")
 
 
 def test_packing_again_changes_nothing(config: DeepGemmFp8Config) -> None:

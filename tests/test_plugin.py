@@ -25,6 +25,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMeth
 
 from demo.architectures import SIZES
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+from fp8_backend.cli import main
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import config as config_module
 from fp8_backend.integration.config import DeepGemmFp8Config
@@ -142,6 +143,24 @@ def test_bf16_checkpoint_is_refused(pristine: Path, tmp_path: Path) -> None:
     dequantize_checkpoint(pristine, tmp_path / "bf16")
     with pytest.raises(ValueError, match="config.json has no quantization_config.*drop the flag"):
         start(tmp_path / "bf16")
+
+
+def test_quantised_checkpoints_are_read_by_stock_vllm_as_well(pristine: Path, tmp_path: Path) -> None:
+    dequantize_checkpoint(pristine, tmp_path / "bf16")
+    for method in ("fp8", "compressed-tensors"):
+        out = tmp_path / method
+        assert main(["quantize", str(tmp_path / "bf16"), str(out), "--format", method, "--workers", "1"]) == 0
+        stock, ours = start(out, quantization=None).quant_config, start(out).quant_config
+        assert stock.get_name() == method and type(ours) is DeepGemmFp8Config
+        assert ours.is_skipped("lm_head") and not ours.is_skipped("model.layers.0.mlp.down_proj")
+        if method == "fp8":
+            assert type(stock) is Fp8Config
+            assert (stock.weight_block_size, stock.ignored_layers) == ([128, 128], ours.ignored_layers)
+        else:
+            # What stock vLLM reads of the scheme is what it looks at to choose its block-scaled FP8 method.
+            (scheme,) = stock.target_scheme_map.values()
+            assert (scheme["weights"].strategy, scheme["weights"].block_structure) == ("block", [128, 128])
+            assert stock._is_fp8_w8a8(scheme["weights"], scheme["input_activations"])
 
 
 def test_broken_files_are_refused_before_anything_is_loaded(folder: Path) -> None:

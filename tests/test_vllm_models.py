@@ -26,6 +26,11 @@ LINES = {
     "qwen3": "12 of 12 linears use fp8_backend (reference)",
     "qwen3_moe": "6 of 6 linears and 3 of 3 MoE layers use fp8_backend (reference)",
 }
+# What `fp8-backend quantize` makes of a bf16 twin. Experts of one layer are kept, so that a mixed model is served too.
+QUANTIZED = {
+    "quantized": [],
+    "compressed-tensors": ["--format", "compressed-tensors", "--scales", "e8m0", "--keep", r"layers\.1\.mlp\.experts"],
+}
 ON_CPU = not torch.cuda.is_available()
 
 
@@ -43,6 +48,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Return a function that runs an engine on a generated checkpoint, once for each set of arguments."""
     from demo.architectures import SIZES
     from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+    from fp8_backend.cli import main
 
     root = tmp_path_factory.mktemp("engines")
     answers: dict[str, Answer] = {}
@@ -50,14 +56,17 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     def checkpoint(architecture: Any, kind: str) -> Path:
         folder = root / f"{architecture}-{kind}"
         if not folder.exists():
-            if kind == "bf16":
+            if kind in QUANTIZED:
+                source = str(checkpoint(architecture, "bf16"))
+                assert main(["quantize", source, str(folder), "--workers", "1", *QUANTIZED[kind]]) == 0
+            elif kind == "bf16":
                 dequantize_checkpoint(checkpoint(architecture, "fp8"), folder)
             else:
                 write_checkpoint(folder, architecture, SIZES[architecture, "demo"])
         return folder
 
     def run(architecture: str, kind: str = "fp8", **arguments: Any) -> Answer:
-        arguments = {"model": str(checkpoint(architecture, kind)), **(FLAG if kind == "fp8" else {}), **arguments}
+        arguments = {"model": str(checkpoint(architecture, kind)), **({} if kind == "bf16" else FLAG), **arguments}
         key = json.dumps(arguments, sort_keys=True)
         if key not in answers:
             answers[key] = _run(root, arguments)
@@ -101,6 +110,14 @@ def test_close_to_bf16_twin(engine: Engine, architecture: str) -> None:
     assert mean_kl(twin, ours) <= MAX_KL
     # 0 would mean that both engines multiplied in bf16.
     assert mean_kl(twin, ours) > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "moe_layers"), [("quantized", 3), ("compressed-tensors", 2)])
+def test_quantized_checkpoints_are_served(engine: Engine, kind: str, moe_layers: int) -> None:
+    ours = engine("qwen3_moe", kind)
+    assert 1e-6 < mean_kl(engine("qwen3_moe", "bf16"), ours) <= MAX_KL
+    if ON_CPU:
+        assert f"6 of 6 linears and {moe_layers} of {moe_layers} MoE layers use fp8_backend (reference)" in ours.log
 
 
 @pytest.mark.parametrize("architecture", LINES)

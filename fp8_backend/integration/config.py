@@ -22,10 +22,11 @@ from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK
-from fp8_backend.weights.checkpoint import check_quantization_config, verify_checkpoint
+from fp8_backend.weights.checkpoint import verify_checkpoint
+from fp8_backend.weights.formats import SCALE_SUFFIXES, Method, is_listed, read_format
 
 BLOCK_SHAPE = [BLOCK, BLOCK]
-EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' and weight_block_size {BLOCK_SHAPE}"
+EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' or 'compressed-tensors' and blocks {BLOCK_SHAPE}"
 NO_GROUPED_KERNELS = "grouped CUDA kernels are not there yet"
 
 logger = logging.getLogger("vllm.fp8_backend.integration.config")
@@ -70,6 +71,7 @@ class DeepGemmFp8Config(Fp8Config):
         activation_scheme: str = "dynamic",
         ignored_layers: list[str] | None = None,
         weight_block_size: list[int] | None = None,
+        method: Method = "fp8",
     ) -> None:
         settings.load()
         if not is_checkpoint_fp8_serialized:
@@ -84,6 +86,8 @@ class DeepGemmFp8Config(Fp8Config):
             ignored_layers=ignored_layers,
             weight_block_size=weight_block_size,
         )
+        self.method = method
+        self.scale_name = f"weight{SCALE_SUFFIXES[method]}"  # vLLM finds a parameter by its name in the checkpoint
         self.summary = LoadSummary()
 
     @property
@@ -104,16 +108,17 @@ class DeepGemmFp8Config(Fp8Config):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DeepGemmFp8Config:
         """Read a checkpoint's `quantization_config`."""
-        check_quantization_config({"quantization_config": config})
+        fp8_format = read_format({"quantization_config": config})
         if store_dtype := config.get("store_dtype"):
             raise CheckpointError(
                 f"config.json: store_dtype is {store_dtype!r}; expected none; {EXPECTED}; drop the flag"
             )
         return cls(
             is_checkpoint_fp8_serialized=True,
-            activation_scheme=config.get("activation_scheme", "dynamic"),
-            ignored_layers=config.get("ignored_layers") or config.get("modules_to_not_convert"),
+            activation_scheme="dynamic",
+            ignored_layers=list(fp8_format.skipped),
             weight_block_size=BLOCK_SHAPE,
+            method=fp8_format.method,
         )
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -139,12 +144,32 @@ class DeepGemmFp8Config(Fp8Config):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer, or None where vLLM's default is meant."""
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if compat.is_skipped(self, prefix) else self._linear_method(layer, prefix)
+            return UnquantizedLinearMethod() if self.is_skipped(prefix) else self._linear_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
-            if compat.is_skipped(self, prefix):
+            if self.is_skipped(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return self._moe_method(layer, prefix)
         return super().get_quant_method(layer, prefix)
+
+    def is_skipped(self, prefix: str) -> bool:
+        """Return whether the checkpoint leaves a layer unquantised.
+
+        Raises:
+            CheckpointError: it does so with some of the projections that vLLM merges into this layer.
+        """
+        if self.method == "fp8":
+            return compat.is_skipped(self, prefix)
+        stem, _, name = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(name, [name])
+        if name == "experts":  # left out by naming each projection of each expert
+            return any(entry.startswith(f"{prefix}.") for entry in self.ignored_layers)
+        skipped = [is_listed(f"{stem}.{part}".lstrip("."), self.ignored_layers) for part in parts]
+        if any(skipped) != all(skipped):
+            raise CheckpointError(
+                f"{prefix}: config.json's ignore lists some of {parts}, which vLLM merges; expected all or none; "
+                "requantise the model"
+            )
+        return all(skipped)
 
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()

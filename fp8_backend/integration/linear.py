@@ -15,7 +15,7 @@ from vllm.model_executor.utils import replace_parameter
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import compat, ops, warmup
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-from fp8_backend.weights import loader
+from fp8_backend.weights import loader, partition
 
 if TYPE_CHECKING:
     from fp8_backend.integration.config import DeepGemmFp8Config
@@ -48,7 +48,9 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register `weight` [n, k] float8_e4m3fn and `weight_scale_inv` [ceil(n / 128), ceil(k / 128)] float32.
+        """Register `weight` [n, k] float8_e4m3fn and its scales [ceil(n / 128), ceil(k / 128)] float32.
+
+        The scales are called `weight_scale_inv`, or `weight_scale` where the checkpoint is of compressed-tensors.
 
         Raises:
             UnsupportedError: merging or splitting the layer cuts through a 128x128 block.
@@ -71,19 +73,19 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
             data=loader.unloaded_scale(ceil_div(n, BLOCK), ceil_div(k, BLOCK)), **placement
         )
         layer.register_parameter("weight", weight)
-        layer.register_parameter("weight_scale_inv", scale)
+        layer.register_parameter(self.config.scale_name, scale)
         self.config.summary.create("linear")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace weight and scales by packed ones; the originals are freed before the next layer is packed."""
         if layer.weight.dim() == 3:  # vLLM calls again for layers that a weight update left alone
             return
-        scale = layer.weight_scale_inv.data
+        scale = getattr(layer, self.config.scale_name).data
         if self.dummy_weights:
             scale.abs_().clamp_min_(1e-6)
         weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale)
         replace_parameter(layer, "weight", weight)
-        replace_parameter(layer, "weight_scale_inv", scale)
+        replace_parameter(layer, self.config.scale_name, scale)
         compat.keep_from_amx_mla(layer)
         self.config.summary.pack("linear", self.config.backend_name, get_tensor_model_parallel_rank() == 0)
 
@@ -98,7 +100,8 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         Returns:
             [..., n] in x's dtype; in the model's dtype for float8 x.
         """
-        y = ops.linear(x, layer.weight, layer.weight_scale_inv, bias, layer.output_size_per_partition)
+        scale = getattr(layer, self.config.scale_name)
+        y = ops.linear(x, layer.weight, scale, bias, layer.output_size_per_partition)
         return y.to(layer.orig_dtype) if x.dtype == torch.float8_e4m3fn else y
 
 
@@ -115,22 +118,5 @@ def check_partition(name: str, input_size: int, k: int, output_size: int, widths
     Raises:
         UnsupportedError: names layer, width, limit and next step.
     """
-    if k != input_size and k % BLOCK:
-        raise UnsupportedError(
-            f"{name}: input width {k} of one tensor-parallel rank is not a multiple of {BLOCK} ({input_size} / "
-            f"{input_size // k} ranks); use a smaller --tensor-parallel-size"
-        )
-    split = sum(widths) != output_size
-    # The last part of an unsplit layer starts at a boundary if the others do: DeepSeek-V3 merges 1536 + 576.
-    for width in widths if split else widths[:-1]:
-        if width % BLOCK:
-            kind = "merged shard width" if len(widths) > 1 else "shard width"
-            step = (
-                "use a smaller --tensor-parallel-size"
-                if split and width * (output_size // sum(widths)) % BLOCK == 0
-                else "requantise the model with these layers in modules_to_not_convert"
-            )
-            raise UnsupportedError(
-                f"{name}: {kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 "
-                f"block would need two scales; {step}"
-            )
+    if reason := partition.linear_reason(input_size, k, output_size, widths):
+        raise UnsupportedError(f"{name}: {reason}")

@@ -16,12 +16,10 @@ from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import compat, ops
 from fp8_backend.integration.linear import loads_dummy_weights
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-from fp8_backend.weights import loader
+from fp8_backend.weights import loader, partition
 
 if TYPE_CHECKING:
     from fp8_backend.integration.config import DeepGemmFp8Config
-
-SCALES = ("w13_weight_scale_inv", "w2_weight_scale_inv")
 
 
 class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
@@ -54,11 +52,8 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             UnsupportedError: an expert's intermediate size on one rank is not a multiple of 128.
         """
         intermediate = intermediate_size_per_partition
-        if intermediate % BLOCK:
-            raise UnsupportedError(
-                f"{self.prefix}: merged shard width {intermediate} of an expert's gate and up projections is not a "
-                f"multiple of {BLOCK}; use --enable-expert-parallel or a smaller --tensor-parallel-size"
-            )
+        if reason := partition.experts_reason(intermediate):
+            raise UnsupportedError(f"{self.prefix}: {reason}")
         layer.num_experts = num_experts
         layer.orig_dtype = params_dtype
         layer.weight_block_size = [BLOCK, BLOCK]
@@ -66,7 +61,7 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             weight = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn)
             scale = loader.unloaded_scale(num_experts, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
             block = {"quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
-            for suffix, data, attributes in (("weight", weight, {}), ("weight_scale_inv", scale, block)):
+            for suffix, data, attributes in (("weight", weight, {}), (self.config.scale_name, scale, block)):
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 layer.register_parameter(f"{name}_{suffix}", parameter)
                 set_weight_attrs(parameter, {**extra_weight_attrs, **attributes})
@@ -74,7 +69,7 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check the scales and make the layer opaque to the compiler; weights stay as they were loaded."""
-        for name in SCALES:
+        for name in (f"w13_{self.config.scale_name}", f"w2_{self.config.scale_name}"):
             scale = getattr(layer, name).data
             if self.dummy_weights:
                 scale.abs_().clamp_min_(1e-6)
@@ -113,9 +108,9 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             topk_weights,
             topk_ids,
             layer.w13_weight,
-            layer.w13_weight_scale_inv,
+            getattr(layer, f"w13_{self.config.scale_name}"),
             layer.w2_weight,
-            layer.w2_weight_scale_inv,
+            getattr(layer, f"w2_{self.config.scale_name}"),
             layer.expert_map,
             layer.apply_router_weight_on_input,
         )

@@ -32,6 +32,11 @@ class TensorInfo:
     begin: int
     end: int
 
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor in the file."""
+        return self.end - self.begin
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return what the header of a safetensors file says of each tensor, in the order of their bytes.
@@ -40,6 +45,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is shorter or longer than its header says, the header is not valid JSON of the
             format, a dtype is unknown, or offsets overlap, leave gaps or disagree with the tensor's shape.
     """
+    return read_header_and_length(path)[0]
+
+
+def read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """Return what `read_header` does, and the byte of the file where the tensors begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -52,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = {name: _tensor_info(path.name, name, entry) for name, entry in header.items() if name != "__metadata__"}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_offsets(path.name, ordered, data_bytes=size - 8 - length)
-    return ordered
+    return ordered, 8 + length
 
 
 def _parse(file_name: str, text: bytes) -> dict[str, Any]:

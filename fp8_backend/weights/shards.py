@@ -1,0 +1,109 @@
+"""What a rank gets of every FP8 layer, and whether the kernels take it: from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fp8_backend.weights import partition
+from fp8_backend.weights.checkpoint import FP8, MERGED
+from fp8_backend.weights.files import Checkpoint
+
+# How vLLM splits a projection over ranks. Both lists hold the names of the models vLLM serves in FP8 blocks.
+COLUMN = frozenset(
+    (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "w1",
+        "w3",
+        "q_b_proj",
+        "kv_b_proj",
+    )
+)
+ROW = frozenset(("o_proj", "down_proj", "w2"))
+REPLICATED = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "wq_b", "wk", "eh_proj"))
+QKV = MERGED[0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as vLLM builds it: projections stacked along n, or one."""
+
+    stem: str  # what the names of its members begin with: "model.layers.0.self_attn."
+    members: tuple[str, ...]  # projections, in vLLM's order
+    widths: tuple[int, ...]  # n of each
+    k: int
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is a routed expert's: those are split by other rules than a linear."""
+        return ".experts." in f".{self.stem}"
+
+
+def fp8_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
+    """Yield every FP8 layer of a checkpoint that is made of matrices."""
+    group_of = {member: group for group in MERGED for member in group}
+    for name, info in checkpoint.info.items():
+        if info.dtype != FP8 or len(info.shape) != 2 or not name.endswith(".weight"):
+            continue
+        stem, _, projection = name.removesuffix(".weight").rpartition(".")
+        stem = f"{stem}." if stem else ""
+        present = [
+            part
+            for part in group_of.get(projection, (projection,))
+            if (other := checkpoint.info.get(f"{stem}{part}.weight")) and len(other.shape) == 2
+        ]
+        if projection == present[0]:
+            widths = tuple(checkpoint.info[f"{stem}{part}.weight"].shape[0] for part in present)
+            yield Layer(stem, tuple(present), widths, info.shape[1])
+
+
+def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+    """Return why the kernels do not take this layer on one of `tp` ranks, or None."""
+    last = layer.members[-1]
+    if tp == 1 or last in REPLICATED:
+        return partition.linear_reason(layer.k, layer.k, sum(layer.widths), list(layer.widths))
+    if layer.is_expert:
+        return _split_expert(layer, tp)
+    if last in ROW:
+        return _indivisible("input width", layer.k, tp) or partition.linear_reason(
+            layer.k, layer.k // tp, sum(layer.widths), list(layer.widths)
+        )
+    if last not in COLUMN:
+        return f"unknown projection {last!r}: how vLLM splits it over {tp} ranks is not known here; try it at --tp 1"
+    if layer.members == QKV:
+        return _split_qkv(layer, tp, config)
+    for width in layer.widths:
+        if why := _indivisible("output width", width, tp):
+            return why
+    widths = [width // tp for width in layer.widths]
+    return partition.linear_reason(layer.k, layer.k, sum(layer.widths), widths)
+
+
+def _split_expert(layer: Layer, tp: int) -> str | None:
+    intermediate = layer.k if layer.members[-1] in ROW else layer.widths[0]
+    return _indivisible("intermediate size", intermediate, tp) or partition.experts_reason(intermediate // tp)
+
+
+def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+    """Split as vLLM's QKVParallelLinear does: by heads, copying key and value heads where ranks outnumber them."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
+    if type(heads) is not int or type(kv_heads) is not int or min(heads, kv_heads) < 1:
+        return f"config.json: {heads!r} attention heads and {kv_heads!r} key heads; expected whole numbers above 0"
+    if heads % tp or max(kv_heads, tp) % min(kv_heads, tp):
+        return f"{heads} attention heads and {kv_heads} key heads do not divide by {tp} ranks: vLLM itself refuses"
+    kv_parts = min(kv_heads, tp)
+    widths = [layer.widths[0] // tp, layer.widths[1] // kv_parts, layer.widths[2] // kv_parts]
+    # Copies count in vLLM's output size, so that a split layer is told from a whole one by the same rule.
+    return partition.linear_reason(layer.k, layer.k, sum(widths) * tp, widths)
+
+
+def _indivisible(what: str, width: int, tp: int) -> str | None:
+    return f"{what} {width} does not divide by {tp} ranks: vLLM itself refuses" if width % tp else None
