@@ -12,7 +12,7 @@ import torch
 from fp8_backend.ab.worker import Request
 from fp8_backend.errors import CheckpointError
 from fp8_backend.integration.plugin import NAME
-from fp8_backend.weights.checkpoint import check_quantization_config
+from fp8_backend.weights.formats import read_format
 from fp8_backend.weights.twin import dequantize_checkpoint
 
 MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS = 4096, 8192, 64
@@ -50,7 +50,7 @@ def prepare(model: Path, kv_gib: float | None, scratch: Path) -> Setup:
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model}: no config.json; give the folder of a checkpoint, or of a config alone")
     config = json.loads((model / "config.json").read_text())
-    check_quantization_config(config)
+    read_format(config)
     on_gpu, stock = torch.cuda.is_available(), stock_fp8_runs()
     default_model, text = model, "vLLM's own FP8 path, no --quantization"
     if not stock:
