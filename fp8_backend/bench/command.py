@@ -16,7 +16,8 @@ from fp8_backend.bench import chain, dense, host, peers, report, warm
 from fp8_backend.bench.plot import plot, pyplot
 from fp8_backend.bench.shapes import MODELS, parse_ms, parse_shapes
 from fp8_backend.errors import Fp8BackendError, UnsupportedError
-from fp8_backend.kernels.backend import capability_reason, machine, runs_cuda_kernels
+from fp8_backend.kernels.backend import capability_reason, runs_cuda_kernels
+from fp8_backend.kernels.gemm import machine
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.progress import Progress, Watchdog
 

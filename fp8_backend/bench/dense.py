@@ -15,7 +15,7 @@ from fp8_backend.bench.shapes import DECODE_M, Shape
 from fp8_backend.bench.stream import stream_us
 from fp8_backend.errors import DriverError
 from fp8_backend.kernels import gemm, heuristics, reference
-from fp8_backend.kernels.backend import machine
+from fp8_backend.kernels.gemm import machine
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.measure.accuracy import verified

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from fp8_backend.kernels import launcher
-from fp8_backend.kernels.backend import current_stream
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.launcher import current_stream
 from fp8_backend.measure.timing import capture, interleaved_us
 
 SPEC = KernelSpec("stream.cuh", "stream", (), Path(__file__).parent)
@@ -39,7 +39,7 @@ def stream_call(weight: torch.Tensor, ctas_per_sm: int, stages: int, pdl: bool) 
     params = (weight.data_ptr(), size, sink.data_ptr(), stages)
 
     def call() -> None:
-        kernel.launch(grid, THREADS, stages * TILE_BYTES, params, current_stream(weight.device), pdl=pdl)
+        kernel.launch(grid, THREADS, stages * TILE_BYTES, params, current_stream(weight.device.index), pdl=pdl)
 
     return call
 

@@ -75,7 +75,7 @@ def kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
 
 
 @cache
-def _machine(device: int) -> Machine:
+def machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
     clusters = (
         kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
@@ -86,7 +86,7 @@ def _machine(device: int) -> Machine:
 
 @lru_cache(maxsize=65536)
 def _choose(m: int, n: int, k: int, device: int) -> DecodeChoice | GemmChoice:
-    return heuristics.select(GemmProblem(m, n, k, _machine(device)))
+    return heuristics.select(GemmProblem(m, n, k, machine(device)))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -348,5 +348,5 @@ def _gemm(
         raise ArgumentError(
             f"k={weight.k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes, or use fp8_linear"
         )
-    problem = GemmProblem(codes.shape[0], weight.n, weight.k, _machine(out.device.index))
+    problem = GemmProblem(codes.shape[0], weight.n, weight.k, machine(out.device.index))
     launch_gemm(heuristics.select_gemm(problem), codes, scale_a, weight, out, bias)
