@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from fp8_backend import settings
 from fp8_backend.errors import CacheError
 from fp8_backend.kernels import cache, warmup
+from fp8_backend.progress import ProgressOnDemand
 from fp8_backend.text import readable_age, readable_size
 
 
@@ -76,7 +77,7 @@ def _clear() -> None:
 
 
 def _warm() -> None:
-    bar = warmup.progress_bar("compiling") if sys.stderr.isatty() else nullcontext()
+    bar = ProgressOnDemand("compiling", "kernels") if sys.stderr.isatty() else nullcontext()
     with bar as progress:
         done = warmup.warm_up(progress=progress)
     directory, specs = settings.load().resolved_cache_dir(), warmup.all_specs()

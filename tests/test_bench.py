@@ -21,7 +21,8 @@ from fp8_backend.errors import ArgumentError, UnsupportedError
 from fp8_backend.kernels import cache
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import Machine
-from fp8_backend.measure.progress import Progress, Watchdog
+from fp8_backend.measure.watchdog import Watchdog
+from fp8_backend.progress import Progress
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 
@@ -188,10 +189,10 @@ def test_host_line_judges_the_op() -> None:
 
 
 def test_progress_speaks_of_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(2, "cells") as progress:
+    with Progress("timing", 2, "cells") as progress:
         progress.step("one")
         progress.step("two")
-    assert "2/2 cells: two" in capsys.readouterr().err
+    assert "2/2 cells, 0 s left: two" in capsys.readouterr().err
 
 
 def test_watchdog_ends_a_hung_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,7 +196,7 @@ def test_file_cut_while_it_is_read(model: Path) -> None:
 
 def test_progress_in_a_log_is_a_line_at_the_end() -> None:
     stream = io.StringIO()
-    with Progress("packing", 2_000_000_000, stream) as progress:
+    with Progress("packing", 2_000_000_000, stream=stream) as progress:
         for _ in range(4):
             progress.advance(500_000_000)
     assert stream.getvalue().count("\n") == 1

@@ -15,6 +15,7 @@ from fp8_backend.errors import CompileError
 from fp8_backend.kernels import cache, heuristics, quantize, warmup
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.progress import ProgressOnDemand
 
 HERE = Path(__file__).parent
 SPECS = [KernelSpec("saxpy.cuh", "saxpy", (("OFFSET", offset),), HERE) for offset in (3, 4, 5)]
@@ -98,9 +99,9 @@ def test_directory_that_is_refused_costs_the_lock_and_nothing_else(directory: Pa
 
 def test_bar_shows_progress_only_if_something_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
     for expected in (True, False):
-        with warmup.progress_bar("compiling") as progress:
+        with ProgressOnDemand("compiling", "kernels") as progress:
             warmup.warm_up(SPECS, progress)
-        assert ("compiling: 100%" in capsys.readouterr().err) == expected
+        assert ("3/3 kernels" in capsys.readouterr().err) == expected
 
 
 CHILD = """

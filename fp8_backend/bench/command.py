@@ -19,7 +19,8 @@ from fp8_backend.errors import Fp8BackendError, UnsupportedError
 from fp8_backend.kernels.backend import capability_reason, runs_cuda_kernels
 from fp8_backend.kernels.gemm import machine
 from fp8_backend.measure.environment import environment, write_json
-from fp8_backend.measure.progress import Progress, Watchdog
+from fp8_backend.measure.watchdog import Watchdog
+from fp8_backend.progress import Progress
 
 CELL_LIMIT_S = 180.0  # a cell takes about a second, and minutes where a peer still has to compile
 
@@ -92,7 +93,7 @@ def _warm(plan: dense.Plan, limit_s: float, env: dict[str, Any]) -> None:
     count = warm.compile_ours(plan.shapes, plan.ms, machine(torch.cuda.current_device()))
     print(f"our {count} kernels: {time.monotonic() - begin:.1f} s", flush=True)
     begin = time.monotonic()
-    with Progress(len(plan.shapes), "shapes") as progress:
+    with Progress("compiling peers", len(plan.shapes), "shapes") as progress:
         problems = warm.compile_peers(list(plan.peers), plan.shapes, plan.ms, limit_s, progress.step)
     env["peer_compilation"] = problems
     print("\n".join([f"peers' kernels: {time.monotonic() - begin:.1f} s", *problems]), flush=True)
@@ -102,7 +103,7 @@ def _dense(plan: dense.Plan, out: Path | None, result: dict[str, Any]) -> None:
     watchdog = Watchdog(CELL_LIMIT_S)
     watchdog.begin("first cell")
     try:
-        with Progress(len(plan.shapes) * len(plan.ms), "cells") as progress:
+        with Progress("timing", len(plan.shapes) * len(plan.ms), "cells") as progress:
             for row in dense.run(plan):
                 cell = f"m={row['m']} {row['n']}x{row['k']}"
                 watchdog.begin(f"the cell after {cell}")

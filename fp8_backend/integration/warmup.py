@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from fp8_backend.kernels import warmup
+from fp8_backend.progress import ProgressOnDemand
 
 logger = logging.getLogger("vllm.fp8_backend.integration.warmup")
 
@@ -25,7 +26,7 @@ def warm_up_process(speak: bool) -> warmup.WarmUp:
         DriverError: the driver refuses a kernel.
     """
     start = time.monotonic()
-    with warmup.progress_bar("fp8_backend kernels") if speak else nullcontext() as progress:
+    with ProgressOnDemand("compiling fp8_backend", "kernels") if speak else nullcontext() as progress:
         done = warmup.warm_up(progress=progress)
     warmup.load_all()
     done = replace(done, seconds=time.monotonic() - start)

@@ -6,9 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from fp8_backend.errors import CompileError
 from fp8_backend.kernels import cache, heuristics, quantize
@@ -80,31 +78,6 @@ def load_all() -> None:
     for config in heuristics.all_configs():
         gemm.kernel(config, device)
     quantize.kernel(device)
-
-
-def progress_bar(title: str) -> AbstractContextManager[Progress]:
-    """Return a bar on stderr for `warm_up`; it appears with the first call."""
-    return _Bar(title)
-
-
-class _Bar(AbstractContextManager[Progress]):
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-
-    def __enter__(self) -> Progress:
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def _show(self, done: int, total: int) -> None:
-        if self.bar is None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=self.title, unit="kernel")
-        self.bar.update(done - self.bar.n)
 
 
 def _missing(specs: Sequence[KernelSpec]) -> list[KernelSpec]:
