@@ -20,8 +20,8 @@ import torch
 
 from demo.architectures import EMBEDDING, SIZES, Architecture, Size, TensorSpec, model_config, tensor_specs
 from demo.tokenizer import write_tokenizer
+from demo.twin import dequantize_checkpoint, write_shards
 from fp8_backend.kernels.reference import BLOCK, FP8_MAX, MIN_AMAX, ceil_div
-from fp8_backend.weights.twin import dequantize_checkpoint, write_shards
 
 # Standard deviation of a linear layer's output for inputs of unit variance. Larger values turn a rounding into another
 # expert choice often enough that even two correct servers disagree.

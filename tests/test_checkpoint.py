@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from demo.architectures import SIZES, TensorSpec
 from demo.checkpoint import dequantize_checkpoint, generate, write_checkpoint
 from demo.tokenizer import SPECIAL
+from demo.twin import INDEX
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels.reference import BLOCK, dequantize
 from fp8_backend.weights.checkpoint import CheckpointSummary, verify_checkpoint
-from fp8_backend.weights.twin import INDEX
 
 UP = "model.layers.0.mlp.up_proj.weight"
 UP_SCALE = f"{UP}_scale_inv"

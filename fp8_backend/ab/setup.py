@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fp8_backend.ab.worker import Request
+from fp8_backend.dequantize import dequantize_checkpoint
 from fp8_backend.errors import CheckpointError
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.weights.formats import read_format
-from fp8_backend.weights.twin import dequantize_checkpoint
 
 MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS = 4096, 8192, 64
 

@@ -9,6 +9,7 @@ import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import heuristics, launcher, layout, reference
+from fp8_backend.kernels.arguments import check_gemm
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import (
@@ -287,49 +288,8 @@ def fp8_gemm_nt(
     if tuple(scale_b.shape) != layout.packed_scale_shape(n, k):
         scale_b = layout.arrange_scale(scale_b, n, k)
     weight = Weight(codes_b, scale_b, n, k)
-    _check(codes, scale_a, weight, out, bias)
+    check_gemm(codes, scale_a, codes_b, scale_b, out, bias)
     _gemm(codes, reference.mn_major(scale_a), weight, out, bias)
-
-
-def _check(
-    codes: torch.Tensor, scale_a: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    m, n, k = codes.shape[0], weight.n, weight.k
-    fp8, float32, any_float = (torch.float8_e4m3fn,), (torch.float32,), tuple(ELEMENT_TYPES)
-    weight_shape = layout.packed_weight_shape(n, k) if weight.packed else (n, k)
-    _expect("a", codes, (m, k), fp8)
-    _expect("scale_a", scale_a, (m, ceil_div(k, BLOCK)), float32, contiguous_columns=False)
-    _expect("b", weight.codes, weight_shape, fp8)
-    _expect("scale_b", weight.scale, layout.packed_scale_shape(n, k), float32)
-    _expect("out", out, (m, n), any_float)
-    if bias is not None:
-        _expect("bias", bias, (n,), any_float)
-    for name, tensor in (
-        ("a", codes),
-        ("scale_a", scale_a),
-        ("b", weight.codes),
-        ("scale_b", weight.scale),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.device != out.device:
-            raise ArgumentError(f"{name} is on {tensor.device} and out on {out.device}; move them to one device")
-
-
-def _expect(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    contiguous_columns: bool = True,
-) -> None:
-    columns = not contiguous_columns or shape[-1] <= 1 or tensor.stride(-1) == 1
-    if tuple(tensor.shape) == shape and tensor.dtype in dtypes and columns:
-        return
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    raise ArgumentError(
-        f"{name}: got {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {tensor.stride()}; "
-        f"expected {list(shape)} {names}{', contiguous columns' if contiguous_columns else ''}"
-    )
 
 
 def _gemm(

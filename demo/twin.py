@@ -1,4 +1,4 @@
-"""The bf16 twin of an FP8 checkpoint: what it says without FP8 kernels."""
+"""The bf16 twin of an FP8 checkpoint, written the plain way: what tests hold `fp8-backend dequantize` against."""
 
 from __future__ import annotations
 
