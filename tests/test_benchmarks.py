@@ -86,3 +86,17 @@ def test_selection_lines_lose_time_and_process() -> None:
     assert selection_lines(f"(EngineCore pid=1) {line}\n{line}\nINFO [x.py:1] other\n") == [
         "Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"
     ]
+
+
+def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
+    from benchmarks.merge import merged
+
+    def part(commit, **content):
+        command = f"python -m benchmarks.serve --models a --out /somewhere/{commit}.json --logs x"
+        return {"env": {"commit": commit, "versions": {"torch": "2.11"}, "command": command}, **content}
+
+    both = merged([part("a", rows=[{"m": 1}]), part("a", rows=[{"m": 2}], sanitizer={"memcheck": {"clean": True}})])
+    assert both["rows"] == [{"m": 1}, {"m": 2}] and both["sanitizer"]["memcheck"]["clean"]
+    assert both["env"]["command"] == ["python -m benchmarks.serve --models a"] * 2
+    with pytest.raises(ValueError, match="the parts differ in commit"):
+        merged([part("a", rows=[]), part("b", rows=[])])
