@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
-from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmConfig, GemmProblem
+from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
 from fp8_backend.measure.child import run_child, stop_children_on_signals
@@ -88,7 +88,7 @@ def launch_decode(config: DecodeConfig) -> None:
     m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
     x, weight, out, truth = operands(m, n, k)
     tiles = ceil_div(n, rows)
-    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), MAX_SHARED_BYTES)
+    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
     choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 2) if config.split == 1 else tiles * config.split)
     if config.fused:
         gemm.launch_decode(choice, x.cuda(), None, weight, out, None)

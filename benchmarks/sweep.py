@@ -14,7 +14,7 @@ import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
-from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
+from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.measure.timing import copies_for, graph_us
 
@@ -36,10 +36,8 @@ def weights_of(n: int, k: int) -> list[gemm.Weight]:
 def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoice]:
     """Return the best-predicted ways of cutting the weight for each decode configuration."""
     by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
-    half = heuristics.HALF_SHARED_BYTES
-    for shared_bytes, ctas_per_sm in ((MAX_SHARED_BYTES, 1), (half, 1), (half, 2)):
-        for cost, choice in heuristics.decode_choices(problem, shared_bytes, ctas_per_sm):
-            by_config.setdefault((choice.config, shared_bytes, ctas_per_sm), []).append((cost, choice))
+    for cost, choice in heuristics.decode_choices(problem):
+        by_config.setdefault(choice.config, []).append((cost, choice))
     return [
         choice for found in by_config.values() for _, choice in sorted(found, key=lambda pair: pair[0])[:per_config]
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
-from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem
+from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
 
@@ -99,7 +99,7 @@ def test_every_decode_config(config, rows):
     x, bias = make_x(m, k), make_x(1, n)[0]
     weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
     tiles = ceil_div(n, rows)
-    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), MAX_SHARED_BYTES)
+    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
     choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 3) if config.split == 1 else tiles * config.split)
     surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16, device="cuda")
     out = surroundings[1:-1, 8:-8]

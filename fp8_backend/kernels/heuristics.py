@@ -20,7 +20,6 @@ TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
 PREFETCH_BYTES = 48 * 1024
-HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # of which a CTA with 1 KiB of the system's own fits twice
 
 GEMM_CONFIGS = (
     GemmConfig(64, 64, 1, 8),
@@ -67,10 +66,10 @@ class GemmChoice:
     grid: int
 
 
-def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int) -> int:
-    """Return how many stages fit into shared_bytes, at most MAX_STAGES; fewer than config.unroll means none do."""
+def decode_stages(config: DecodeConfig, rows: int, k_blocks: int) -> int:
+    """Return how many stages fit a CTA's shared memory, at most MAX_STAGES; 0 if fewer than the kernel needs do."""
     for stages in range(MAX_STAGES, config.unroll - 1, -1):
-        if config.shared_bytes(rows, k_blocks, stages) <= shared_bytes:
+        if config.shared_bytes(rows, k_blocks, stages) <= MAX_SHARED_BYTES:
             return stages
     return 0
 
@@ -97,15 +96,10 @@ _GEMM_NS = {
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
-def decode_choices(
-    problem: GemmProblem, shared_bytes: int = MAX_SHARED_BYTES, ctas_per_sm: int = 1
-) -> Iterator[tuple[float, DecodeChoice]]:
+def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
 
-    Args:
-        problem: yields nothing for more than 64 tokens.
-        shared_bytes: the most a CTA may take.
-        ctas_per_sm: how many CTAs of the kernel are to run on a multiprocessor.
+    There is none for more than 64 tokens. A CTA takes a multiprocessor to itself.
     """
     if problem.m > MAX_DECODE_TOKENS:
         return
@@ -115,12 +109,12 @@ def decode_choices(
             continue
         for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
-            if config.split > 1 and tiles > ctas_per_sm * problem.machine.max_clusters(config.split):
+            if config.split > 1 and tiles > problem.machine.max_clusters(config.split):
                 continue
-            num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
+            num_stages = decode_stages(config, rows, problem.k_blocks)
             if not num_stages:
                 continue
-            grid = min(tiles, ctas_per_sm * problem.machine.num_sms) if config.split == 1 else tiles * config.split
+            grid = min(tiles, problem.machine.num_sms) if config.split == 1 else tiles * config.split
             choice = DecodeChoice(config, rows, num_stages, grid)
             yield _decode_ns(problem, choice), choice
 

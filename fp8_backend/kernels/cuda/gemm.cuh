@@ -10,7 +10,7 @@
 //
 // The math warpgroups take turns to issue wgmma (named barriers 1..W: own threads wait, the predecessor's arrive), so that one promotes
 // while another's wgmma runs. Left alone they fall into step, and the tensor core idles while both promote: 1400 clocks a k-block of
-// 256 x 128 where 1024 is the limit.
+// 256 x 128, in turns 1300 (docs/kernel-notes.md; the tensor core alone would need 1024).
 //
 // Clusters: CLUSTER_M CTAs with the same columns fetch one slice of b each and multicast it; CLUSTER_N CTAs with the same rows
 // do so with a. Both operands come through 3D maps {128 bytes of k, rows, k-blocks}, so that row-major tensors (swizzled by the copy) and packed ones
