@@ -130,8 +130,8 @@ CONFIG = {"num_attention_heads": 12, "num_key_value_heads": 2}
         (Layer("a.", ("q_proj", "k_proj", "v_proj"), (1536, 256, 256), 512), 8, "vLLM itself refuses"),
         (Layer("a.", ("q_proj", "k_proj", "v_proj"), (1536, 256, 256), 512), 3, "vLLM itself refuses"),
         (Layer("a.", ("q_a_proj", "kv_a_proj_with_mqa"), (1536, 576), 7168), 8, None),  # replicated
-        (Layer("m.experts.0.", ("w1", "w3"), (1536, 1536), 4096), 8, "merged shard width 192 of an expert"),
-        (Layer("m.experts.0.", ("w2",), (4096,), 1536), 8, "merged shard width 192 of an expert"),
+        (Layer("m.experts.0.", ("w1", "w3"), (1536, 1536), 4096), 7, "intermediate size 1536 does not divide by 7"),
+        (Layer("m.experts.0.", ("w2",), (4096,), 1536), 8, None),
         (Layer("m.", ("down_proj",), (7168,), 18432), 8, None),
         (Layer("m.", ("down_proj",), (7168,), 18432), 5, "does not divide by 5 ranks"),
         (Layer("m.", ("made_up",), (256,), 256), 2, "unknown projection 'made_up'"),

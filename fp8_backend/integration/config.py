@@ -27,7 +27,6 @@ from fp8_backend.weights.formats import SCALE_SUFFIXES, Method, is_listed, read_
 
 BLOCK_SHAPE = [BLOCK, BLOCK]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' or 'compressed-tensors' and blocks {BLOCK_SHAPE}"
-NO_GROUPED_KERNELS = "grouped CUDA kernels are not there yet"
 
 logger = logging.getLogger("vllm.fp8_backend.integration.config")
 
@@ -183,8 +182,6 @@ class DeepGemmFp8Config(Fp8Config):
         backend = select_backend()
         if backend.name == "vllm":
             return self._stock_method(layer, prefix, "MoE layer", backend.reason)
-        if backend.name == "cuda":
-            return self._stock_method(layer, prefix, "MoE layer", NO_GROUPED_KERNELS)
         from fp8_backend.integration.moe import DeepGemmFp8MoEMethod
 
         return DeepGemmFp8MoEMethod(self, layer, prefix)

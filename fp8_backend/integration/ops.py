@@ -8,7 +8,10 @@ import torch
 from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from fp8_backend.kernels import gemm, reference
+from fp8_backend.kernels import gemm
+from fp8_backend.kernels.activation import masked_silu_mul_quant
+from fp8_backend.kernels.experts import fp8_experts
+from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
 
 # An op lives as long as the library object it was defined in.
 _LIBRARY = Library("fp8_backend", "FRAGMENT")
@@ -28,6 +31,7 @@ def _linear_fake(
 
 
 def _experts(
+    out: torch.Tensor,
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -37,13 +41,12 @@ def _experts(
     scale_2: torch.Tensor,
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
-) -> torch.Tensor:
-    return reference.fp8_experts(
-        x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input
-    )
+) -> None:
+    fp8_experts(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input, out)
 
 
 def _experts_fake(
+    out: torch.Tensor,
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -53,12 +56,51 @@ def _experts_fake(
     scale_2: torch.Tensor,
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
-) -> torch.Tensor:
-    return x.new_empty(x.shape)  # contiguous, as the real one, whatever the strides of x
+) -> None:
+    return None
+
+
+def _masked_experts(
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+) -> None:
+    m_grouped_fp8_gemm_nt_masked((codes, scale_a), (w13, scale_13), hidden, masked_m, expected_m)
+    m_grouped_fp8_gemm_nt_masked(masked_silu_mul_quant(hidden, masked_m), (w2, scale_2), out, masked_m, expected_m)
+
+
+def _masked_experts_fake(
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+) -> None:
+    return None
 
 
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
-direct_register_custom_op("experts", _experts, fake_impl=_experts_fake, target_lib=_LIBRARY)
+direct_register_custom_op("experts", _experts, mutates_args=["out"], fake_impl=_experts_fake, target_lib=_LIBRARY)
+direct_register_custom_op(
+    "masked_experts",
+    _masked_experts,
+    mutates_args=["out", "hidden"],
+    fake_impl=_masked_experts_fake,
+    target_lib=_LIBRARY,
+)
 
 linear = torch.ops.fp8_backend.linear
 experts = torch.ops.fp8_backend.experts
+masked_experts = torch.ops.fp8_backend.masked_experts

@@ -37,14 +37,17 @@ def _swizzled_chunks(n: int, device: torch.device) -> torch.Tensor:
     return rows ^ torch.arange(8, device=device)[None, :]
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight in the kernels' layout, complete in memory.
+def arrange_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight in the kernels' layout, by work queued on the current stream.
 
     Args:
         weight: [n, k] float8_e4m3fn, any strides.
 
     Returns:
         [ceil(k / 128), align(n, 8), 128] float8_e4m3fn, contiguous, on the same device.
+
+    Raises:
+        ArgumentError: weight is no matrix or of another dtype.
     """
     if weight.dim() != 2 or weight.dtype != torch.float8_e4m3fn:
         raise ArgumentError(
@@ -58,8 +61,12 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
         source = torch.nn.functional.pad(source, (0, k_blocks * BLOCK - k, 0, n_aligned - n))
     chunks = source.reshape(n_aligned, k_blocks, 8, 16).transpose(0, 1)
     index = _swizzled_chunks(n_aligned, weight.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
-    packed = torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
-    return _complete(packed)
+    return torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return what `arrange_weight` does, complete in memory."""
+    return complete(arrange_weight(weight))
 
 
 def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
@@ -102,7 +109,7 @@ def arrange_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 def pack_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Return what `arrange_scale` does, complete in memory."""
-    return _complete(arrange_scale(scale, n, k))
+    return complete(arrange_scale(scale, n, k))
 
 
 def unpack_scale(packed: torch.Tensor, n: int) -> torch.Tensor:
@@ -110,7 +117,7 @@ def unpack_scale(packed: torch.Tensor, n: int) -> torch.Tensor:
     return packed[:, : ceil_div(n, BLOCK)].t().contiguous()
 
 
-def _complete(packed: torch.Tensor) -> torch.Tensor:
+def complete(packed: torch.Tensor) -> torch.Tensor:
     """Wait until a tensor is written: kernels fetch weights before earlier work of their stream has ended."""
     if packed.is_cuda:
         torch.cuda.current_stream(packed.device).synchronize()

@@ -6,12 +6,20 @@ Quantisation is bit for bit what the CUDA kernel computes. The GEMM multiplies t
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 BLOCK = 128
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 # Groups whose largest magnitude is below this quantise as if it were this, so that 448 / amax stays finite in float32.
 MIN_AMAX = 1e-30
+
+
+class Groups(Protocol):
+    """What is indexed by group or expert: a tensor whose first dimension they are, or packed ones, unpacked then."""
+
+    def __getitem__(self, group: int, /) -> torch.Tensor: ...
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -106,52 +114,118 @@ def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     return float((y.double() - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
+def m_grouped_contiguous(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: Groups,
+    scale_b: Groups,
+    out: torch.Tensor,
+    m_indices: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Multiply each row by its group's weight: out[i] = a[i] @ b[m_indices[i]]^T; rows of group -1 stay as they are.
+
+    Args:
+        a: [m, k] float8_e4m3fn.
+        scale_a: [m, ceil(k / 128)] float32.
+        b: groups of [n, k] float8_e4m3fn.
+        scale_b: groups of [ceil(n / 128), ceil(k / 128)] float32.
+        out: [m, n], any float dtype; overwritten where a row has a group.
+        m_indices: [m], any integer dtype.
+        dtype: of all arithmetic, float32 or float64.
+    """
+    for group in m_indices[m_indices >= 0].unique().tolist():
+        rows = (m_indices == group).nonzero()[:, 0]
+        out[rows] = fp8_gemm_nt(a[rows], scale_a[rows], b[group], scale_b[group], dtype=dtype).to(out.dtype)
+
+
+def m_grouped_masked(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: Groups,
+    scale_b: Groups,
+    out: torch.Tensor,
+    masked_m: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Multiply the first masked_m[g] rows of each group g: out[g] = a[g] @ b[g]^T; rows beyond them stay as they are.
+
+    Args:
+        a: [num_groups, max_m, k] float8_e4m3fn.
+        scale_a: [num_groups, max_m, ceil(k / 128)] float32.
+        b: groups of [n, k] float8_e4m3fn.
+        scale_b: groups of [ceil(n / 128), ceil(k / 128)] float32.
+        out: [num_groups, max_m, n], any float dtype.
+        masked_m: [num_groups], any integer dtype.
+        dtype: of all arithmetic, float32 or float64.
+    """
+    for group, rows in enumerate(masked_m.tolist()):
+        if rows > 0:
+            y = fp8_gemm_nt(a[group, :rows], scale_a[group, :rows], b[group], scale_b[group], dtype=dtype)
+            out[group, :rows] = y.to(out.dtype)
+
+
+def silu_mul(hidden: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of [..., 2 * intermediate], gate first, in float32."""
+    gate, up = hidden.float().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
 def fp8_experts(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13: torch.Tensor,
-    scale_13: torch.Tensor,
-    w2: torch.Tensor,
-    scale_2: torch.Tensor,
+    w13: Groups,
+    scale_13: Groups,
+    w2: Groups,
+    scale_2: Groups,
     expert_map: torch.Tensor | None = None,
     router_weight_on_input: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
 
-    Activations are quantised in groups of 128 before both GEMMs; everything between them and the sum stay float32.
+    Activations are quantised in groups of 128 before both GEMMs; everything between them and the sum stay in `dtype`.
 
     Args:
         x: [m, hidden], any float dtype.
         topk_weights: [m, top_k], any float dtype.
         topk_ids: [m, top_k], any integer dtype; -1 is skipped.
-        w13: [experts, 2 * intermediate, hidden] float8_e4m3fn, intermediate % 128 == 0.
-        scale_13: [experts, 2 * intermediate / 128, ceil(hidden / 128)] float32.
-        w2: [experts, hidden, intermediate] float8_e4m3fn.
-        scale_2: [experts, ceil(hidden / 128), intermediate / 128] float32.
+        w13: experts of [2 * intermediate, hidden] float8_e4m3fn, intermediate % 128 == 0.
+        scale_13: experts of [2 * intermediate / 128, ceil(hidden / 128)] float32.
+        w2: experts of [hidden, intermediate] float8_e4m3fn.
+        scale_2: experts of [ceil(hidden / 128), intermediate / 128] float32.
         expert_map: [global experts], any integer dtype: an expert's position in w13, or -1 if another rank holds it;
             None if ids are positions already.
         router_weight_on_input: scale a token by its weight before its experts instead of after them.
+        dtype: float32 to serve, float64 to judge others.
 
     Returns:
-        [m, hidden] in x's dtype.
+        [m, hidden] in x's dtype; in float64 if `dtype` is.
     """
-    position = topk_ids.long()
-    if expert_map is not None:
-        position = torch.where(position < 0, position, expert_map.long()[position.clamp_min(0)])
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    position = expert_positions(topk_ids, expert_map)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
     for expert in position[position >= 0].unique().tolist():
         token, slot = (position == expert).nonzero(as_tuple=True)
         router_weight = topk_weights[token, slot].float()[:, None]
         rows = x[token].float() * router_weight if router_weight_on_input else x[token]
-        hidden = _quantised_linear(rows, w13[expert], scale_13[expert])
-        gate, up = hidden.chunk(2, dim=1)
-        out = _quantised_linear(torch.nn.functional.silu(gate) * up, w2[expert], scale_2[expert])
+        gate, up = _quantised_linear(rows, w13[expert], scale_13[expert], dtype).chunk(2, dim=1)
+        hidden = (torch.nn.functional.silu(gate) * up).float()
+        out = _quantised_linear(hidden, w2[expert], scale_2[expert], dtype)
         y.index_add_(0, token, out if router_weight_on_input else out * router_weight)
-    return y.to(x.dtype)
+    return y if dtype == torch.float64 else y.to(x.dtype)
 
 
-def _quantised_linear(x: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
-    """Return x @ b^T in float32 with x quantised in groups of 128."""
+def expert_positions(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Return the position among this rank's experts of each id, int64; -1 where it is skipped or another rank's."""
+    position = topk_ids.long()
+    if expert_map is None:
+        return position
+    # An id of -1 must not be looked up: it would find the last expert.
+    return torch.where(position < 0, position, expert_map.long()[position.clamp_min(0)])
+
+
+def _quantised_linear(x: torch.Tensor, b: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x @ b^T in `dtype` with x quantised in groups of 128."""
     codes, scale_a = per_token_group_quant(x)
-    return fp8_gemm_nt(codes[:, : x.shape[1]], scale_a, b, scale_b)
+    return fp8_gemm_nt(codes[:, : x.shape[1]], scale_a, b, scale_b, dtype=dtype)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fp8_backend.errors import CompileError
-from fp8_backend.kernels import cache, heuristics, quantize
+from fp8_backend.kernels import activation, cache, heuristics, quantize
 from fp8_backend.kernels.compiler import KernelSpec
 
 # The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
@@ -33,7 +33,7 @@ class WarmUp:
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that serving can need."""
-    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC)
+    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC, activation.SPEC)
 
 
 def warm_up(
@@ -78,6 +78,7 @@ def load_all() -> None:
     for config in heuristics.all_configs():
         gemm.kernel(config, device)
     quantize.kernel(device)
+    activation.kernel(device)
 
 
 def _missing(specs: Sequence[KernelSpec]) -> list[KernelSpec]:

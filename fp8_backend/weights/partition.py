@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fp8_backend.kernels.reference import BLOCK
+from dataclasses import dataclass
+
+from fp8_backend.kernels.reference import BLOCK, align
 
 
 def linear_reason(input_size: int, k: int, output_size: int, widths: list[int]) -> str | None:
@@ -36,11 +38,34 @@ def linear_reason(input_size: int, k: int, output_size: int, widths: list[int]) 
     return None
 
 
-def experts_reason(intermediate: int) -> str | None:
-    """Return why experts of this intermediate size on one rank cannot be served, or None."""
-    if intermediate % BLOCK == 0:
-        return None
-    return (
-        f"merged shard width {intermediate} of an expert's gate and up projections is not a multiple of {BLOCK}; use "
-        "--enable-expert-parallel or a smaller --tensor-parallel-size"
-    )
+@dataclass(frozen=True)
+class ExpertPart:
+    """One rank's part of the experts' intermediate size, widened to the checkpoint's whole 128-row blocks.
+
+    A part such as 192 of 768 starts or ends within a block. The kernels get the whole block: rows of gate and up and
+    columns of w2 that belong to another rank are zero codes. Each block of the widened part is a block of the
+    checkpoint, so it has one scale, exactly the checkpoint's. What was added contributes nothing: silu(0) * 0 = 0, and
+    zero columns of w2 would hide anything else. So the ranks' answers add up to the whole layer's but for one thing:
+    the 128 activations between the GEMMs that two ranks share are quantised by each with the largest of its own ones, a
+    scale at most as large.
+
+    start: the first row of the part in the whole. rows: of the part.
+    """
+
+    start: int
+    rows: int
+
+    @property
+    def first_block(self) -> int:
+        """Return the checkpoint's block in which the part starts."""
+        return self.start // BLOCK
+
+    @property
+    def offset(self) -> int:
+        """Return how many zero rows lie in front of the part."""
+        return self.start % BLOCK
+
+    @property
+    def padded(self) -> int:
+        """Return the widened part's rows, a multiple of 128."""
+        return align(self.offset + self.rows, BLOCK)

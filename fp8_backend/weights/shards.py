@@ -67,10 +67,10 @@ def fp8_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
 def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
     """Return why the kernels do not take this layer on one of `tp` ranks, or None."""
     last = layer.members[-1]
-    if tp == 1 or last in REPLICATED:
-        return partition.linear_reason(layer.k, layer.k, sum(layer.widths), list(layer.widths))
     if layer.is_expert:
         return _split_expert(layer, tp)
+    if tp == 1 or last in REPLICATED:
+        return partition.linear_reason(layer.k, layer.k, sum(layer.widths), list(layer.widths))
     if last in ROW:
         return _indivisible("input width", layer.k, tp) or partition.linear_reason(
             layer.k, layer.k // tp, sum(layer.widths), list(layer.widths)
@@ -87,8 +87,8 @@ def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
 
 
 def _split_expert(layer: Layer, tp: int) -> str | None:
-    intermediate = layer.k if layer.members[-1] in ROW else layer.widths[0]
-    return _indivisible("intermediate size", intermediate, tp) or partition.experts_reason(intermediate // tp)
+    """Split as vLLM does; parts that cut a block are widened to it when they are loaded (`partition.ExpertPart`)."""
+    return _indivisible("intermediate size", layer.k if layer.members[-1] in ROW else layer.widths[0], tp)
 
 
 def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:

@@ -1,0 +1,152 @@
+"""One layer of routed experts: tokens, expert ids and router weights in, combined tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import layout, reference
+from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
+from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
+from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.reference import BLOCK
+
+Form = Literal["decode", "prefill"]
+
+# With more rows of an expert than this on average, tokens on wgmma's 64-row side waste less than weights there save.
+DECODE_ROWS_PER_EXPERT = 8
+# The decode form walks every (token, expert) pair; beyond this many tokens sorting them by expert is cheaper.
+MAX_DECODE_TOKENS = 64
+
+
+def select_form(m: int, top_k: int, num_groups: int) -> Form:
+    """Return which kernels serve m tokens: those for few rows an expert, or those for many.
+
+    Args:
+        m: tokens.
+        top_k: experts a token.
+        num_groups: experts on this rank.
+    """
+    few = m <= MAX_DECODE_TOKENS and m * top_k <= DECODE_ROWS_PER_EXPERT * num_groups
+    return "decode" if few or m == 1 else "prefill"
+
+
+def fp8_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    router_weight_on_input: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
+
+    Activations are quantised in groups of 128 before both GEMMs. The same inputs give the same bits. On a GPU weights
+    may be fetched before earlier kernels of the stream have ended: they must have been written by work that is complete
+    (`pack_experts` waits for its own); nothing waits for the GPU, so calls can be captured in a graph.
+
+    Args:
+        x: [m, hidden] bfloat16 or float16, contiguous columns.
+        topk_weights: [m, top_k] float32.
+        topk_ids: [m, top_k] int32 or int64 expert ids; -1 is skipped.
+        w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] float8_e4m3fn, from `pack_experts`: gate rows, then
+            up rows; intermediate % 128 == 0 (pad other sizes with zero rows, and w2 with zero columns).
+        scale_13: from `pack_expert_scales`.
+        w2: [num_groups, intermediate / 128, align(hidden, 8), 128] float8_e4m3fn, from `pack_experts`.
+        scale_2: from `pack_expert_scales`.
+        expert_map: [global experts] int32: an expert's position in w13, or -1 if another rank holds it; None if ids are
+            positions already.
+        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+        out: [m, hidden] in x's dtype, contiguous; made here by default.
+
+    Returns:
+        out; zeros for a token without an expert here.
+
+    Raises:
+        ArgumentError: a dtype or shape that does not fit.
+        UnsupportedError: x is on a GPU for which there are no kernels.
+    """
+    if x.is_cuda and not is_current(x.device):
+        with torch.cuda.device(x.device):
+            return fp8_experts(
+                x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input, out
+            )
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    check_experts(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out)
+    if not runs_cuda_kernels(x.device):
+        n, hidden = w13.shape[2], x.shape[1]
+        y = reference.fp8_experts(
+            x,
+            topk_weights,
+            topk_ids,
+            UnpackedCodes(w13, n, hidden),
+            UnpackedScales(scale_13, n),
+            UnpackedCodes(w2, hidden, n // 2),
+            UnpackedScales(scale_2, hidden),
+            expert_map,
+            router_weight_on_input,
+        )
+        return out.copy_(y)
+    if x.shape[0] == 0:
+        return out
+    topk_weights, topk_ids = topk_weights.float().contiguous(), topk_ids.to(torch.int32).contiguous()
+    expert_map = None if expert_map is None else expert_map.to(torch.int32)
+    run = _form(select_form(x.shape[0], topk_ids.shape[1], w13.shape[0]))
+    run(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
+    return out
+
+
+def check_experts(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Check the operands of `fp8_experts`.
+
+    Raises:
+        ArgumentError: names the tensor, what it is and what is expected.
+    """
+    if x.dim() != 2 or x.dtype not in ELEMENT_TYPES:
+        raise ArgumentError(f"x: got {tuple(x.shape)} {x.dtype}; expected [m, hidden] bfloat16 or float16")
+    if w13.dim() != 4 or w2.dim() != 4 or w13.shape[2] % (2 * BLOCK):
+        raise ArgumentError(
+            f"w13, w2: got {tuple(w13.shape)} and {tuple(w2.shape)}; expected weights packed by pack_experts, w13 of "
+            f"2 * intermediate rows, intermediate a multiple of {BLOCK}; pad it with zero rows, and w2's columns"
+        )
+    (m, hidden), num_groups, n = x.shape, w13.shape[0], w13.shape[2]
+    expected = {
+        "topk_weights": (topk_weights, tuple(topk_ids.shape)),
+        "topk_ids": (topk_ids, (m, topk_ids.shape[-1])),
+        "w13": (w13, (num_groups, *layout.packed_weight_shape(n, hidden))),
+        "scale_13": (scale_13, (num_groups, *layout.packed_scale_shape(n, hidden))),
+        "w2": (w2, (num_groups, *layout.packed_weight_shape(hidden, n // 2))),
+        "scale_2": (scale_2, (num_groups, *layout.packed_scale_shape(hidden, n // 2))),
+        "out": (out, (m, hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.device != x.device:
+            raise ArgumentError(f"{name}: got {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}")
+    if out.dtype != x.dtype or not out.is_contiguous():
+        raise ArgumentError(f"out: got {out.dtype} of strides {out.stride()}; expected contiguous {x.dtype}, as x is")
+
+
+def _form(form: Form) -> Callable[..., None]:
+    if form == "decode":
+        from fp8_backend.kernels.experts_decode import experts_decode
+
+        return experts_decode
+    from fp8_backend.kernels.experts_prefill import experts_prefill
+
+    return experts_prefill
