@@ -12,8 +12,13 @@ from typing import Any
 _PUBLIC = {
     "fp8_gemm_nt": "fp8_backend.kernels.gemm",
     "fp8_linear": "fp8_backend.kernels.gemm",
+    "fp8_experts": "fp8_backend.kernels.experts",
+    "m_grouped_fp8_gemm_nt_contiguous": "fp8_backend.kernels.m_grouped",
+    "m_grouped_fp8_gemm_nt_masked": "fp8_backend.kernels.m_grouped",
     "per_token_group_quant": "fp8_backend.kernels.quantize",
     "pack_weight": "fp8_backend.kernels.layout",
+    "pack_experts": "fp8_backend.kernels.expert_weights",
+    "pack_expert_scales": "fp8_backend.kernels.expert_weights",
     "unpack_weight": "fp8_backend.kernels.layout",
 }
 

@@ -1,11 +1,18 @@
-"""The reference experts against a float64 loop over tokens."""
+"""The experts op: against a float64 loop over tokens, packed, padded, split over ranks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import fp8_backend
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import layout
+from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales, pack_expert_scales, pack_experts
+from fp8_backend.kernels.experts import select_form
 from fp8_backend.kernels.reference import BLOCK, dequantize, fp8_experts, relative_error
+from fp8_backend.weights.experts import load_part
+from fp8_backend.weights.partition import ExpertPart
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 192, 256, 2
 
@@ -82,3 +89,119 @@ def test_router_weight_on_input(packed: tuple[torch.Tensor, ...]) -> None:
     y = fp8_experts(x, topk_weights, topk_ids, *packed, None, True)
     assert relative_error(y, expected(x, topk_weights, topk_ids, packed, lambda e: e, True)) < 0.08
     assert relative_error(y, expected(x, topk_weights, topk_ids, packed, lambda e: e, False)) > 0.2
+
+
+def layer_weights(packed: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the weights as the op takes them; packing may write where they lie."""
+    w13, scale_13, w2, scale_2 = packed
+    return (
+        pack_experts(w13.clone()),
+        pack_expert_scales(scale_13, *w13.shape[1:]),
+        pack_experts(w2.clone()),
+        pack_expert_scales(scale_2, *w2.shape[1:]),
+    )
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_op_computes_the_reference(packed: tuple[torch.Tensor, ...], on_input: bool) -> None:
+    x, topk_weights, topk_ids = routed(19, torch.bfloat16)
+    topk_ids[4] = -1
+    expert_map = torch.tensor([2, -1, 0, 1, 5, 4], dtype=torch.int32)
+    out = torch.full_like(x, float("nan"))
+    y = fp8_backend.fp8_experts(x, topk_weights, topk_ids, *layer_weights(packed), expert_map, on_input, out)
+    assert y is out
+    assert torch.equal(out, fp8_experts(x, topk_weights, topk_ids, *packed, expert_map, on_input))
+    assert not torch.equal(out, fp8_experts(x, topk_weights, topk_ids, *packed, None, on_input))
+
+
+@pytest.mark.parametrize(("n", "k", "shares"), [(256, 384, True), (24, 128, True), (20, 128, False), (16, 200, False)])
+def test_packing_is_that_of_dense_weights(n: int, k: int, shares: bool) -> None:
+    codes, scale = weights(n, k, 3)
+    expected_codes = torch.stack([layout.pack_weight(expert) for expert in codes])
+    expected_scale = torch.stack([layout.pack_scale(expert, n, k) for expert in scale])
+    stored = codes.clone()
+    packed = pack_experts(stored)
+    assert torch.equal(packed.view(torch.uint8), expected_codes.view(torch.uint8))
+    assert (packed.data_ptr() == stored.data_ptr()) is shares
+    assert torch.equal(pack_expert_scales(scale, n, k), expected_scale)
+    assert torch.equal(UnpackedCodes(packed, n, k)[4].view(torch.uint8), codes[4].view(torch.uint8))
+    assert torch.equal(UnpackedScales(expected_scale, n)[4], scale[4])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"w13": torch.zeros(6, 2, 200, 128)}, "intermediate a multiple of 128; pad it with zero rows"),
+        ({"topk_ids": torch.zeros(3, 2, dtype=torch.int32)}, "topk_weights: got"),
+        ({"scale_2": torch.zeros(6, 2, 4)}, "scale_2: got"),
+        ({"out": torch.zeros(9, 192, dtype=torch.float16)}, "out: got torch.float16"),
+        ({"x": torch.zeros(9, 192, dtype=torch.int32)}, "x: got"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    packed: tuple[torch.Tensor, ...], change: dict[str, torch.Tensor], words: str
+) -> None:
+    x, topk_weights, topk_ids = routed(9, torch.bfloat16)
+    names = ("w13", "scale_13", "w2", "scale_2")
+    given = {
+        "x": x,
+        "topk_weights": topk_weights,
+        "topk_ids": topk_ids,
+        **dict(zip(names, layer_weights(packed), strict=True)),
+    }
+    with pytest.raises(ArgumentError, match=words):
+        fp8_backend.fp8_experts(**{**given, **change})
+
+
+def test_form_follows_rows_per_expert() -> None:
+    assert [select_form(m, 8, 128) for m in (1, 8, 64, 65, 8192)] == ["decode"] * 3 + ["prefill"] * 2
+    assert select_form(64, 8, 8) == "prefill" and select_form(1, 8, 1) == "decode"
+
+
+# Qwen3-30B-A3B at TP4 and Qwen3-235B-A22B at TP8 (192 rows each), a part within one block, and whole blocks.
+@pytest.mark.parametrize(("intermediate", "ranks"), [(768, 4), (384, 2), (256, 8), (512, 2), (320, 1)])
+def test_parts_within_blocks_add_up_to_the_whole(intermediate: int, ranks: int) -> None:
+    """Each rank's experts, cut and padded, must give together what the whole layer gives."""
+    rows, blocks = intermediate // ranks, -(-intermediate // BLOCK)
+    gate, scale_gate = weights(intermediate, HIDDEN, 5)
+    up, scale_up = weights(intermediate, HIDDEN, 6)
+    down, scale_down = weights(HIDDEN, intermediate, 7)
+    x, topk_weights, topk_ids = routed(21, torch.bfloat16)
+
+    def parts(number: int, of: int) -> torch.Tensor:
+        part = ExpertPart(number * (intermediate // of), intermediate // of)
+        codes = {"w13": torch.zeros(EXPERTS, 2 * part.padded, HIDDEN), "w2": torch.zeros(EXPERTS, HIDDEN, part.padded)}
+        codes = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in codes.items()}
+        scale = {
+            "w13": torch.full((EXPERTS, 2 * part.padded // BLOCK, 2), float("nan")),
+            "w2": torch.full((EXPERTS, 2, part.padded // BLOCK), float("nan")),
+        }
+        for shard, source, block_scale in (("w1", gate, scale_gate), ("w3", up, scale_up), ("w2", down, scale_down)):
+            name = "w2" if shard == "w2" else "w13"
+            for expert in range(EXPERTS):
+                load_part(codes[name][expert], source[expert], shard, part)
+                load_part(scale[name][expert], block_scale[expert], shard, part, BLOCK)
+        assert all(not tensor.isnan().any() for tensor in scale.values())
+        op = layer_weights((codes["w13"], scale["w13"], codes["w2"], scale["w2"]))
+        return fp8_backend.fp8_experts(x.float(), topk_weights, topk_ids, *op)
+
+    assert ExpertPart(192, 192).padded == 256 and blocks * BLOCK >= intermediate and rows * ranks == intermediate
+    whole = parts(0, 1)
+    together = sum(parts(number, ranks) for number in range(ranks))
+    double = reference_of(gate, scale_gate, up, scale_up, down, scale_down, x, topk_weights, topk_ids)
+    assert relative_error(whole, double) < 0.08
+    # Only groups that two ranks share are quantised otherwise; without any, only the order of float32 sums differs.
+    assert relative_error(together, whole) < (1e-5 if rows % BLOCK == 0 else 0.03)
+    assert relative_error(together, double) < 1.02 * relative_error(whole, double)
+
+
+def reference_of(gate, scale_gate, up, scale_up, down, scale_down, x, topk_weights, topk_ids):
+    """Return the layer's answer in float64 without any quantisation of activations, or blocks beyond 128 rows."""
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for weight, expert in zip(topk_weights[token].double(), topk_ids[token].tolist(), strict=True):
+            row = x[token].double()
+            hidden = dequantize(gate[expert], scale_gate[expert], BLOCK, torch.float64) @ row
+            hidden = hidden.sigmoid() * hidden * (dequantize(up[expert], scale_up[expert], BLOCK, torch.float64) @ row)
+            y[token] += weight * (dequantize(down[expert], scale_down[expert], BLOCK, torch.float64) @ hidden)
+    return y

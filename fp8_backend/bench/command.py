@@ -1,4 +1,4 @@
-"""`fp8-backend bench`: time dense linears beside every peer on a Hopper GPU."""
+"""`fp8-backend bench`: time linears and experts beside every peer on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fp8_backend.bench import chain, dense, host, peers, report, warm
+from fp8_backend.bench import chain, dense, host, moe_command, moe_peers, moe_shapes, peers, report, warm
 from fp8_backend.bench.plot import plot, pyplot
 from fp8_backend.bench.shapes import MODELS, parse_ms, parse_shapes
 from fp8_backend.errors import Fp8BackendError, UnsupportedError
@@ -27,15 +27,27 @@ CELL_LIMIT_S = 180.0  # a cell takes about a second, and minutes where a peer st
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("--model", help=f"comma-separated; default: all of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--model",
+        help=f"comma-separated; default: all of {', '.join(MODELS)}; with --moe of {', '.join(moe_shapes.MODELS)}, or "
+        "experts,hidden,intermediate,top_k",
+    )
     parser.add_argument("--shapes", help="more shapes or others, NxK,...")
     parser.add_argument("--m", help="comma-separated; default: 1 to 64, 128 to 1024 and 2048 to 16384 in powers of two")
-    parser.add_argument("--peers", default="auto", help=f"auto, none, or some of {', '.join(peers.NAMES)}")
+    parser.add_argument(
+        "--peers",
+        default="auto",
+        help=f"auto, none, or some of {', '.join(peers.NAMES)}; with --moe of {', '.join(moe_peers.NAMES)}",
+    )
     parser.add_argument("--peer-compile-limit", type=float, default=240, metavar="S", help="seconds for peers' kernels")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, after every cell")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a chart; needs matplotlib")
     parser.add_argument("--chain", action="store_true", help="instead: eight dependent linears in one graph")
     parser.add_argument("--host", action="store_true", help="instead: host time of an eager call")
+    parser.add_argument("--moe", action="store_true", help="instead: layers of routed experts")
+    parser.add_argument("--tokens", help="of --moe, comma-separated; default: 1 to 8192")
+    parser.add_argument("--routing", default="balanced", help=f"of --moe: some of {', '.join(moe_shapes.ROUTINGS)}")
+    parser.add_argument("--grouped", action="store_true", help="instead, or after --moe: grouped GEMMs alone")
     parser.add_argument("--from", type=Path, dest="recorded", metavar="JSON", help="report these rows")
     parser.add_argument("--commit", help="recorded in the result where the tree is no repository")
 
@@ -57,6 +69,8 @@ def require_hopper() -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; return 0 if every cell was right, 1 if one was not."""
+    if arguments.moe or arguments.grouped:
+        return _experts(arguments)
     shapes, ms, names = (
         parse_shapes(arguments.model, arguments.shapes),
         parse_ms(arguments.m),
@@ -86,6 +100,17 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(arguments.json, result)
     _report(result, arguments.plot)
     return 0 if result["rows"] and all(row["verified"] for row in result["rows"]) else 1
+
+
+def _experts(arguments: argparse.Namespace) -> int:
+    """Run --moe and --grouped, or report their recorded rows."""
+    plan = moe_command.plan_of(arguments)
+    if arguments.recorded:
+        moe_command.report(json.loads(arguments.recorded.read_text()))
+        return 0
+    require_hopper()
+    gc.freeze()
+    return moe_command.run(arguments, plan)
 
 
 def _warm(plan: dense.Plan, limit_s: float, env: dict[str, Any]) -> None:

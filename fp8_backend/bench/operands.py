@@ -55,6 +55,6 @@ class RandomLinear:
         return reference.dequantize(codes[:, : self.k], scale, 1, torch.float64) @ self._double.t()
 
 
-def sampled_rows(m: int) -> torch.Tensor:
-    """Return at most SAMPLED_ROWS rows of m, evenly spread, the first and the last among them."""
-    return torch.linspace(0, m - 1, min(m, SAMPLED_ROWS)).round().long()
+def sampled_rows(m: int, most: int = SAMPLED_ROWS) -> torch.Tensor:
+    """Return at most `most` rows of m, evenly spread, the first and the last among them."""
+    return torch.linspace(0, m - 1, min(m, most)).round().long()

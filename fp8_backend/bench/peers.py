@@ -43,7 +43,8 @@ def padded_scale(scale: torch.Tensor) -> torch.Tensor:
 Linear = Callable[[torch.Tensor, Weights, int], torch.Tensor]
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -163,7 +164,7 @@ def load(names: Sequence[str]) -> tuple[dict[str, Linear], dict[str, str]]:
         try:
             present[name] = _BUILDERS[name]()
         except Exception as error:  # whatever stops a peer from loading is a reason to be written down
-            absent[name] = _reason(error)
+            absent[name] = reason_of(error)
     return present, absent
 
 
@@ -189,5 +190,5 @@ def try_call(linear: Linear, x: torch.Tensor, weights: Weights) -> tuple[torch.T
         out = linear(x, weights, 0)
         torch.cuda.synchronize()
     except Exception as error:  # a peer's failure is a line in the result
-        return None, _reason(error)
+        return None, reason_of(error)
     return out, None

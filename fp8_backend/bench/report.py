@@ -55,7 +55,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _judge(value: float, limit: float, at_most: bool = False) -> str:
+def judge(value: float, limit: float, at_most: bool = False) -> str:
+    """Return a value with its limit and whether it holds."""
     holds = value <= limit if at_most else value >= limit
     return f"{value:.3f} (to be {'<=' if at_most else '>='} {limit}: {'holds' if holds else 'MISSED'})"
 
@@ -64,7 +65,7 @@ def _regime_lines(regime: Regime, rows: Sequence[Row]) -> list[str]:
     fp8 = [found for row in rows if (found := ratio(row, FP8_NAMES)) is not None]
     if not fp8:
         return [f"{regime.name}: {len(rows)} cells, no FP8 peer ran"]
-    mean = _judge(geomean(fp8), regime.geomean)
+    mean = judge(geomean(fp8), regime.geomean)
     lines = [f"{regime.name}: {len(rows)} cells, geometric mean of best FP8 peer / ours {mean}"]
     for name in NAMES:
         each = [row["peers"][name] / row["us"] for row in rows if name in row["peers"]]
@@ -87,14 +88,14 @@ def _gemm_lines(rows: Sequence[Row]) -> list[str]:
     best = max(alone, key=lambda row: tflops(row, "gemm_us"))
     rate = tflops(best, "gemm_us")
     lines = [
-        f"prefill, GEMM alone: best {_judge(round(rate), GEMM_TFLOPS)} TFLOPS at m={best['m']} {best['n']}x{best['k']}"
+        f"prefill, GEMM alone: best {judge(round(rate), GEMM_TFLOPS)} TFLOPS at m={best['m']} {best['n']}x{best['k']}"
     ]
     if both:
         ratios = {f"m={row['m']} {row['n']}x{row['k']}": row["deepgemm_gemm_us"] / row["gemm_us"] for row in both}
         worst = min(ratios, key=lambda cell: ratios[cell])
         below = ", ".join(f"{cell} {found:.2f}" for cell, found in ratios.items() if found < 1)
         lines.append(
-            f"  DeepGEMM / ours {geomean(ratios.values()):.3f}, smallest {_judge(ratios[worst], 1.0)} at {worst}"
+            f"  DeepGEMM / ours {geomean(ratios.values()):.3f}, smallest {judge(ratios[worst], 1.0)} at {worst}"
             + (f"; under 1: {below}" if below else "")
         )
     return lines
@@ -109,7 +110,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines += _regime_lines(regime, found)
         if regime is REGIMES[0]:
             floor = geomean(row["us"] / row["stream_us"] for row in found)
-            lines.append(f"  ours / stream floor: geometric mean {_judge(floor, FLOOR_LIMIT, at_most=True)}")
+            lines.append(f"  ours / stream floor: geometric mean {judge(floor, FLOOR_LIMIT, at_most=True)}")
     lines += _gemm_lines(rows)
     wrong = [f"m={row['m']} {row['n']}x{row['k']}" for row in rows if not row["verified"]]
     lines.append(

@@ -93,15 +93,15 @@ def parse_shapes(model: str | None, shapes: str | None) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def parse_ms(text: str | None) -> tuple[int, ...]:
+def parse_ms(text: str | None, default: tuple[int, ...] = ALL_MS, option: str = "--m") -> tuple[int, ...]:
     """Return the m asked for, each once, ascending; those of every regime by default.
 
     Raises:
         ArgumentError: a number that cannot be read or is not above 0.
     """
     if text is None:
-        return ALL_MS
+        return default
     for number in text.split(","):
         if not number.isdecimal() or not int(number):
-            raise ArgumentError(f"--m {number}: expected numbers above 0, comma-separated, such as 1,16,4096")
+            raise ArgumentError(f"{option} {number}: expected numbers above 0, comma-separated, such as 1,16,4096")
     return tuple(sorted({int(number) for number in text.split(",")}))
