@@ -15,7 +15,9 @@ from demo.checkpoint import write_checkpoint
 from fp8_backend import cli
 from fp8_backend.ab import command, report, setup
 from fp8_backend.ab.logs import names_fp8_kernel, names_ours, selection_lines
-from fp8_backend.errors import UnsupportedError
+from fp8_backend.ab.models import CONFIGS, find_model
+from fp8_backend.errors import CheckpointError, UnsupportedError
+from fp8_backend.weights.formats import read_format
 
 OURS = ["12 of 12 linears use fp8_backend (cuda)"]
 STOCK = ["Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"]
@@ -88,6 +90,7 @@ def test_a_failed_run_does_not_count() -> None:
     [
         ("ours", [], "a log of ours does not say that its linears use fp8_backend"),
         ("ours", ["0 of 12 linears use fp8_backend (cuda)"], "a log of ours does not say"),
+        ("ours", ["9 of 9 linears and 0 of 3 MoE layers use fp8_backend (cuda)"], "a log of ours does not say"),
         ("default", OURS, "a log of the default says that its linears use fp8_backend"),
         ("default", ["Using FlashAttention backend"], "does not name the kernel of its FP8 linears"),
     ],
@@ -215,3 +218,19 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     rows = torch.tensor([list(row.values()) for row in answer["distributions"]], dtype=torch.float64)
     assert rows.shape == (190, 1024)
     torch.testing.assert_close(rows.exp().sum(dim=1), torch.ones(190, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_by_name_are_configs_we_serve(name: str, tmp_path: Path) -> None:
+    folder = find_model(Path(name), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert folder.name == name and read_format(config).method == "fp8"
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(config["num_hidden_layers"])]
+    if config["model_type"] == "qwen3_moe":
+        assert set(routers) <= set(config["quantization_config"]["modules_to_not_convert"])
+
+
+def test_a_folder_goes_before_a_name(checkpoint: Path, tmp_path: Path) -> None:
+    assert find_model(checkpoint, tmp_path) == checkpoint
+    with pytest.raises(CheckpointError, match="nowhere: no folder; .* qwen3-8b, qwen3-30b-a3b, deepseek-v3-6-layers"):
+        find_model(Path("nowhere"), tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fp8_backend.ab import report
 from fp8_backend.ab.logs import selection_lines
+from fp8_backend.ab.models import CONFIGS, find_model
 from fp8_backend.ab.setup import Setup, child_environment, engine_arguments, prepare
 from fp8_backend.ab.worker import Request
 from fp8_backend.errors import ArgumentError, UnsupportedError
@@ -29,7 +30,12 @@ SCORED_LENGTHS = (48, 144)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    parser.add_argument("model", type=Path, nargs="?", help="a checkpoint, or config.json alone (dummy weights)")
+    parser.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        help=f"a checkpoint; or with dummy weights a folder with config.json alone, or one of {', '.join(CONFIGS)}",
+    )
     parser.add_argument("--batches", default="1,8,32", help="batch sizes of TPOT, comma-separated")
     parser.add_argument("--prefill", default="4x2048", help="batch x tokens, comma-separated; none")
     parser.add_argument("--input-len", type=int, default=64, help="prompt tokens of TPOT")
@@ -167,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
     env = {**environment(arguments.commit), "missing_runs": []}
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fp8-ab-twin-") as scratch:
-        setup = prepare(arguments.model.resolve(), arguments.kv_gib, Path(scratch))
+        setup = prepare(find_model(arguments.model, Path(scratch)), arguments.kv_gib, Path(scratch))
         request = request_for(arguments, setup)
         print(f"{setup.model.name}: default arm is {setup.default_text}", flush=True)
         for number, arm in enumerate(ORDER * arguments.rounds, 1):

@@ -23,9 +23,9 @@ def selection_lines(log: str) -> list[str]:
 
 
 def names_ours(lines: list[str]) -> bool:
-    """Return whether the lines say that at least one linear uses this package's kernels."""
+    """Return whether the lines say that layers of each kind, linears and MoE layers, use this package's kernels."""
     found = [SUMMARY.search(line) for line in lines]
-    return any(match is not None and not match[0].startswith("0 of") for match in found)
+    return any(match is not None and not re.search(r"\b0 of", match[0]) for match in found)
 
 
 def names_fp8_kernel(lines: list[str]) -> bool:
