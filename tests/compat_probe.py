@@ -67,10 +67,12 @@ def check(version: str) -> None:
     assert type(resolved) is plugin.config_class()
     assert resolved.weight_block_size == [128, 128]
 
+    from fp8_backend.integration.experts import DeepGemmFp8BatchedExperts, DeepGemmFp8Experts
     from fp8_backend.integration.linear import DeepGemmFp8LinearMethod
     from fp8_backend.integration.moe import DeepGemmFp8MoEMethod
 
-    for method in (type(resolved), DeepGemmFp8LinearMethod, DeepGemmFp8MoEMethod):
+    experts = (DeepGemmFp8Experts, DeepGemmFp8BatchedExperts)
+    for method in (type(resolved), DeepGemmFp8LinearMethod, DeepGemmFp8MoEMethod, *experts):
         assert not method.__abstractmethods__, f"{method.__name__} lacks {sorted(method.__abstractmethods__)}"
     x = torch.zeros(3, 256, dtype=torch.bfloat16, device="meta")
     weight = torch.zeros(2, 128, 128, dtype=torch.float8_e4m3fn, device="meta")

@@ -1,0 +1,195 @@
+"""The experts and grouped GEMMs on a Hopper GPU against float64 of the same codes and routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fp8_backend
+from fp8_backend.bench.moe_operands import RandomExperts
+from fp8_backend.bench.moe_shapes import MoeShape, route
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import activation, experts, reference
+from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
+from fp8_backend.kernels.reference import BLOCK, dequantize, relative_error
+
+pytestmark = pytest.mark.gpu
+
+# Hidden and intermediate sizes that cut tiles, one expert, and more experts than most calls hit.
+SHAPES = (
+    MoeShape("few", 8, 512, 256, 2),
+    MoeShape("many", 64, 1024, 384, 8),
+    MoeShape("narrow", 16, 2048, 128, 4),
+    MoeShape("one", 1, 768, 640, 1),
+)
+# Between the exact product and ours: two quantisations whose codes may differ by one where a sum's last bit does.
+LIMIT = 0.01
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def layer(request: pytest.FixtureRequest) -> RandomExperts:
+    return RandomExperts(request.param, torch.device("cuda"), copies=1)
+
+
+def given(layer: RandomExperts, m: int, routing: str = "balanced") -> tuple[torch.Tensor, tuple]:
+    x = torch.randn(m, layer.shape.hidden, device="cuda", dtype=torch.bfloat16)
+    topk_weights, topk_ids = route(layer.shape, m, routing, m)
+    return x, (topk_weights.cuda(), topk_ids.cuda())
+
+
+def call(layer: RandomExperts, x: torch.Tensor, routed: tuple, **named: object) -> torch.Tensor:
+    packed, out = layer.ours[0], torch.full_like(x, float("nan"))
+    weights = packed.w13, packed.scale_13, packed.w2, packed.scale_2
+    return fp8_backend.fp8_experts(x, *routed, *weights, out=out, **named)
+
+
+def expected(layer: RandomExperts, x: torch.Tensor, routed: tuple) -> torch.Tensor:
+    return layer.truth(x, routed, torch.arange(x.shape[0], device="cuda"))
+
+
+@pytest.mark.parametrize("routing", ["balanced", "zipf", "same"])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 33, 64, 65, 128, 300, 1537])
+def test_right_and_the_same_bits_again(layer: RandomExperts, m: int, routing: str) -> None:
+    x, routed = given(layer, m, routing)
+    y = call(layer, x, routed)
+    assert relative_error(y, expected(layer, x, routed)) < LIMIT
+    assert torch.equal(y, call(layer, x, routed))
+
+
+@pytest.mark.parametrize("form", ["decode", "prefill"])
+@pytest.mark.parametrize("m", [1, 5, 64])
+def test_both_forms(layer: RandomExperts, m: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "select_form", lambda *_: form)
+    x, routed = given(layer, m)
+    routed[1][m // 2] = -1
+    y = call(layer, x, routed)
+    assert not y[m // 2].any()
+    assert relative_error(y, expected(layer, x, routed)) < LIMIT or m == 1
+
+
+@pytest.mark.parametrize("m", [3, 200])
+def test_padding_maps_and_router_weights_on_input(layer: RandomExperts, m: int) -> None:
+    x, (topk_weights, topk_ids) = given(layer, m)
+    topk_ids[0] = -1
+    packed, plain, count = layer.ours[0], layer.plain[0], layer.shape.experts
+    expert_map = torch.arange(count, dtype=torch.int32, device="cuda").roll(1)
+    expert_map[count // 2] = -1
+    for on_input in (False, True):
+        y = call(layer, x, (topk_weights, topk_ids), expert_map=expert_map, router_weight_on_input=on_input)
+        weights = plain.w13, plain.scale_13, plain.w2, plain.scale_2
+        truth = reference.fp8_experts(x, topk_weights, topk_ids, *weights, expert_map, on_input, torch.float64)
+        assert not y[0].any() and relative_error(y, truth) < LIMIT
+    assert packed.w13.is_cuda
+
+
+def test_no_token_and_no_expert(layer: RandomExperts) -> None:
+    x, routed = given(layer, 4)
+    assert call(layer, x[:0], tuple(part[:0] for part in routed)).shape == (0, layer.shape.hidden)
+    routed[1].fill_(-1)
+    assert not call(layer, x, routed).any()
+    long = torch.full((300, layer.shape.top_k), -1, dtype=torch.int32, device="cuda")
+    x = torch.randn(300, layer.shape.hidden, device="cuda", dtype=torch.bfloat16)
+    assert not call(layer, x, (torch.rand(long.shape, device="cuda"), long)).any()
+
+
+def test_ids_of_64_bits_and_strided_tokens(layer: RandomExperts) -> None:
+    x, (topk_weights, topk_ids) = given(layer, 12)
+    wide = torch.randn(12, layer.shape.hidden + 64, device="cuda", dtype=torch.bfloat16)
+    wide[:, : layer.shape.hidden] = x
+    y = call(layer, x, (topk_weights, topk_ids))
+    packed = layer.ours[0]
+    weights = packed.w13, packed.scale_13, packed.w2, packed.scale_2
+    again = fp8_backend.fp8_experts(wide[:, : layer.shape.hidden], topk_weights, topk_ids.long(), *weights)
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("m", [4, 400])
+def test_captured_calls_follow_their_inputs(layer: RandomExperts, m: int) -> None:
+    x, routed = given(layer, m)
+    call(layer, x, routed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(layer, x, routed)
+    for routing in ("zipf", "same"):
+        new_x, new_routed = given(layer, m, routing)
+        for target, source in zip((x, *routed), (new_x, *new_routed), strict=True):
+            target.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(y, expected(layer, x, routed)) < LIMIT
+
+
+def test_nan_stays_with_its_token(layer: RandomExperts) -> None:
+    for m in (6, 200):
+        x, routed = given(layer, m)
+        clean = call(layer, x, routed)
+        x[3, 17] = float("nan")
+        y = call(layer, x, routed)
+        assert y[3].isnan().any()
+        others = torch.arange(m, device="cuda") != 3
+        assert torch.equal(y[others], clean[others])
+
+
+GROUPS, N, K = 6, 640, 768
+
+
+@pytest.fixture(scope="module")
+def weight() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    codes = (torch.randn(GROUPS, N, K, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(GROUPS, N // BLOCK, K // BLOCK, device="cuda") / 500 + 1e-4
+    return (codes, scale), (pack_experts(codes.clone()), pack_expert_scales(scale, N, K))
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(3, 0, 7, 1, 130, 0), (0, 0, 700, 0, 0, 0), (128, 256, 0, 128, 384, 128), (1, 1, 1, 1, 1, 1)],
+    ids=["ragged", "one-group", "blocks", "single"],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_contiguous(weight: tuple, counts: tuple[int, ...], padded: bool) -> None:
+    indices = []
+    for group, count in enumerate(counts):
+        indices += [group] * count + ([-1] * (-count % 128) if padded else [])
+    m_indices = torch.tensor(indices, dtype=torch.int32, device="cuda")
+    a = reference.per_token_group_quant(torch.randn(len(indices), K, device="cuda"))
+    out = torch.full((len(indices), N), float("nan"), dtype=torch.bfloat16, device="cuda")
+    truth = torch.zeros(len(indices), N, dtype=torch.float64, device="cuda")
+    reference.m_grouped_contiguous(*a, *weight[0], truth, m_indices, torch.float64)
+    fp8_backend.m_grouped_fp8_gemm_nt_contiguous(a, weight[1], out, m_indices)
+    held = m_indices >= 0
+    assert relative_error(out[held], truth[held]) < 0.003
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 9, 3, 0, 70), (70,) * 6, (0,) * 6, (1,) * 6, (64, 65, 0, 63, 1, 2)])
+@pytest.mark.parametrize("expected_m", [1, 70])
+def test_masked(weight: tuple, counts: tuple[int, ...], expected_m: int) -> None:
+    codes, scale = reference.per_token_group_quant(torch.randn(GROUPS * 70, K, device="cuda"))
+    a = codes.view(GROUPS, 70, K), scale.reshape(GROUPS, 70, -1)
+    masked_m = torch.tensor(counts, dtype=torch.int32, device="cuda")
+    out = torch.full((GROUPS, 70, N), float("nan"), dtype=torch.bfloat16, device="cuda")
+    truth = torch.zeros(GROUPS, 70, N, dtype=torch.float64, device="cuda")
+    reference.m_grouped_masked(*a, *weight[0], truth, masked_m, torch.float64)
+    fp8_backend.m_grouped_fp8_gemm_nt_masked(a, weight[1], out, masked_m, expected_m)
+    for group, rows in enumerate(counts):
+        assert not rows or relative_error(out[group, :rows], truth[group, :rows]) < 0.003
+
+
+def test_plain_weights_are_refused_with_the_next_step(weight: tuple) -> None:
+    a = reference.per_token_group_quant(torch.randn(4, K, device="cuda"))
+    out = torch.empty(4, N, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ArgumentError, match="call pack_experts once, at load"):
+        fp8_backend.m_grouped_fp8_gemm_nt_contiguous(a, weight[0], out, torch.zeros(4, dtype=torch.int32).cuda())
+
+
+@pytest.mark.parametrize(("groups", "max_m", "k"), [(3, 7, 256), (32, 64, 2048), (8, 1000, 768)])
+def test_masked_activation(groups: int, max_m: int, k: int) -> None:
+    hidden = torch.randn(groups, max_m, 2 * k, device="cuda").bfloat16()
+    masked_m = torch.randint(0, max_m + 1, (groups,), device="cuda", dtype=torch.int32)
+    codes, scale = activation.masked_silu_mul_quant(hidden, masked_m)
+    expected_codes, expected_scale = activation._reference(hidden, masked_m)
+    for group, rows in enumerate(masked_m.tolist()):
+        got = dequantize(codes[group, :rows], scale[group, :rows], 1)
+        # exp differs in its last bits: a code here and there is the next one.
+        truth = dequantize(expected_codes[group, :rows], expected_scale[group, :rows], 1)
+        assert not rows or relative_error(got, truth) < 0.002
