@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serve-logs", help="of the servers")
     parser.add_argument("--commit", help="where the tree is no repository")
-    parser.add_argument("--models", default="deepseek_v3,qwen3")
+    parser.add_argument("--models", default="deepseek_v3,qwen3,qwen3_moe")
     parser.add_argument("--against", default="stock", help="stock, twin (the dequantised bf16 checkpoint), or both")
     parser.add_argument("--size", choices=["demo", "large"], default="large")
     parser.add_argument("--deadline", type=float, default=570, help="seconds after which no server is waited for")

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from fp8_backend.kernels import gemm, heuristics, quantize
+from fp8_backend.kernels import activation, gemm, quantize, warmup
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 
-SPECS = [quantize.SPEC, *(config.spec() for config in heuristics.all_configs())]
+SPECS = warmup.all_specs()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -25,7 +25,12 @@ def test_the_set_is_bounded():
 # A parameter more or less on one side would shift all that follow it.
 @pytest.mark.parametrize(
     ("file", "layout"),
-    [("gemm.cuh", gemm._GEMM_LAYOUT), ("decode.cuh", gemm._DECODE_LAYOUT), ("quantize.cuh", quantize._LAYOUT)],
+    [
+        ("gemm.cuh", gemm._GEMM_LAYOUT),
+        ("decode.cuh", gemm._DECODE_LAYOUT),
+        ("quantize.cuh", quantize._LAYOUT),
+        ("activation.cuh", activation._LAYOUT),
+    ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
     signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
