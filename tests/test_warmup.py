@@ -230,7 +230,9 @@ def test_start_stops_at_the_first_layer_if_a_kernel_is_missing_and_may_not_be_co
     cuda_config, one_rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FP8_BACKEND_JIT", "forbid")
-    with pytest.raises(CompileError, match=f"{len(warmup.all_specs())} kernels cannot be made ready.*FP8_BACKEND_JIT=forbid"):
+    with pytest.raises(
+        CompileError, match=f"{len(warmup.all_specs())} kernels cannot be made ready.*FP8_BACKEND_JIT=forbid"
+    ):
         make_layer(cuda_config, one_rank)
 
 
