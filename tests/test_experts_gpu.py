@@ -8,7 +8,6 @@ import torch
 import fp8_backend
 from fp8_backend.bench.moe_operands import RandomExperts
 from fp8_backend.bench.moe_shapes import MoeShape, route
-from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import activation, experts, reference
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
 from fp8_backend.kernels.reference import BLOCK, dequantize, relative_error
@@ -175,11 +174,14 @@ def test_masked(weight: tuple, counts: tuple[int, ...], expected_m: int) -> None
         assert not rows or relative_error(out[group, :rows], truth[group, :rows]) < 0.003
 
 
-def test_plain_weights_are_refused_with_the_next_step(weight: tuple) -> None:
+def test_plain_weights_are_packed_by_each_call(weight: tuple) -> None:
+    m_indices = torch.tensor([0, 0, 3, 5], dtype=torch.int32, device="cuda")
     a = reference.per_token_group_quant(torch.randn(4, K, device="cuda"))
-    out = torch.empty(4, N, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(ArgumentError, match="call pack_experts once, at load"):
-        fp8_backend.m_grouped_fp8_gemm_nt_contiguous(a, weight[0], out, torch.zeros(4, dtype=torch.int32).cuda())
+    outputs = [torch.empty(4, N, dtype=torch.bfloat16, device="cuda") for _ in weight]
+    before = weight[0][0].view(torch.uint8).clone()
+    for b, out in zip(weight, outputs, strict=True):
+        fp8_backend.m_grouped_fp8_gemm_nt_contiguous(a, b, out, m_indices)
+    assert torch.equal(*outputs) and torch.equal(before, weight[0][0].view(torch.uint8))
 
 
 @pytest.mark.parametrize(("groups", "max_m", "k"), [(3, 7, 256), (32, 64, 2048), (8, 1000, 768)])

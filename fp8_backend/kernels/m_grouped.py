@@ -7,7 +7,13 @@ import torch
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
-from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales, arrange_expert_scales
+from fp8_backend.kernels.expert_weights import (
+    UnpackedCodes,
+    UnpackedScales,
+    arrange_expert_scales,
+    pack_expert_scales,
+    pack_experts,
+)
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -23,13 +29,15 @@ def m_grouped_fp8_gemm_nt_contiguous(a: Pair, b: Pair, out: torch.Tensor, m_indi
     Args:
         a: codes [m, k] float8_e4m3fn and scale [m, ceil(k / 128)] float32 (any strides; MN-major with stride
             (1, align(m, 4)), as `per_token_group_quant` gives it, is not copied).
-        b: codes [num_groups, n, k] float8_e4m3fn (or packed by `pack_experts`) and scale [num_groups, ceil(n / 128),
-            ceil(k / 128)] float32 (or packed by `pack_expert_scales`, which spares a copy).
+        b: codes [num_groups, n, k] float8_e4m3fn, or packed by `pack_experts`, and scale [num_groups, ceil(n / 128),
+            ceil(k / 128)] float32, or packed by `pack_expert_scales`. On a GPU each call packs and waits for what is
+            not packed: pack once, at load.
         out: [m, n] bfloat16, contiguous columns.
         m_indices: [m] int32 group of each row, ascending but for -1.
 
     Raises:
-        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0 and weights that are not packed.
+        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0, and operands that are not packed
+            while a graph is captured.
         UnsupportedError: the tensors are on a GPU for which there are no kernels.
     """
     (codes, scale_a), n = a, out.shape[-1]
@@ -62,7 +70,8 @@ def m_grouped_fp8_gemm_nt_masked(a: Pair, b: Pair, out: torch.Tensor, masked_m: 
         expected_m: rows a group that are likely, which chooses the kernel and changes no result beyond rounding.
 
     Raises:
-        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0 and weights that are not packed.
+        ArgumentError: a dtype or shape that does not fit; on a GPU also k % 128 != 0, and operands that are not packed
+            while a graph is captured.
         UnsupportedError: the tensors are on a GPU for which there are no kernels.
     """
     (codes, scale_a), n = a, out.shape[-1]
@@ -112,14 +121,16 @@ def _check(codes: torch.Tensor, scale_a: torch.Tensor, b: Pair, out: torch.Tenso
         )
     if tuple(weight.shape) not in shapes or (dims == 3 and num_groups != codes.shape[0]):
         raise ArgumentError(f"b: got {tuple(weight.shape)}; expected one of {sorted(shapes)} for out of {n} columns")
-    if tuple(scale_b.shape) != (num_groups, *layout.packed_scale_shape(n, k)):
-        scale_b = arrange_expert_scales(scale_b, n, k)
-    if runs_cuda_kernels(out.device) and (k % BLOCK or weight.dim() != 4):
-        raise ArgumentError(
-            f"b: got {tuple(weight.shape)}; on a GPU grouped weights must be packed, and k a multiple of {BLOCK}; call "
-            "pack_experts once, at load"
-        )
-    return weight, scale_b
+    plain_scale = tuple(scale_b.shape) != (num_groups, *layout.packed_scale_shape(n, k))
+    if not runs_cuda_kernels(out.device):
+        return weight, arrange_expert_scales(scale_b, n, k) if plain_scale else scale_b
+    if k % BLOCK:
+        raise ArgumentError(f"k={k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes")
+    if (plain_scale or weight.dim() == 3) and torch.cuda.is_current_stream_capturing():
+        raise ArgumentError("b is not packed, and packing cannot be captured; call pack_experts and pack_expert_scales")
+    # The kernels fetch both before earlier work of the stream has ended: packing waits for its own.
+    weight = pack_experts(weight.clone()) if weight.dim() == 3 else weight
+    return weight, pack_expert_scales(scale_b, n, k) if plain_scale else scale_b
 
 
 def _plain(weight: torch.Tensor, scale_b: torch.Tensor, n: int, k: int) -> tuple[reference.Groups, reference.Groups]:
