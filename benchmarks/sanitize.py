@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import sanitize_experts
 from fp8_backend.kernels import gemm, heuristics, layout, reference
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -56,6 +57,7 @@ def launches() -> Iterator[str]:
         if decode_config is not None:
             launch_decode(decode_config)
             yield str(decode_config)
+    yield from sanitize_experts.launches()
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:

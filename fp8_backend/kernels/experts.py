@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -98,8 +97,8 @@ def fp8_experts(
         return out
     topk_weights, topk_ids = topk_weights.float().contiguous(), topk_ids.to(torch.int32).contiguous()
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
-    run = _form(select_form(x.shape[0], topk_ids.shape[1], w13.shape[0]))
-    run(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
+    form = select_form(x.shape[0], topk_ids.shape[1], w13.shape[0])
+    launch(form, x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
     return out
 
 
@@ -142,11 +141,13 @@ def check_experts(
         raise ArgumentError(f"out: got {out.dtype} of strides {out.stride()}; expected contiguous {x.dtype}, as x is")
 
 
-def _form(form: Form) -> Callable[..., None]:
+def launch(form: Form, *arguments: torch.Tensor | bool | None) -> None:
+    """Launch one form of the experts on a GPU; the arguments are not checked."""
     if form == "decode":
         from fp8_backend.kernels.experts_decode import experts_decode
 
-        return experts_decode
-    from fp8_backend.kernels.experts_prefill import experts_prefill
+        experts_decode(*arguments)
+    else:
+        from fp8_backend.kernels.experts_prefill import experts_prefill
 
-    return experts_prefill
+        experts_prefill(*arguments)
