@@ -1,0 +1,226 @@
+// What the kernels for few rows an expert share: the list of units (an expert and at most ROWS of its rows) that every CTA computes by itself
+// from the expert ids, the ring of stages, and the copies of activations that fill them beside the weights.
+//
+// Every CTA does the same sums in the same order, so all of them, and the kernels after them, agree where a row lies. At 512 pairs of token and
+// expert it takes about a microsecond, less than a launch.
+#pragma once
+#include "group.cuh"
+#include "wgmma.cuh"
+
+constexpr u32 kThreads = 384, kMathThreads = 256;
+constexpr u32 kActivationBytes = ROWS * kBlockK;
+constexpr u32 kStageScales = ROWS + 4;   // floats a stage: of the activations' rows, of the weight's blocks of 128 rows
+constexpr u32 kUnroll = ROWS <= 16 ? 2 : 1;  // k-blocks whose products are in flight together
+constexpr u32 kMaxStages = 64;
+constexpr u32 kRingUnit = 4;  // the number of stages is a multiple: two math warpgroups, which take kUnroll stages in turn
+constexpr u16 kNowhere = 0xffff;
+// Arrivals of loaders on a full barrier: lanes whose copies are complete; FUSED: of a half-warp, and one more, codes are written.
+constexpr u32 kLoaderArrivals = FUSED ? kGroupLanes + 1 : 32;
+
+// Copies that need no registers to wait in; the barrier counts this thread once those it has issued are complete.
+DEVICE void copy_16_bytes(u32 target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+DEVICE void copy_4_bytes(u32 target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+struct Units {
+    u32* count;      // [num_groups] rows of a group
+    u32* start;      // [num_groups] where they lie in `order`
+    u32* totals;     // [2][16] rows and units of the warps, while units are listed
+    u16* expert;     // [units]
+    u16* chunk;      // [units] which ROWS rows of the group
+    u16* order;      // [pairs] (token, slot) pairs, sorted by group
+    u16* group_of;   // [pairs] group of a pair
+    u16* rank;       // [pairs] its place among the pairs of the group
+    u32 number;      // of units
+
+    // Takes its arrays from `memory`, 16-byte aligned; expert_shared_bytes of experts_decode.py is the same sum.
+    DEVICE void place(u8* memory, u32 num_groups, u32 pairs, u32 most_units) {
+        totals = reinterpret_cast<u32*>(memory);
+        count = totals + 32;
+        start = count + num_groups;
+        expert = reinterpret_cast<u16*>(start + num_groups);
+        chunk = expert + most_units;
+        order = chunk + most_units;
+        group_of = order + pairs;
+        rank = group_of + pairs;
+        number = 0;
+    }
+
+    // Sorts pairs by group, in the order of their index. Ends with the counts known to all threads.
+    DEVICE void sort(const void* ids, u32 wide_ids, const int* expert_map, u32 pairs, u32 num_groups) {
+        for (u32 g = threadIdx.x; g < num_groups; g += kThreads) count[g] = 0;
+        for (u32 p = threadIdx.x; p < pairs; p += kThreads) {
+            int id = wide_ids ? static_cast<int>(static_cast<const i64*>(ids)[p]) : static_cast<const int*>(ids)[p];
+            if (id >= 0 && expert_map != nullptr) id = expert_map[id];
+            group_of[p] = id < 0 ? kNowhere : static_cast<u16>(id);
+        }
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            const u32 below_lane = (1u << threadIdx.x) - 1;
+            for (u32 first = 0; first < pairs; first += 32) {
+                const u32 p = first + threadIdx.x;
+                const u32 group = p < pairs ? group_of[p] : kNowhere;
+                const u32 same = __match_any_sync(0xffffffffu, group);
+                const u32 before = group != kNowhere ? count[group] : 0;
+                __syncwarp();
+                if (group != kNowhere) {
+                    rank[p] = static_cast<u16>(before + __popc(same & below_lane));
+                    if ((same & below_lane) == 0) count[group] = before + __popc(same);
+                }
+                __syncwarp();
+            }
+        }
+        __syncthreads();
+    }
+
+    // Lists the units of groups whose counts are known; sets start and number. Returns the rows of all groups.
+    DEVICE u32 list(u32 num_groups) {
+        const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        u32 rows_before = 0, units_before = 0;
+        for (u32 first = 0; first < num_groups; first += kThreads) {
+            const u32 g = first + threadIdx.x, rows = g < num_groups ? count[g] : 0, units = ceil_div(rows, u32(ROWS));
+            u32 rows_sum = rows, units_sum = units;  // of the warp up to and with this lane
+#pragma unroll
+            for (u32 distance = 1; distance < 32; distance *= 2) {
+                const u32 other_rows = __shfl_up_sync(0xffffffffu, rows_sum, distance);
+                const u32 other_units = __shfl_up_sync(0xffffffffu, units_sum, distance);
+                if (lane >= distance) rows_sum += other_rows, units_sum += other_units;
+            }
+            __syncthreads();  // totals of the round before have been read
+            if (lane == 31) totals[warp] = rows_sum, totals[16 + warp] = units_sum;
+            __syncthreads();
+            u32 row = rows_before + rows_sum - rows, unit = units_before + units_sum - units;
+            for (u32 w = 0; w < kThreads / 32; ++w) {
+                if (w < warp) row += totals[w], unit += totals[16 + w];
+                rows_before += totals[w], units_before += totals[16 + w];
+            }
+            if (g < num_groups) start[g] = row;
+            for (u32 c = 0; c < units; ++c) {
+                expert[unit + c] = static_cast<u16>(g);
+                chunk[unit + c] = static_cast<u16>(c);
+            }
+        }
+        number = units_before;
+        __syncthreads();
+        return rows_before;
+    }
+
+    DEVICE void fill_order(u32 pairs) {
+        for (u32 p = threadIdx.x; p < pairs; p += kThreads)
+            if (group_of[p] != kNowhere) order[start[group_of[p]] + rank[p]] = static_cast<u16>(p);
+        __syncthreads();
+    }
+
+    DEVICE u32 rows(u32 unit) const { return min(count[expert[unit]] - chunk[unit] * ROWS, u32(ROWS)); }
+    DEVICE u32 first_row(u32 unit) const { return start[expert[unit]] + chunk[unit] * ROWS; }
+};
+
+// Shared memory of the ring: weights of all stages | activations of all stages | their scales. Barriers lie elsewhere.
+struct Stages {
+    u32 weights, activations, full, empty, weight_bytes, number;
+    float* scales;
+
+    // As many stages as fit `bytes`. wgmma reads 64 rows from any weight tile: past a small one into what follows, whose products are not kept.
+    DEVICE void place(u8* memory, u32 bytes, u32 bytes_of_weights, u32 barriers) {
+        weight_bytes = bytes_of_weights;
+        number = min(bytes / (weight_bytes + kActivationBytes + kStageScales * 4), kMaxStages) / kRingUnit * kRingUnit;
+        weights = smem_address(memory);
+        activations = weights + number * weight_bytes;
+        scales = reinterpret_cast<float*>(memory + number * (weight_bytes + kActivationBytes));
+        full = barriers;
+        empty = barriers + kMaxStages * 8;
+    }
+    DEVICE u32 activation_tile(u32 stage) const { return activations + stage * kActivationBytes; }
+    DEVICE float* stage_scales(u32 stage) const { return scales + stage * kStageScales; }
+};
+
+// Where chunk `chunk` (16 bytes) of row `row` lies in a tile of 128-byte rows, swizzled.
+DEVICE u32 swizzled(u32 row, u32 chunk) { return row * kBlockK + (chunk ^ row % 8) * 16; }
+
+// Quantised activations of one k-block, 8 lanes a row, as asynchronous copies.
+struct CodeSource {
+    static constexpr u32 kSlots = ROWS / 4;
+    const u8* codes[kSlots];
+    u32 rows;
+
+    template <class Address> DEVICE void set(u32 rows_, u32 lane, Address address) {
+        rows = rows_;
+#pragma unroll
+        for (u32 i = 0; i < kSlots; ++i) {
+            const u32 row = i * 4 + lane / 8;
+            codes[i] = row < rows ? address(row) + lane % 8 * 16 : nullptr;
+        }
+    }
+    DEVICE void copy(u32 target, u32 block, u32 lane) const {
+#pragma unroll
+        for (u32 i = 0; i < kSlots; ++i) {
+            if (i * 4 >= rows) break;
+            if (codes[i] != nullptr) copy_16_bytes(target + swizzled(i * 4 + lane / 8, lane % 8), codes[i] + static_cast<i64>(block) * kBlockK);
+        }
+    }
+};
+
+// Quantises activations into stages: kHalfWarps half-warps take items (k-blocks of units) in turn, each the item's rows alone. Where the next kDeep items
+// of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and shuffles overlap.
+//
+// Source: struct Words; rows(item); load(words, item, row, lane); expand(group, words); copy_scales(item, stage, lane), by 16 lanes.
+constexpr u32 kHalfWarps = 4;
+
+template <u32 kDeep, class Source>
+DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 items, u32 half_warp) {
+    const u32 lane = threadIdx.x % kGroupLanes, mask = 0xffffu << (threadIdx.x % 32 / kGroupLanes * kGroupLanes);
+    u32 item = half_warp, first_row = 0;
+    while (item < items) {
+        bool single = first_row == 0;
+#pragma unroll
+        for (u32 d = 0; d < kDeep; ++d)
+            if (item + d * kHalfWarps < items) single = single && source.rows(item + d * kHalfWarps) == 1;
+        typename Source::Words words[kDeep];
+        float largest[kDeep];
+        const u32 item_step = single ? kHalfWarps : 0, row_step = single ? 0 : 1;
+        auto exists = [&](u32 d) { return item + d * item_step < items && first_row + d * row_step < source.rows(item + d * item_step); };
+#pragma unroll
+        for (u32 d = 0; d < kDeep; ++d) source.load(words[d], item + d * item_step, first_row + d * row_step, lane, exists(d));
+#pragma unroll
+        for (u32 d = 0; d < kDeep; ++d) {
+            Group group;
+            source.expand(group, words[d]);
+            largest[d] = group.lane_amax();
+        }
+#pragma unroll
+        for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+            for (u32 d = 0; d < kDeep; ++d) largest[d] = fmaxf(largest[d], __shfl_xor_sync(mask, largest[d], distance));
+#pragma unroll
+        for (u32 d = 0; d < kDeep; ++d) {
+            if (!exists(d)) continue;
+            const u32 this_item = item + d * item_step, row = first_row + d * row_step;
+            const u32 position = first_position + this_item, lap = position / stages.number, stage = position - lap * stages.number;
+            if (row == 0) barrier_wait(stages.empty + 8 * stage, lap % 2 ^ 1);
+            Group group;
+            source.expand(group, words[d]);
+            const uint2 codes = group.codes(largest[d]);
+            const u32 target = stages.activation_tile(stage) + swizzled(row, lane / 2) + lane % 2 * 8;
+            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(codes.x), "r"(codes.y) : "memory");
+            if (lane == 0) stages.stage_scales(stage)[row] = group_scale(largest[d]);
+            if (row + 1 == source.rows(this_item)) {
+                source.copy_scales(this_item, stage, lane);
+                fence_async_shared();
+                __syncwarp(mask);
+                if (lane == 0) barrier_arrive(stages.full + 8 * stage);
+            }
+        }
+        if (single) {
+            item += kDeep * kHalfWarps;
+        } else if ((first_row += kDeep) >= source.rows(item)) {
+            first_row = 0;
+            item += kHalfWarps;
+        }
+    }
+}

@@ -1,0 +1,315 @@
+// The first GEMM of the experts for few tokens, and the masked grouped GEMM: for each group g, out = a_g . weight_g^T with block scales, limited by how
+// fast the weights of the groups that have rows stream from memory.
+//
+// Weights take wgmma's 64-row side, rows of activations its N side (ROWS = 8, 16 or 64). The work is a line of row groups (8 rows of the weight, or with
+// GATED = 1 8 gate rows and the 8 up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that
+// into tiles of at most `tile_groups`. So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
+//
+// GATED = 1: out[row of the sorted pairs, column] = silu(gate) * up, float32. GATED = 0: out[group, row, column] in out_type.
+// FUSED = 1: x has 16-bit elements, and the loaders quantise what a stage needs. FUSED = 0: codes and scales.
+//
+// Warp roles (384 threads):
+//   warps 0, 1    producers, one lane each: gate rows, up rows of each stage. GATED = 0: warp 0 alone.
+//   warps 2, 3    loaders, taking stages in turn: activations, their scales and the weight's.
+//   warps 4..11   two math warpgroups, taking kUnroll stages in turn; at the end of a tile one hands its sums to the other, in turn.
+// Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4
+// warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3: 256 math threads, sums are handed over.
+#include "expert_units.cuh"
+
+constexpr u32 kProducers = GATED ? 2 : 1;
+constexpr u32 kGroupBytes = (GATED ? 2 : 1) * 8 * kBlockK;
+
+struct Tile {
+    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of the weight (of gate); groups: of 8 rows of it
+};
+
+// A CTA's run of row groups, cut into tiles: every role walks it by itself.
+struct Walk {
+    const Units& units;
+    u32 unit_groups, tile_groups, next, end;
+
+    DEVICE Walk(const Units& units_, u32 unit_groups_, u32 tile_groups_, u32 run)
+        : units(units_), unit_groups(unit_groups_), tile_groups(tile_groups_), next(blockIdx.x * run),
+          end(min(blockIdx.x * run + run, units_.number * unit_groups_)) {}
+    DEVICE bool advance(Tile& tile) {
+        if (next >= end) return false;
+        tile.unit = next / unit_groups;
+        const u32 first = next - tile.unit * unit_groups, left = min(unit_groups - first, end - next);
+        tile.groups = ceil_div(left, ceil_div(left, tile_groups));
+        tile.row = first * 8;
+        tile.expert = units.expert[tile.unit];
+        tile.rows = units.rows(tile.unit);
+        next += tile.groups;
+        return true;
+    }
+};
+
+struct Sums {
+    float first[ROWS / 2], second[ROWS / 2];  // gate and up; or rows 0..63 and 64..127
+};
+
+// Which of the weight scales of a stage belong to a lane's rows.
+struct ScaleIndex {
+    u32 first_low, first_high, second_low, second_high;
+};
+
+template <u32 kCount>
+DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 parity, u32 second_offset, const ScaleIndex& index, u32 lane) {
+    float first[kCount][ROWS / 2], second[kCount][ROWS / 2];
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        barrier_wait(stages.full + 8 * (stage + u), parity);
+        fence_registers(first[u]);
+        fence_registers(second[u]);
+    }
+    fence_async_shared();
+    wgmma_fence();
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        const u32 base = stages.weights + (stage + u) * stages.weight_bytes;
+        const u64 a = matrix_descriptor(base), b = matrix_descriptor(base + second_offset);
+        const u64 x = matrix_descriptor(stages.activation_tile(stage + u));
+#pragma unroll
+        for (u32 i = 0; i < kBlockK / 32; ++i) {
+            Wgmma<ROWS>::multiply(first[u], a + 2 * i, x + 2 * i, i > 0);
+            Wgmma<ROWS>::multiply(second[u], b + 2 * i, x + 2 * i, i > 0);
+        }
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        fence_registers(first[u]);
+        fence_registers(second[u]);
+        const float* scales = stages.stage_scales(stage + u);
+        const float first_low = scales[ROWS + index.first_low], first_high = scales[ROWS + index.first_high];
+        const float second_low = scales[ROWS + index.second_low], second_high = scales[ROWS + index.second_high];
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) {
+            const float2 scale = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+            sum.first[4 * j] += scale.x * first_low * first[u][4 * j];
+            sum.first[4 * j + 1] += scale.y * first_low * first[u][4 * j + 1];
+            sum.first[4 * j + 2] += scale.x * first_high * first[u][4 * j + 2];
+            sum.first[4 * j + 3] += scale.y * first_high * first[u][4 * j + 3];
+            sum.second[4 * j] += scale.x * second_low * second[u][4 * j];
+            sum.second[4 * j + 1] += scale.y * second_low * second[u][4 * j + 1];
+            sum.second[4 * j + 2] += scale.x * second_high * second[u][4 * j + 2];
+            sum.second[4 * j + 3] += scale.y * second_high * second[u][4 * j + 3];
+        }
+    }
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+        for (u32 u = 0; u < kCount; ++u) barrier_arrive(stages.empty + 8 * (stage + u));
+    }
+}
+
+#if FUSED
+// What quantise_items asks of a tile: items are its k-blocks.
+struct TileSource {
+    const void* x;
+    const Units& units;
+    const float* router_weights;
+    const float* scale_b;
+    i64 x_stride;
+    u32 first, count, weight_row, top_k, n, k, scale_b_row, type, vectorised;
+    const Stages& stages;
+
+    struct Words {
+        RawGroup raw;
+        float router;
+    };
+    DEVICE u32 rows(u32) const { return count; }
+    DEVICE void load(Words& words, u32 block, u32 row, u32 lane, bool exists) const {
+        const u32 pair = exists ? units.order[first + row] : 0, column = block * kBlockK + lane * 8;
+        const u32 valid = exists && column < k ? min(k - column, 8u) : 0;
+        words.raw.load(x, static_cast<i64>(pair / top_k) * x_stride + column, valid, vectorised);
+        words.router = exists && router_weights != nullptr ? router_weights[pair] : 1.f;
+    }
+    DEVICE void expand(Group& group, const Words& words) const {
+        group.expand(words.raw, type);
+        if (router_weights != nullptr) {
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) group.value[i] *= words.router;
+        }
+    }
+    DEVICE void copy_scales(u32 block, u32 stage, u32 lane) const {
+        if (lane < 4) {
+            const u32 column = (weight_row + (lane >= 2 ? n : 0)) / 128 + lane % 2;
+            copy_4_bytes(smem_address(stages.stage_scales(stage) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
+        }
+        barrier_arrive_after_copies(stages.full + 8 * stage);
+    }
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
+experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
+           const int* expert_map, const float* router_weights,
+           i64 x_stride, i64 x_group_stride, i64 scale_x_group_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
+           u32 top_k, u32 num_groups, u32 most_units, u32 max_rows, u32 n, u32 n_aligned, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups,
+           u32 ring_bytes, u32 wide_ids, u32 x_type, u32 x_vectorised, u32 out_type) {
+    extern __shared__ __align__(1024) u8 shared[];
+    // Shared memory: ring | barriers | handed-over sums | units
+    u8* const barriers = shared + ring_bytes;
+    u8* const handed_over = barriers + 2 * kMaxStages * 8;
+    Units units;
+    units.place(handed_over + ROWS * 512, num_groups, pairs, most_units);
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 full = smem_address(barriers);
+    if (threadIdx.x < kMaxStages) {
+        barrier_init(full + 8 * threadIdx.x, kProducers + kLoaderArrivals);
+        barrier_init(full + 8 * (kMaxStages + threadIdx.x), 4);
+    }
+    barrier_init_fence();
+
+    // Expert ids are older than the kernel that quantised the activations, which lets this one start only once they are written.
+    if (FUSED || !GATED) wait_for_previous_kernel();
+    launch_next_kernel();
+#if GATED
+    units.sort(ids, wide_ids, expert_map, pairs, num_groups);
+    units.list(num_groups);
+    units.fill_order(pairs);
+#else
+    for (u32 g = threadIdx.x; g < num_groups; g += kThreads) units.count[g] = min(static_cast<u32>(max(static_cast<const int*>(ids)[g], 0)), max_rows);
+    __syncthreads();
+    units.list(num_groups);
+#endif
+    const u32 unit_groups = GATED ? n / 8 : n_aligned / 8;
+    const u32 run = ceil_div(units.number * unit_groups, gridDim.x);
+    if (run == 0) {
+        wait_for_previous_kernel();  // nobody may take this kernel's end for that of the one before
+        return;
+    }
+    const u32 widest = ceil_div(run, ceil_div(run, tile_groups));
+    Stages stages;
+    stages.place(shared, ring_bytes, widest * kGroupBytes, full);
+    Walk walk(units, unit_groups, widest, run);
+    Tile tile;
+    Ring ring;
+
+    if (warp < kProducers) {
+        if (elect_lane()) {
+            while (walk.advance(tile)) {
+                const u32 bytes = tile.groups * 8 * kBlockK;
+                const u8* source = weight + tile.expert * weight_stride + static_cast<i64>(tile.row + warp * n) * kBlockK;
+                for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number)) {
+                    barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
+                    barrier_expect(stages.full + 8 * ring.stage, bytes);
+                    bulk_copy(stages.weights + ring.stage * stages.weight_bytes + warp * bytes, source, bytes, stages.full + 8 * ring.stage);
+                    source += static_cast<i64>(n_aligned) * kBlockK;
+                }
+            }
+        }
+        __syncwarp();
+    } else if (warp == 2 || warp == 3) {
+        wait_for_previous_kernel();
+        u32 item = 0;
+        while (walk.advance(tile)) {
+            const u32 first = units.first_row(tile.unit);
+#if FUSED
+            const TileSource source{x, units, router_weights, scale_b + tile.expert * scale_b_stride, x_stride, first, tile.rows, tile.row, top_k, n, k,
+                                    scale_b_row, x_type, x_vectorised, stages};
+            quantise_items<6>(source, stages, item, k_blocks, (warp - 2) * 2 + lane / kGroupLanes);
+            item += k_blocks;
+#else
+            constexpr u32 kScaleRounds = (kStageScales + 31) / 32;
+            const u32 chunk = units.chunk[tile.unit] * ROWS;
+            // Scale i of a stage, for the lane's i: lane, lane + 32, ...: of row i of the activations, or of block i - ROWS of the weight.
+            const float* scale_of[kScaleRounds];
+            i64 scale_step[kScaleRounds];
+#pragma unroll
+            for (u32 s = 0; s < kScaleRounds; ++s) {
+                const u32 i = s * 32 + lane;
+                scale_of[s] = nullptr;
+                if (i >= ROWS && i < ROWS + (GATED ? 4 : 2)) {
+                    const u32 row = tile.row + (i - ROWS >= 2 ? n : 0);
+                    scale_of[s] = scale_b + tile.expert * scale_b_stride + row / 128 + (i - ROWS) % 2;
+                    scale_step[s] = scale_b_row;
+                } else if (i < tile.rows) {
+                    const u32 row = GATED ? units.order[first + i] / top_k : chunk + i;
+                    scale_of[s] = scale_x + (GATED ? 0 : tile.expert * scale_x_group_stride) + row;
+                    scale_step[s] = scale_x_block_stride;
+                }
+            }
+            auto copy_scales = [&](u32 stage, u32 block) {
+                const u32 target = smem_address(stages.stage_scales(stage));
+#pragma unroll
+                for (u32 s = 0; s < kScaleRounds; ++s)
+                    if (scale_of[s] != nullptr) copy_4_bytes(target + (s * 32 + lane) * 4, scale_of[s] + block * scale_step[s]);
+                barrier_arrive_after_copies(stages.full + 8 * stage);
+            };
+            CodeSource source;
+            source.set(tile.rows, lane, [&](u32 row) {
+                const u32 from = GATED ? units.order[first + row] / top_k : chunk + row;
+                return static_cast<const u8*>(x) + (GATED ? 0 : tile.expert * x_group_stride) + from * x_stride;
+            });
+            for (u32 block = 0; block < k_blocks; ++block, ++item, ring.advance(stages.number)) {
+                if (((item ^ warp) & 1) != 0) continue;
+                barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
+                source.copy(stages.activation_tile(ring.stage), block, lane);
+                copy_scales(ring.stage, block);
+            }
+#endif
+        }
+    } else if (warp >= 4) {
+        const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x % 128;
+        const u32 low = warp % 4 * 16 + lane / 4, high = low + 8;  // rows of the lane in a half of the tile
+        float4* const place = reinterpret_cast<float4*>(handed_over) + thread;
+        u32 receiver = 0;  // the warpgroup that finishes this tile
+        for (; walk.advance(tile); receiver ^= 1) {
+            Sums sum;
+#pragma unroll
+            for (u32 i = 0; i < ROWS / 2; ++i) sum.first[i] = sum.second[i] = 0.f;
+            const u32 in_block = tile.row % 128;
+            const u32 half_low = (in_block + low) / 128, half_high = (in_block + high) / 128;
+            const ScaleIndex index = GATED ? ScaleIndex{half_low, half_high, 2 + half_low, 2 + half_high}
+                                           : ScaleIndex{half_low, half_high, (in_block + 64 + low) / 128, (in_block + 64 + high) / 128};
+            const u32 second_offset = (GATED ? tile.groups * 8 : 64) * kBlockK;
+            for (u32 block = 0; block < k_blocks;) {
+                const u32 in_turn = ring.stage % kUnroll, count = min(kUnroll - in_turn, k_blocks - block);
+                if (ring.stage / kUnroll % 2 == warpgroup) {
+                    if (count == kUnroll) {
+                        multiply<kUnroll>(sum, stages, ring.stage, ring.parity, second_offset, index, lane);
+                    } else {
+                        for (u32 u = 0; u < count; ++u) multiply<1>(sum, stages, ring.stage + u, ring.parity, second_offset, index, lane);
+                    }
+                }
+                block += count;
+                for (u32 u = 0; u < count; ++u) ring.advance(stages.number);
+            }
+
+            // A thread gives, at its next tile, into the place it has just read: no barrier says that the place is free.
+            if (warpgroup != receiver) {
+#pragma unroll
+                for (u32 j = 0; j < ROWS / 8; ++j) {
+                    place[2 * j * 128] = make_float4(sum.first[4 * j], sum.first[4 * j + 1], sum.first[4 * j + 2], sum.first[4 * j + 3]);
+                    place[(2 * j + 1) * 128] = make_float4(sum.second[4 * j], sum.second[4 * j + 1], sum.second[4 * j + 2], sum.second[4 * j + 3]);
+                }
+                named_barrier_arrive(2 + receiver, kMathThreads);
+                continue;
+            }
+            named_barrier(2 + receiver, kMathThreads);
+            const u32 first_row = units.first_row(tile.unit);
+#pragma unroll
+            for (u32 j = 0; j < ROWS / 8; ++j) {
+                const float4 a = place[2 * j * 128], b = place[(2 * j + 1) * 128];
+                const float first[4] = {sum.first[4 * j] + a.x, sum.first[4 * j + 1] + a.y, sum.first[4 * j + 2] + a.z, sum.first[4 * j + 3] + a.w};
+                const float second[4] = {sum.second[4 * j] + b.x, sum.second[4 * j + 1] + b.y, sum.second[4 * j + 2] + b.z, sum.second[4 * j + 3] + b.w};
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    const u32 token = j * 8 + lane % 4 * 2 + i % 2, row = i < 2 ? low : high;
+                    if (token >= tile.rows) continue;
+#if GATED
+                    if (row < tile.groups * 8)
+                        static_cast<float*>(out)[static_cast<i64>(first_row + token) * n + tile.row + row] = first[i] / (1.f + expf(-first[i])) * second[i];
+#else
+                    const i64 line = (static_cast<i64>(tile.expert) * max_rows + units.chunk[tile.unit] * ROWS + token) * n + tile.row;
+                    if (row < tile.groups * 8 && tile.row + row < n) store_element(out, line + row, out_type, first[i]);
+                    if (row + 64 < tile.groups * 8 && tile.row + row + 64 < n) store_element(out, line + row + 64, out_type, second[i]);
+#endif
+                }
+            }
+        }
+    }
+}
