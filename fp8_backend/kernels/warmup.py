@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from fp8_backend.errors import CompileError
-from fp8_backend.kernels import activation, cache, heuristics, quantize
+from fp8_backend.kernels import activation, cache, experts_decode, heuristics, masked, quantize
 from fp8_backend.kernels.compiler import KernelSpec
 
 # The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
 LOCK_TIMEOUT_S = 120.0
+
+_EXPERTS = (experts_decode, masked)
 
 Progress = Callable[[int, int], None]
 
@@ -33,7 +35,8 @@ class WarmUp:
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that serving can need."""
-    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC, activation.SPEC)
+    experts = (spec for module in _EXPERTS for spec in module.all_specs())
+    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC, activation.SPEC, *experts)
 
 
 def warm_up(
@@ -79,6 +82,8 @@ def load_all() -> None:
         gemm.kernel(config, device)
     quantize.kernel(device)
     activation.kernel(device)
+    for module in _EXPERTS:
+        module.load_all()
 
 
 def _missing(specs: Sequence[KernelSpec]) -> list[KernelSpec]:
