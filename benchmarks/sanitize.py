@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
@@ -87,13 +88,13 @@ def launch_decode(config: DecodeConfig) -> None:
     """Launch one configuration with an odd number of tokens and of rows, on more tiles than clusters or CTAs."""
     m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
     x, weight, out, truth = operands(m, n, k)
-    tiles = ceil_div(n, rows)
+    share = 1 if config.fused or config.split == 8 else min(2, config.tokens // 8)
+    clusters = ceil_div(ceil_div(n, rows), share)
     stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
-    choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 2) if config.split == 1 else tiles * config.split)
-    if config.fused:
-        gemm.launch_decode(choice, x.cuda(), None, weight, out, None)
-    else:
-        gemm.launch_decode(choice, *per_token_group_quant(x.cuda()), weight, out, None)
+    grid = (min(clusters, 2) if config.split == 1 else clusters) * config.split * share
+    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages), share)
+    tokens = x.cuda()
+    DecodePlan(choice, tokens, out, None)(tokens, weight.codes, weight.scale, out, None)
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config
 
 

@@ -23,11 +23,13 @@ def check_decode(problem, choice):
     assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
-    tiles = ceil_div(problem.n, choice.rows)
-    if config.split == 1:
-        assert choice.grid == min(tiles, problem.machine.num_sms)
-    else:  # a cluster has one tile, and all clusters run at once
-        assert choice.grid == tiles * config.split and tiles <= problem.machine.max_clusters(config.split)
+    assert not config.fused or choice.share == 1
+    assert choice.cluster <= 8 and config.tokens // choice.share >= 8  # a slice of tokens is a whole swizzle period
+    clusters = ceil_div(ceil_div(problem.n, choice.rows), choice.share)
+    assert choice.grid % choice.cluster == 0 and choice.grid // choice.cluster <= clusters
+    assert choice.grid // choice.cluster <= problem.machine.max_clusters(choice.cluster)
+    if config.split > 1:  # a cluster has one tile, and all clusters run at once
+        assert choice.grid == clusters * choice.cluster
 
 
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])
