@@ -88,11 +88,10 @@ def launch_decode(config: DecodeConfig) -> None:
     """Launch one configuration with an odd number of tokens and of rows, on more tiles than clusters or CTAs."""
     m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
     x, weight, out, truth = operands(m, n, k)
-    share = 1 if config.fused or config.split == 8 else min(2, config.tokens // 8)
-    clusters = ceil_div(ceil_div(n, rows), share)
+    tiles = ceil_div(n, rows)
     stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
-    grid = (min(clusters, 2) if config.split == 1 else clusters) * config.split * share
-    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages), share)
+    grid = min(tiles, 2) if config.split == 1 else tiles * config.split
+    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
     tokens = x.cuda()
     DecodePlan(choice, tokens, out, None)(tokens, weight.codes, weight.scale, out, None)
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config

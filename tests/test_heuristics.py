@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels.heuristics import DecodeChoice, all_configs, select, select_gemm
+from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES, DecodeChoice, all_configs, select, select_gemm
 from fp8_backend.kernels.problem import H200, MAX_DECODE_ROWS, MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import ceil_div
 
@@ -23,13 +23,12 @@ def check_decode(problem, choice):
     assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
-    assert not config.fused or choice.share == 1
-    assert choice.cluster <= 8 and config.tokens // choice.share >= 8  # a slice of tokens is a whole swizzle period
-    clusters = ceil_div(ceil_div(problem.n, choice.rows), choice.share)
-    assert choice.grid % choice.cluster == 0 and choice.grid // choice.cluster <= clusters
-    assert choice.grid // choice.cluster <= problem.machine.max_clusters(choice.cluster)
+    tiles = ceil_div(problem.n, choice.rows)
+    alone = config.shared_bytes(choice.rows, k_blocks, choice.num_stages) > HALF_SHARED_BYTES
+    most = problem.machine.max_clusters(config.split) * (1 if alone else 2)
+    assert choice.grid % config.split == 0 and choice.grid // config.split <= min(tiles, most)
     if config.split > 1:  # a cluster has one tile, and all clusters run at once
-        assert choice.grid == clusters * choice.cluster
+        assert choice.grid == tiles * config.split
 
 
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])

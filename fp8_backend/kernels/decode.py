@@ -12,8 +12,8 @@ from fp8_backend.kernels.heuristics import DecodeChoice
 from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 16 numbers.
-_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 16)
+# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 15 numbers.
+_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
 _POINTERS = 6
 _SCALE_ALIGNMENT = 16  # bytes, of what a bulk copy reads
 
@@ -37,13 +37,13 @@ class DecodePlan:
         types = quantize.ELEMENT_TYPES
         params = (
             *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),
-            *(choice.rows, choice.num_stages, choice.prefetch, choice.share),
+            *(choice.rows, choice.num_stages, choice.prefetch),
             *(types[x.dtype], quantize.vectorised(x) if config.fused else 0),
             *(types[out.dtype], 0 if bias is None else types[bias.dtype], int(paired)),
         )
         shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
         self._multiply = launcher.PreparedLaunch(
-            kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, choice.cluster
+            kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, config.split
         )
         self._quantise = None if config.fused else quantize.prepare_tiles(x, config.tokens)
         self._code_bytes = k_blocks * config.tokens * BLOCK

@@ -18,9 +18,10 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
-SHARES = (1, 2, 4)
-MAX_CLUSTER = 8
 MAX_STAGES = 16
+HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
+# CTAs a multiprocessor and the shared memory of each: all of it, or half, the other half to the next kernel or a second CTA.
+RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
 
 GEMM_CONFIGS = (
@@ -46,7 +47,7 @@ class DecodeChoice:
     """A decode kernel and how it cuts the weight.
 
     rows: of the weight, a CTA; a multiple of 8, at most 128. prefetch: stages of weights that may be in flight ahead of
-    the activations. share: neighbouring CTAs of a cluster that fetch the tokens together.
+    the activations.
     """
 
     config: DecodeConfig
@@ -54,12 +55,6 @@ class DecodeChoice:
     num_stages: int
     grid: int
     prefetch: int
-    share: int = 1
-
-    @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.config.split * self.share
 
 
 @dataclass(frozen=True)
@@ -71,10 +66,10 @@ class GemmChoice:
     grid: int
 
 
-def decode_stages(config: DecodeConfig, rows: int, k_blocks: int) -> int:
+def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
     """Return how many stages fit a CTA's shared memory, at most MAX_STAGES; 0 if fewer than the kernel needs do."""
     for stages in range(MAX_STAGES, config.unroll - 1, -1):
-        if config.shared_bytes(rows, k_blocks, stages) <= MAX_SHARED_BYTES:
+        if config.shared_bytes(rows, k_blocks, stages) <= shared_bytes:
             return stages
     return 0
 
@@ -105,39 +100,38 @@ _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
 
-    There is none for more than 64 tokens. A CTA takes a multiprocessor to itself.
+    There is none for more than 64 tokens.
     """
+    for ctas, shared_bytes in RESIDENCIES:
+        yield from resident_choices(problem, ctas, shared_bytes)
+
+
+def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iterator[tuple[float, DecodeChoice]]:
+    """Yield those with at most `ctas` CTAs a multiprocessor of at most `shared_bytes` of shared memory each."""
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
     for config in DECODE_CONFIGS:
         if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
+        most = ctas * problem.machine.max_clusters(config.split)
         for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
-            if num_stages := decode_stages(config, rows, problem.k_blocks):
-                for choice in _cuts(problem, config, rows, num_stages):
-                    yield _decode_ns(problem, choice), choice
-
-
-def _cuts(problem: GemmProblem, config: DecodeConfig, rows: int, num_stages: int) -> Iterator[DecodeChoice]:
-    """Yield the choices with these rows a CTA: one for each number of CTAs that may share tokens."""
-    # Fused, tokens wait in line with the weights; else they come later, through another kernel.
-    limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
-    prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
-    for share in SHARES:
-        if config.fused and share > 1 or config.tokens // share < 8 or config.split * share > MAX_CLUSTER:
-            continue
-        clusters, most = ceil_div(ceil_div(problem.n, rows), share), problem.machine.max_clusters(config.split * share)
-        if config.split == 1 or clusters <= most:
-            grid = min(clusters, most) * config.split * share
-            yield DecodeChoice(config, rows, num_stages, grid, prefetch, share)
+            tiles = ceil_div(problem.n, rows)
+            num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
+            if not num_stages or (config.split > 1 and tiles > most):
+                continue
+            # Fused, tokens wait in line with the weights; else they come later, through another kernel.
+            limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
+            prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
+            choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
+            yield _decode_ns(problem, choice), choice
 
 
 def _decode_ns(problem: GemmProblem, choice: DecodeChoice) -> float:
     config = choice.config
     blocks = ceil_div(problem.k_blocks, config.split)
     rounds = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
-    tokens = 0 if config.fused else config.tokens / choice.share
+    tokens = 0 if config.fused else config.tokens
     bytes_a_block = max(choice.rows * BLOCK / _STREAM_BYTES_PER_NS, (choice.rows + tokens) * BLOCK / _FILL_BYTES_PER_NS)
     stream = blocks * max(bytes_a_block, _DECODE_BLOCK_NS) * rounds
     exchange = _EXCHANGE_NS + 50 * config.split if config.split > 1 else 0

@@ -1,23 +1,21 @@
 // Linear layer for few tokens: out[m, n] = x[m, k] . weight[n, k]^T with block scales, limited by how fast the weights stream from memory.
 //
-// Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8..64), so nothing is padded to 64 tokens. A cluster is SPLIT x `share` CTAs: `share`
-// neighbouring tiles of `rows` rows of the weight (a run-time multiple of 8, at most 128), and SPLIT CTAs a tile, which split k. With at most
-// 64 rows the two math warpgroups split k once more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no
-// workspace, the same bits every run.
+// Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8..64), so nothing is padded to 64 tokens. A cluster of SPLIT CTAs owns
+// `rows` rows of the weight (a run-time multiple of 8, at most 128) and splits k. With at most 64 rows the two math warpgroups split k once
+// more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
+// Registers and, if it is asked for, shared memory leave room for two CTAs on a multiprocessor, of this kernel or of the next.
 //
 // Warp roles (384 threads):
 //   warps 0..3    producers, one lane each: 0 fetches weights, one contiguous copy of rows x 128 bytes a k-block; 1 their scales; FUSED = 0: 2 the
 //                 tokens, 3 their scales. Several, because a lane issues a copy every 40 ns or so (measured). FUSED = 1: 2 and 3 help to quantise.
 //   warps 4..11   two math warpgroups; FUSED = 1: quantise first.
 // FUSED = 1: x has 16-bit elements; every CTA quantises the columns of its k range once, into shared memory (group.cuh).
-// FUSED = 0: x arrives as e4m3 codes in tiles [k-block][TOKENS][128], swizzled, and MN-major scales (quantize.cuh), fetched stage by stage. With
-// share > 1 each CTA fetches TOKENS / share of the tokens and multicasts them to the CTAs with its k range: unshared, 64 tokens cross
-// from L2 as often as there are tiles, half as many bytes as the weights.
+// FUSED = 0: x arrives as e4m3 codes in tiles [k-block][TOKENS][128], swizzled, and MN-major scales (quantize.cuh), fetched stage by stage.
 // What may be requested before the previous kernel has ended: weights, as far as the stages reach. FUSED = 1: `prefetch` stages in flight at any
 // time, so that the tokens queue behind no more than those; FUSED = 0: `prefetch` stages in all. The memory system answers a
 // multiprocessor in about the order of its requests: with 128 KiB of weights queued, activations that are in L2 arrive 2.7 us late (measured).
-// Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp of the CTAs that share tokens) per stage; exchanged (1 arrival +
-// bytes), filled by the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0
+// Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp) per stage; exchanged (1 arrival + bytes), filled by
+// the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0
 // and 2..11 (FUSED: activations are requested, the weights behind them may follow).
 //
 // A stage holds exactly `rows` rows, so wgmma, which always reads 64, may read past them: those accumulators are never stored.
@@ -25,7 +23,7 @@
 #include "wgmma.cuh"
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
-constexpr u32 kUnroll = TOKENS <= 16 ? 4 : TOKENS == 32 ? 2 : 1;
+constexpr u32 kUnroll = TOKENS == 8 ? 4 : TOKENS == 16 ? 2 : 1;
 constexpr u32 kMathWarps = 8, kThreads = 384, kProducers = FUSED ? 2 : 4;
 constexpr u32 kQuantisers = kThreads - 32 * kProducers, kRequested = kQuantisers + 32;  // threads of named barriers 1 and 3
 constexpr u32 kStageScales = (FUSED ? 0 : TOKENS) + kScaleFloats;  // floats a stage: of the tokens, of the weight
@@ -104,15 +102,11 @@ struct Sums {
 struct Stages {
     u32 base, bytes, weight_bytes, count, full, empty;
     const float* scales;
-    u32 first_peer, share;  // the CTAs that share tokens: ranks first_peer .. first_peer + share - 1
 
-    // Says that this warp has read a stage.
+    // Says that this warp has read a stage: all of its lanes, which one lane's arrival does not imply.
     DEVICE void release(u32 stage, u32 lane) const {
-        if (share == 1) {
-            if (lane == 0) barrier_arrive(empty + 8 * stage);
-        } else if (lane < share) {
-            barrier_arrive_peer(empty + 8 * stage, first_peer + lane);
-        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
 };
 
@@ -122,13 +116,11 @@ struct Resident {
     const float* scales;
 };
 
-// kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales, read while they run. Stages are released before
-// the promotion.
+// kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales.
 template <u32 kCount>
 DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 scale_low,
                             u32 scale_high, u32 lane) {
-    float partial[kCount][TOKENS / 2], low[kCount], high[kCount];
-    float2 scale[kCount][kTokenGroups];
+    float partial[kCount][TOKENS / 2];
     u32 stage[kCount];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
@@ -147,29 +139,23 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
         for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
     }
     wgmma_commit();
-#pragma unroll
-    for (u32 u = 0; u < kCount; ++u) {
-        const float* stage_scales = stages.scales + stage[u] * kStageScales;
-        const float* scale_x = FUSED ? resident.scales + (block + u) * TOKENS : stage_scales;
-        low[u] = stage_scales[kStageScales - kScaleFloats + scale_low];
-        high[u] = stage_scales[kStageScales - kScaleFloats + scale_high];
-#pragma unroll
-        for (u32 j = 0; j < kTokenGroups; ++j) scale[u][j] = *reinterpret_cast<const float2*>(scale_x + j * 8 + lane % 4 * 2);
-    }
     wgmma_wait<0>();
-    __syncwarp();  // every lane has its scales
-#pragma unroll
-    for (u32 u = 0; u < kCount; ++u) stages.release(stage[u], lane);
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(partial[u]);
+        const float* stage_scales = stages.scales + stage[u] * kStageScales;
+        const float* scale_x = FUSED ? resident.scales + (block + u) * TOKENS : stage_scales;
+        const float low = stage_scales[kStageScales - kScaleFloats + scale_low], high = stage_scales[kStageScales - kScaleFloats + scale_high];
 #pragma unroll
         for (u32 j = 0; j < kTokenGroups; ++j) {
-            sum.value[4 * j] += scale[u][j].x * low[u] * partial[u][4 * j];
-            sum.value[4 * j + 1] += scale[u][j].y * low[u] * partial[u][4 * j + 1];
-            sum.value[4 * j + 2] += scale[u][j].x * high[u] * partial[u][4 * j + 2];
-            sum.value[4 * j + 3] += scale[u][j].y * high[u] * partial[u][4 * j + 3];
+            const float2 scale = *reinterpret_cast<const float2*>(scale_x + j * 8 + lane % 4 * 2);
+            sum.value[4 * j] += scale.x * low * partial[u][4 * j];
+            sum.value[4 * j + 1] += scale.y * low * partial[u][4 * j + 1];
+            sum.value[4 * j + 2] += scale.x * high * partial[u][4 * j + 2];
+            sum.value[4 * j + 3] += scale.y * high * partial[u][4 * j + 3];
         }
+        fence_registers(sum.value);  // the scales are in registers, not on their way: the stage may go
+        stages.release(stage[u], lane);
     }
 }
 
@@ -206,11 +192,11 @@ struct Output {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
 decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out, const u8* __restrict__ weight, const float* __restrict__ scale_b,
        const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 share, u32 x_type,
-       u32 x_vectorised, u32 out_type, u32 bias_type, u32 out_paired) {
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 x_type, u32 x_vectorised,
+       u32 out_type, u32 bias_type, u32 out_paired) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
     const bool k_halves = rows <= 64;  // the math warpgroups split k instead of rows
@@ -225,31 +211,29 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     const u32 full = smem_address(resident_scales + (FUSED ? blocks_most * TOKENS : 0)), empty = full + num_stages * 8;
     const u32 exchanged = empty + num_stages * 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 rank = cluster_rank(), k_rank = SPLIT > 1 ? rank / share : 0, n_rank = SPLIT > 1 ? rank % share : rank;
-    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, scales, rank - n_rank, share};
-    const bool cluster = SPLIT > 1 || share > 1;
-    const u32 tiles = ceil_div(n, rows), first_tile = cluster_index() * share + n_rank, tile_step = cluster_count() * share;
-    const u32 rounds = SPLIT > 1 ? 1 : ceil_div(tiles - (first_tile - n_rank), tile_step);  // the same for all CTAs of a cluster
-    const u32 first_block = k_blocks * k_rank / SPLIT, blocks = k_blocks * (k_rank + 1) / SPLIT - first_block;
+    const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
+    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, scales};
+    const u32 first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
+    const u32 first_block = k_blocks * rank / SPLIT, blocks = k_blocks * (rank + 1) / SPLIT - first_block;
 
     if (warp == 0) {
         if (lane < num_stages) {
             barrier_init(full + 8 * lane, kProducers);
-            barrier_init(empty + 8 * lane, kMathWarps * share);
+            barrier_init(empty + 8 * lane, kMathWarps);
         }
         if (lane == 0) barrier_init(exchanged, 1);
         barrier_init_fence();
-        if (SPLIT > 1 && lane == 0) barrier_expect(exchanged, (fragments - k_rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
+        if (SPLIT > 1 && lane == 0) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
     }
     __syncthreads();
-    if (cluster) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
+    if (SPLIT > 1) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
     launch_next_kernel();
 
     if (warp < kProducers) {
         const bool leader = elect_lane();
-        const u32 total = rounds * blocks;
-        const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4, token_bytes = kTokenBytes / share;
-        const u16 sharers = static_cast<u16>(((1u << share) - 1) << stages.first_peer);
+        // Tiles first_tile, first_tile + tile_step, ...; a cluster has one.
+        const u32 total = (SPLIT > 1 ? 1 : ceil_div(ceil_div(n, rows) - first_tile, tile_step)) * blocks;
+        const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
         u32 row = first_tile * rows, block = first_block;  // of the next item
         Ring ring;
         auto produce = [&](u32 first, u32 last) {
@@ -257,21 +241,17 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                 const u32 s = ring.stage, bar = full + 8 * s;
                 barrier_wait(empty + 8 * s, ring.parity ^ 1);
                 if (warp == 0) {
-                    const u32 bytes = row < n_aligned ? min(rows, n_aligned - row) * kBlockK : 0;
+                    const u32 bytes = min(rows, n_aligned - row) * kBlockK;
                     barrier_expect(bar, bytes);
-                    if (bytes)
-                        bulk_copy(stages.base + s * stage_bytes, weight + (static_cast<i64>(block) * n_aligned + row) * kBlockK, bytes, bar);
+                    bulk_copy(stages.base + s * stage_bytes, weight + (static_cast<i64>(block) * n_aligned + row) * kBlockK, bytes, bar);
                 } else if (warp == 1) {
-                    const u32 first_scale = min(row / 128 & ~3u, scale_b_stride - kScaleFloats);  // of a tile past the last: any
                     barrier_expect(bar, kScaleFloats * 4);
                     bulk_copy(smem_address(scales + (s + 1) * kStageScales - kScaleFloats),
-                              scale_b + static_cast<i64>(block) * scale_b_stride + first_scale, kScaleFloats * 4, bar);
+                              scale_b + static_cast<i64>(block) * scale_b_stride + (row / 128 & ~3u), kScaleFloats * 4, bar);
                 } else if (warp == 2) {
-                    const u32 target = stages.base + s * stage_bytes + weight_bytes;
                     barrier_expect(bar, kTokenBytes);
-                    const u8* tile = static_cast<const u8*>(x) + static_cast<i64>(block) * kTokenBytes;
-                    if (share == 1) bulk_copy(target, tile, kTokenBytes, bar);
-                    else bulk_copy_multicast(target + n_rank * token_bytes, tile + n_rank * token_bytes, token_bytes, bar, sharers);
+                    bulk_copy(stages.base + s * stage_bytes + weight_bytes, static_cast<const u8*>(x) + static_cast<i64>(block) * kTokenBytes, kTokenBytes,
+                              bar);
                 } else {
                     barrier_expect(bar, token_scale_bytes);
                     bulk_copy(smem_address(scales + s * kStageScales), scale_a + static_cast<i64>(block) * m_aligned, token_scale_bytes, bar);
@@ -294,7 +274,6 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         __syncwarp();
         wait_for_previous_kernel();
         if (FUSED && warp == 0) named_barrier(3, kRequested);
-        if (!FUSED && cluster && warp == 2) cluster_wait();
         if (leader) produce(early, total);
         __syncwarp();
     } else {
@@ -310,16 +289,13 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     if (warp >= 4) {
         const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
         const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
-        const u32 source = k_halves ? k_rank * 2 + warpgroup : k_rank;
+        const u32 source = k_halves ? rank * 2 + warpgroup : rank;
         const Resident resident_tokens{smem_address(resident), resident_scales};
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_paired};
         Ring ring;
-        if (!FUSED && cluster) cluster_wait();
-        for (u32 round = 0; round < rounds; ++round) {
-            const u32 t = first_tile + round * tile_step;
-            const u32 row_low = t * rows + slice * 16 + lane / 4, first_scale = t * rows / 128 & ~3u;
-            // Rows past the last have no scale and are never stored.
-            const u32 scale_low = min(row_low / 128 - first_scale, kScaleFloats - 1), scale_high = min((row_low + 8) / 128 - first_scale, kScaleFloats - 1);
+        for (u32 first_row_of_tile = first_tile * rows; first_row_of_tile < n; first_row_of_tile += tile_step * rows) {
+            const u32 row_low = first_row_of_tile + slice * 16 + lane / 4, first_scale = first_row_of_tile / 128 & ~3u;
+            const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
             Sums sum;
 #pragma unroll
             for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
@@ -337,26 +313,25 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                 } else {
                     if (kUnroll > 2 && count >= 2)
                         multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
-                    if (kUnroll <= 2 || count % 2 == 1)
+                    if (count % 2 == 1)
                         multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 }
             }
 
-            // Fragment f of 16 rows x 8 tokens belongs to k_rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
+            // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
             // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
-            if (FUSED && cluster) cluster_wait();
+            if (SPLIT > 1) cluster_wait();
 #pragma unroll
             for (u32 j = 0; j < kTokenGroups; ++j) {
                 const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
                 const u32 fragment = slice * kTokenGroups + j;
                 u8* const place = exchange + (fragment / SPLIT * sources + source) * kFragmentBytes + lane * 16;
-                const u32 owner = fragment % SPLIT * share + n_rank;
                 if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
-                else store_async(map_to_rank(smem_address(place), owner), v, map_to_rank(exchanged, owner));
+                else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT));
             }
             if (SPLIT == 1) named_barrier(2, kMathWarps * 32);
             else barrier_wait(exchanged, 0);
-            for (u32 fragment = k_rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
+            for (u32 fragment = rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
                 const u8* place = exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16;
                 float4 v = *reinterpret_cast<const float4*>(place);
                 for (u32 i = 1; i < sources; ++i) {
@@ -364,17 +339,12 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                     v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
                 }
                 const u32 row = fragment / kTokenGroups * 16;
-                if (row < rows) output.write(v, t * rows + row, rows - row, fragment % kTokenGroups * 8, lane);
+                if (row < rows) output.write(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
             }
-            if (SPLIT > 1) break;  // a cluster has one round; saying so saves registers
-            named_barrier(2, kMathWarps * 32);  // the next round writes the buffer again
+            if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
+            named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
         }
-    } else if (cluster && (FUSED || warp != 2)) {
-        cluster_wait();
-    }
-    if (share > 1) {  // a peer may still arrive at this CTA's barriers or send tokens
-        __syncwarp();
-        cluster_arrive();
+    } else if (SPLIT > 1) {
         cluster_wait();
     }
 }

@@ -62,16 +62,6 @@ DEVICE u32 cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-DEVICE u32 cluster_index() {
-    u32 index;
-    asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(index));
-    return index;
-}
-DEVICE u32 cluster_count() {
-    u32 count;
-    asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
-    return count;
-}
 // Says that this CTA runs, and nothing about memory.
 DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -96,11 +86,6 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(source), "r"(bytes), "r"(barrier) : "memory");
-}
-DEVICE void bulk_copy_multicast(u32 target, const void* source, u32 bytes, u32 barrier, u16 ranks) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(target),
-        "l"(source), "r"(bytes), "r"(barrier), "h"(ranks) : "memory");
 }
 DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
     asm volatile(
