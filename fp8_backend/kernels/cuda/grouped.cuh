@@ -290,12 +290,12 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                 const u32 element = type == kF32 ? 4 : 2;
                 u8* row_low = static_cast<u8*>(out) + entry[0] * out_stride * element;
                 u8* row_high = static_cast<u8*>(out) + entry[1] * out_stride * element;
-#pragma unroll
-                for (u32 slice = 0; slice < 2; ++slice) {
-                    if (slice == 1 && narrow) continue;
-                    const u32 column = (2 * tile.z + first_half + slice) * kHalf;
-                    write_row<0>(sum[slice], row_low, column, n, type, vectorised, valid_low, lane);
-                    write_row<1>(sum[slice], row_high, column, n, type, vectorised, valid_high, lane);
+                const u32 column = (2 * tile.z + first_half) * kHalf;
+                write_row<0>(sum[0], row_low, column, n, type, vectorised, valid_low, lane);
+                write_row<1>(sum[0], row_high, column, n, type, vectorised, valid_high, lane);
+                if (!narrow) {
+                    write_row<0>(sum[1], row_low, column + kHalf, n, type, vectorised, valid_low, lane);
+                    write_row<1>(sum[1], row_high, column + kHalf, n, type, vectorised, valid_high, lane);
                 }
             }
         }
