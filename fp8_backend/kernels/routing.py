@@ -1,4 +1,4 @@
-"""Sorting rows by expert on the device: what the grouped GEMMs walk, and how many there are, without the host knowing."""
+"""Sorting rows by expert on the device: what the grouped GEMMs walk, without the host knowing how many there are."""
 
 from __future__ import annotations
 
