@@ -12,7 +12,7 @@ from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative
 from fp8_backend.kernels.routing import route
 
 pytestmark = pytest.mark.gpu
-# Rounding to bfloat16 of each row and of the sum: 0.0017 each; a product summed in another order moves a code now and then.
+# Rounding to bfloat16 of each row and of the sum: 0.0017 each; sums in another order move a code now and then.
 LIMIT = 0.005
 
 
