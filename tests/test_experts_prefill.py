@@ -62,6 +62,14 @@ def test_max_tiles_is_the_worst_routing():
         assert routing.max_tiles(entries, num_groups) == worst
 
 
+@pytest.mark.parametrize(
+    ("row_tiles", "columns", "k_blocks", "run"),
+    [(766, 28, 16, 1), (766, 28, 2, 7), (1, 28, 2, 1), (5000, 28, 1, 14), (5000, 3, 1, 3), (60, 28, 2, 2)],
+)
+def test_select_run(row_tiles, columns, k_blocks, run):
+    assert grouped.select_run(row_tiles, columns, k_blocks, 132) == run
+
+
 def test_workspace_is_m_times_top_k_rows():
     m, top_k, hidden, intermediate, num_groups = 8192, 8, 7168, 2048, 256
     size = experts_prefill.experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)

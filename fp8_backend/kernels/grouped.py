@@ -13,9 +13,11 @@ from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import TILE_ROWS, Routing
 
-_LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 2 + ("u32",) * 9)
+_LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
 _THREADS = 384
 _TICKET_BYTES = 8
+_K_BLOCKS_AT_ONCE = 16
+_WAVES = 6  # items a CTA takes, so that the last ones end together
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,22 @@ def _num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def select_run(row_tiles: int, columns: int, k_blocks: int, sms: int) -> int:
+    """Return how many neighbouring tiles of columns a CTA takes at once.
+
+    To learn what its next tiles are costs a producer three round trips to L2, the time of about 4 k-blocks: that is
+    hidden behind the stages in flight if it is rare.
+
+    Args:
+        row_tiles: tiles of rows there may be.
+        columns: tiles of columns.
+        k_blocks: k-blocks of a tile.
+        sms: multiprocessors.
+    """
+    run = max(1, min(_K_BLOCKS_AT_ONCE // k_blocks, row_tiles * columns // (_WAVES * sms), columns))
+    return ceil_div(columns, ceil_div(columns, run))
+
+
 def launch_grouped(
     config: GroupedConfig,
     a: torch.Tensor,
@@ -99,7 +117,9 @@ def launch_grouped(
     """
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
     store_16_bytes = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
-    grid = min(_num_sms(device), routing.max_tiles(routed.entries, routed.num_groups) * columns)
+    row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), _num_sms(device)
+    run = select_run(row_tiles, columns, weight.shape[1], sms)
+    grid = min(sms, row_tiles * ceil_div(columns, run))
     kernel(config, device).launch(
         (grid, 1, 1),
         _THREADS,
@@ -124,6 +144,7 @@ def launch_grouped(
             scale_a.stride(0),
             scale_b.stride(1),
             0 if out_scale is None else out_scale.stride(0),
+            run,
             ELEMENT_TYPES.get(out.dtype, 0),
             int(store_16_bytes),
         ),

@@ -113,11 +113,11 @@ DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 ty
 
 // a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; row of entry e is e / divisor; divisor 0: rows lie in
 // sorted order. weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
-// GATED: half the rows of the weight. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
+// GATED: half the rows of the weight. run: neighbouring column tiles a ticket covers. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_b, void* out, float* out_scale, const u32* sorted,
         const int4* tile_list, const u32* num_row_tiles, u32* ticket, i64 a_stride, i64 out_stride, u32 divisor, u32 n, u32 n_aligned,
-        u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 type, u32 vectorised) {
+        u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 type, u32 vectorised) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetExchange = NUM_STAGES * kStageBytes, kOffsetScaleA = kOffsetExchange + kExchangeBytes;
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
@@ -142,16 +142,16 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
         wait_for_previous_kernel();
         const u32 warp = threadIdx.x / 32, chunk = threadIdx.x % 8, first = threadIdx.x / 8;
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
-        const u32 num_tiles = __ldcg(num_row_tiles) * column_tiles;
-        u32* next_tile = reinterpret_cast<u32*>(shared + kOffsetTicket);
+        const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
+        u32* next_item = reinterpret_cast<u32*>(shared + kOffsetTicket);
         u32 turn = 0;
-        for (u32 t = blockIdx.x; t < num_tiles; turn ^= 1) {
-            if (threadIdx.x == 0) next_tile[turn] = gridDim.x + atomicAdd(ticket, 1u);
-            // Tiles of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
-            const int4 band = __ldcg(tile_list + t / column_tiles);
-            const u32 width = static_cast<u32>(band.z) >> 16, local = t - band.w * column_tiles;
+        for (u32 t = blockIdx.x; t < num_items; turn ^= 1) {
+            if (threadIdx.x == 0) next_item[turn] = gridDim.x + atomicAdd(ticket, 1u);
+            // Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
+            const int4 band = __ldcg(tile_list + t / runs);
+            const u32 width = static_cast<u32>(band.z) >> 16, local = t - band.w * runs;
             const int4 tile = __ldcg(tile_list + band.w + local % width);
-            const u32 column_tile = local / width, rows = tile.z & 0xffff;
+            const u32 first_column = local / width * run, past_column = min(first_column + run, column_tiles), rows = tile.z & 0xffff;
 
             // This thread copies chunk `chunk` of rows first, first + 16, ...; all of them have the same row % 8.
             const u8* source[8];
@@ -166,38 +166,42 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
             if (divisor && threadIdx.x < rows) scale_row = __ldcg(sorted + scale_row) / divisor;
             const float* scale_source = scale_a + scale_row;
             const u32 target = first * kBlockK + (chunk ^ first % 8) * 16;
-            const u32 block_0 = GATED ? column_tile : 2 * column_tile, block_1 = GATED ? n / kHalf + column_tile : block_0 + 1;
-            const u32 half_row = (warp == 0 ? block_0 : block_1) * kHalf;
-            const u32 half_bytes = half_row < n_aligned ? min(kHalf, n_aligned - half_row) * kBlockK : 0;
-            const u8* half_source = weight + (static_cast<i64>(tile.x) * k_blocks * n_aligned + half_row) * kBlockK;
-            const float* scale_b_source = scale_b + static_cast<i64>(tile.x) * k_blocks * scale_b_stride;
-
-            for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
-                const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
-                barrier_wait(empty + 8 * s, ring.parity ^ 1);
-                if (lane == 0 && warp < 2) {
-                    barrier_expect(bar, half_bytes);
-                    if (half_bytes) bulk_copy(stage + kBytesA + warp * kBytesHalf, half_source, half_bytes, bar);
-                    half_source += static_cast<i64>(n_aligned) * kBlockK;
-                } else if (lane == 0 && warp == 2) {
-                    *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(tile.y, rows, column_tile, 0);
-                    const u32 scales = base + kOffsetScaleB + s * 32;
-                    barrier_expect(bar, 32);
-                    bulk_copy(scales, scale_b_source + (block_0 & ~3u), 16, bar);
-                    bulk_copy(scales + 16, scale_b_source + (block_1 & ~3u), 16, bar);
-                    scale_b_source += scale_b_stride;
+            for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
+                const u32 block_0 = GATED ? column_tile : 2 * column_tile, block_1 = GATED ? n / kHalf + column_tile : block_0 + 1;
+                const u32 half_row = (warp == 0 ? block_0 : block_1) * kHalf;
+                const u32 half_bytes = half_row < n_aligned ? min(kHalf, n_aligned - half_row) * kBlockK : 0;
+                const u8* half_source = weight + (static_cast<i64>(tile.x) * k_blocks * n_aligned + half_row) * kBlockK;
+                const float* scale_b_source = scale_b + static_cast<i64>(tile.x) * k_blocks * scale_b_stride;
+                for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                    const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
+                    barrier_wait(empty + 8 * s, ring.parity ^ 1);
+                    if (lane == 0 && warp < 2) {
+                        barrier_expect(bar, half_bytes);
+                        if (half_bytes) bulk_copy(stage + kBytesA + warp * kBytesHalf, half_source, half_bytes, bar);
+                        half_source += static_cast<i64>(n_aligned) * kBlockK;
+                    } else if (lane == 0 && warp == 2) {
+                        *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(tile.y, rows, column_tile, 0);
+                        const u32 scales = base + kOffsetScaleB + s * 32;
+                        barrier_expect(bar, 32);
+                        bulk_copy(scales, scale_b_source + (block_0 & ~3u), 16, bar);
+                        bulk_copy(scales + 16, scale_b_source + (block_1 & ~3u), 16, bar);
+                        scale_b_source += scale_b_stride;
+                    }
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) {
+                        if (first + 16 * i < rows) copy_16_async(stage + target + i * 16 * kBlockK, source[i]);
+                        source[i] += kBlockK;
+                    }
+                    if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
+                    scale_source += scale_a_stride;
+                    arrive_after_copies(bar);
                 }
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) {
-                    if (first + 16 * i < rows) copy_16_async(stage + target + i * 16 * kBlockK, source[i]);
-                    source[i] += kBlockK;
-                }
-                if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
-                scale_source += scale_a_stride;
-                arrive_after_copies(bar);
+                for (u32 i = 0; i < 8; ++i) source[i] -= k_blocks * kBlockK;
+                scale_source -= static_cast<i64>(k_blocks) * scale_a_stride;
             }
             named_barrier(5, kProducerThreads);
-            t = next_tile[turn];
+            t = next_item[turn];
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
