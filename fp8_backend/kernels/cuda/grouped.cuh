@@ -9,7 +9,7 @@
 //                   warps 0 and 1 fetch a 128-row half of the packed weight each, of warp 2 the weight's scales, and it says what the tile is.
 //   warpgroups 1, 2 math. Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one thread. Narrow
 //                   ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
-// Barriers per stage: full (128 threads when their copies have landed, 3 lanes + bytes), empty (one arrival a math warp). A stage of no
+// Barriers per stage: full (4 warps when their copies have landed, 3 lanes + bytes), empty (one arrival a math warp). A stage of no
 // rows ends the walk. Named barriers: 1, 2 turns to issue wgmma (see gemm.cuh); 3 exchange written, 4 exchange read; 5 producer's tickets.
 #include "group.cuh"
 #include "wgmma.cuh"
@@ -18,7 +18,9 @@ constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
 constexpr u32 kStageBytes = kBytesA + 2 * kBytesHalf;
 constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
-constexpr u32 kProducerThreads = 128, kFullArrivals = kProducerThreads + 3, kEmptyArrivals = 8;
+constexpr u32 kProducerThreads = 128, kFullArrivals = 4 + 3, kEmptyArrivals = 8;
+// Stages whose rows may be on their way while their thread issues the next ones; 1 gave the same times within noise.
+constexpr u32 kLag = 2;
 
 DEVICE void copy_16_async(u32 target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
@@ -26,10 +28,8 @@ DEVICE void copy_16_async(u32 target, const void* source) {
 DEVICE void copy_4_async(u32 target, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
-// Arrives once this thread's copies have landed.
-DEVICE void arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <u32 kPending> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
 
 // Transposes 4x4 words among the 4 lanes of a quad: afterwards word p of lane q is what word q of lane p was.
 DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
@@ -144,7 +144,15 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
         const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
         u32* next_item = reinterpret_cast<u32*>(shared + kOffsetTicket);
-        u32 turn = 0;
+        u32 turn = 0, underway = 0;
+        Ring landed;
+        // Rows come by ordinary writes: whoever made them must fence before wgmma may read them.
+        auto announce = [&] {
+            fence_async_shared();
+            __syncwarp();
+            for (; underway > kLag; --underway, landed.advance(NUM_STAGES))
+                if (lane == 0) barrier_arrive(full + 8 * landed.stage);
+        };
         for (u32 t = blockIdx.x; t < num_items; turn ^= 1) {
             if (threadIdx.x == 0) next_item[turn] = gridDim.x + atomicAdd(ticket, 1u);
             // Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
@@ -194,19 +202,29 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                     }
                     if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
                     scale_source += scale_a_stride;
-                    arrive_after_copies(bar);
+                    commit_copies();
+                    if (++underway > kLag) {
+                        wait_for_copies<kLag>();
+                        announce();
+                    }
                 }
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i) source[i] -= k_blocks * kBlockK;
                 scale_source -= static_cast<i64>(k_blocks) * scale_a_stride;
             }
+            wait_for_copies<0>();
+            underway += kLag;
+            announce();
+            underway -= kLag;
             named_barrier(5, kProducerThreads);
             t = next_item[turn];
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
-        if (lane == 0 && warp < 3) barrier_arrive(full + 8 * ring.stage);
-        arrive_after_copies(full + 8 * ring.stage);
+        if (lane == 0) {
+            barrier_arrive(full + 8 * ring.stage);
+            if (warp < 3) barrier_arrive(full + 8 * ring.stage);
+        }
     } else {
         take_registers<224>();
         const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32;
@@ -241,7 +259,6 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                 const float* scales_a = reinterpret_cast<const float*>(shared + kOffsetScaleA) + s * kTileRows + row_in_tile;
                 const float* scales_b = reinterpret_cast<const float*>(shared + kOffsetScaleB) + s * 8;
                 barrier_wait(full + 8 * s, ring.parity);
-                fence_async_shared();  // rows of a came by ordinary copies
                 const u64 descriptor_a = matrix_descriptor(stage + (narrow ? 0 : math * 64) * kBlockK);
 #pragma unroll
                 for (u32 slice = 0; slice < 2; ++slice) {
