@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import sanitize_experts
 from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import ceil_div
@@ -91,11 +92,10 @@ def launch_decode(config: DecodeConfig) -> None:
     x, weight, out, truth = operands(m, n, k)
     tiles = ceil_div(n, rows)
     stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
-    choice = heuristics.DecodeChoice(config, rows, stages, min(tiles, 2) if config.split == 1 else tiles * config.split)
-    if config.fused:
-        gemm.launch_decode(choice, x.cuda(), None, weight, out, None)
-    else:
-        gemm.launch_decode(choice, *per_token_group_quant(x.cuda()), weight, out, None)
+    grid = min(tiles, 2) if config.split == 1 else tiles * config.split
+    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
+    tokens = x.cuda()
+    DecodePlan(choice, tokens, out, None)(tokens, weight.codes, weight.scale, out, None)
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -47,13 +48,15 @@ def time_choice(
     choice: DecodeChoice | GemmChoice, x: torch.Tensor, weights: list[gemm.Weight], out: torch.Tensor, whole: bool
 ) -> float:
     """Return microseconds of one call; whole: with the quantisation launch where the kernel needs one."""
-    launch = gemm.launch_decode if isinstance(choice, DecodeChoice) else gemm.launch_gemm
-    if isinstance(choice, DecodeChoice) and choice.config.fused:
-        return graph_us([lambda w=w: launch(choice, x, None, w, out, None) for w in weights])
+    if isinstance(choice, DecodeChoice):
+        plan = DecodePlan(choice, x, out, None)
+        return graph_us([lambda w=w: plan(x, w.codes, w.scale, out, None) for w in weights])
     codes, scale = per_token_group_quant(x)
     if whole:
-        return graph_us([lambda w=w: launch(choice, *per_token_group_quant(x), w, out, None) for w in weights])
-    return graph_us([lambda w=w: launch(choice, codes, scale, w, out, None) for w in weights])
+        return graph_us(
+            [lambda w=w: gemm.launch_gemm(choice, *per_token_group_quant(x), w, out, None) for w in weights]
+        )
+    return graph_us([lambda w=w: gemm.launch_gemm(choice, codes, scale, w, out, None) for w in weights])
 
 
 def main() -> None:

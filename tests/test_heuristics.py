@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels.heuristics import DecodeChoice, all_configs, select, select_gemm
+from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES, DecodeChoice, all_configs, select, select_gemm
 from fp8_backend.kernels.problem import H200, MAX_DECODE_ROWS, MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import ceil_div
 
@@ -24,10 +24,11 @@ def check_decode(problem, choice):
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
     tiles = ceil_div(problem.n, choice.rows)
-    if config.split == 1:
-        assert choice.grid == min(tiles, problem.machine.num_sms)
-    else:  # a cluster has one tile, and all clusters run at once
-        assert choice.grid == tiles * config.split and tiles <= problem.machine.max_clusters(config.split)
+    alone = config.shared_bytes(choice.rows, k_blocks, choice.num_stages) > HALF_SHARED_BYTES
+    most = problem.machine.max_clusters(config.split) * (1 if alone else 2)
+    assert choice.grid % config.split == 0 and choice.grid // config.split <= min(tiles, most)
+    if config.split > 1:  # a cluster has one tile, and all clusters run at once
+        assert choice.grid == tiles * config.split
 
 
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])

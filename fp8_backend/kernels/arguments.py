@@ -10,6 +10,35 @@ from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 
 
+def check_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, n: int, bias: torch.Tensor | None) -> None:
+    """Check the operands of x @ weight^T + bias, of which weight and scale are packed.
+
+    Args:
+        x: [..., k] bfloat16, float16, float32 or float8_e4m3fn, any strides.
+        weight: from `layout.pack_weight`.
+        scale: from `layout.pack_scale`.
+        n: rows of the unpacked weight.
+        bias: [n] bfloat16, float16 or float32, or None.
+
+    Raises:
+        ArgumentError: a dtype, shape or device that does not fit.
+    """
+    any_float, k = tuple(ELEMENT_TYPES), x.shape[-1] if x.dim() else 0
+    _expect("x", x, tuple(x.shape) if x.dim() else (0,), (*any_float, torch.float8_e4m3fn), contiguous_columns=False)
+    if tuple(weight.shape) != layout.packed_weight_shape(n, k):
+        raise ArgumentError(
+            f"weight: got {tuple(weight.shape)}; expected {layout.packed_weight_shape(n, k)} for n={n} and x of {k} "
+            "columns; pack it with pack_weight"
+        )
+    _expect("weight", weight, layout.packed_weight_shape(n, k), (torch.float8_e4m3fn,))
+    _expect("scale", scale, layout.packed_scale_shape(n, k), (torch.float32,))
+    if bias is not None:
+        _expect("bias", bias, (n,), any_float)
+    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ArgumentError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+
+
 def check_gemm(
     codes: torch.Tensor,
     scale_a: torch.Tensor,

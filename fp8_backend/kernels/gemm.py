@@ -8,9 +8,10 @@ from functools import cache, lru_cache
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import heuristics, launcher, layout, reference
-from fp8_backend.kernels.arguments import check_gemm
+from fp8_backend.kernels import decode, heuristics, launcher, layout, reference
+from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
+from fp8_backend.kernels.decode import DecodePlan, DecodePlans
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
@@ -20,13 +21,11 @@ from fp8_backend.kernels.problem import (
     GemmProblem,
     Machine,
 )
-from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of, vectorised
+from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
+from fp8_backend.kernels.tensor_map import encode_tiled
 
 _GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
-_DECODE_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
-_NO_MAP = bytes(BYTES)
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,24 @@ def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int)
 
 
 @cache
-def kernel(config: GemmConfig | DecodeConfig, device: int) -> launcher.Kernel:
+def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
-    return launcher.load(config.spec(), _GEMM_LAYOUT if isinstance(config, GemmConfig) else _DECODE_LAYOUT)
+    return launcher.load(config.spec(), _GEMM_LAYOUT)
 
 
 @cache
 def machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
     clusters = (
-        kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
+        decode.kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
         for split in (2, 4, 8)
     )
     return Machine(torch.cuda.get_device_properties(device).multi_processor_count, tuple(clusters))
 
 
 @lru_cache(maxsize=65536)
-def _choose(m: int, n: int, k: int, device: int) -> DecodeChoice | GemmChoice:
-    return heuristics.select(GemmProblem(m, n, k, machine(device)))
+def _choose(m: int, n: int, k: int, device: int, fusable: bool) -> DecodeChoice | GemmChoice:
+    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -140,56 +139,6 @@ def launch_gemm(
     )
 
 
-def launch_decode(
-    choice: DecodeChoice,
-    x: torch.Tensor,
-    scale_a: torch.Tensor | None,
-    weight: Weight,
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    """Launch decode.cuh on x [m, k] (fused) or codes and MN-major scale_a, with a packed weight; nothing is checked."""
-    config, m, k_blocks = choice.config, x.shape[0], ceil_div(weight.k, BLOCK)
-    assert weight.packed and (config.split == 1 or choice.grid == ceil_div(weight.n, choice.rows) * config.split)
-    paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and weight.n % 2 == 0
-    params = (
-        _NO_MAP if config.fused else _row_major_map(x, m, k_blocks, config.tokens),
-        x.data_ptr(),
-        weight.codes.data_ptr(),
-        _pointer(scale_a),
-        weight.scale.data_ptr(),
-        out.data_ptr(),
-        _pointer(bias),
-        x.stride(0),
-        out.stride(0),
-        m,
-        weight.n,
-        weight.k,
-        k_blocks,
-        weight.codes.shape[1],
-        align(m, 4),
-        weight.scale.stride(0),
-        choice.rows,
-        choice.num_stages,
-        choice.prefetch,
-        ELEMENT_TYPES.get(x.dtype, 0),
-        vectorised(x) if config.fused else 0,
-        ELEMENT_TYPES[out.dtype],
-        _bias_type(bias),
-        int(paired),
-    )
-    shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
-    kernel(config, out.device.index).launch(
-        (choice.grid, 1, 1),
-        DECODE_THREADS,
-        shared_bytes,
-        params,
-        launcher.current_stream(out.device.index),
-        config.split,
-        True,
-    )
-
-
 def fp8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, n: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -212,17 +161,31 @@ def fp8_linear(
         ArgumentError: a dtype or shape that does not fit.
         UnsupportedError: x is on a GPU for which there are no kernels.
     """
-    k = x.shape[-1]
-    if weight.dim() != 3 or weight.shape != layout.packed_weight_shape(n, k):
-        raise ArgumentError(
-            f"weight: got {tuple(weight.shape)}; expected {layout.packed_weight_shape(n, k)} for n={n} and x of {k} "
-            "columns; pack it with pack_weight"
-        )
-    device, rows = x.device, x.reshape(-1, k)
+    # What a decode plan was made for; all else about a call may change.
+    bias_kind = None if bias is None else (bias.dtype, bias.shape)
+    key = (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16, n, bias_kind)
+    plan = _plans.by_key.get(key)
+    if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape or not is_current(x.device):
+        return _checked_linear(x, weight, scale, n, bias, key)
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    plan(x, weight, scale, out, bias)
+    return out
+
+
+_plans = DecodePlans()
+
+
+def _checked_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, n: int, bias: torch.Tensor | None, key: object
+) -> torch.Tensor:
+    """Check the arguments of `fp8_linear` and compute it; remember a decode plan under `key`."""
+    check_linear(x, weight, scale, n, bias)
+    device, k = x.device, x.shape[-1]
     if x.is_cuda and not is_current(device):
         with torch.cuda.device(device):
             return fp8_linear(x, weight, scale, n, bias)
-    packed, m, quantised = Weight(weight, scale, n, k), rows.shape[0], x.dtype == torch.float8_e4m3fn
+    rows, quantised = x.reshape(-1, k), x.dtype == torch.float8_e4m3fn
+    packed, m = Weight(weight, scale, n, k), rows.shape[0]
     out = torch.empty((m, n), dtype=torch.bfloat16 if quantised else x.dtype, device=device)
     if quantised:
         _gemm(_padded(rows), _unit_scale(rows), packed, out, bias)
@@ -230,15 +193,14 @@ def fp8_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        choice = _choose(m, n, k, device.index)
+        choice = _choose(m, n, k, device.index, rows.element_size() == 2)
         if isinstance(choice, GemmChoice):
             launch_gemm(choice, *per_token_group_quant(rows), packed, out, bias)
-        elif choice.config.fused and rows.element_size() == 2:
-            launch_decode(choice, rows, None, packed, out, bias)
-        elif choice.config.fused:  # float32 activations are quantised by the kernel of their own
-            _gemm(*per_token_group_quant(rows), packed, out, bias)
         else:
-            launch_decode(choice, *per_token_group_quant(rows), packed, out, bias)
+            plan = DecodePlan(choice, rows, out, bias)
+            if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
+                _plans.by_key[key] = plan
+            plan(rows, weight, scale, out, bias)
     return out.view(*x.shape[:-1], n)
 
 

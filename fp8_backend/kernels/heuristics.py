@@ -19,6 +19,9 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
+HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
+# CTAs a multiprocessor and the shared memory of each: all of it, or half, the other half to the next kernel or a second CTA.
+RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
 
 GEMM_CONFIGS = (
@@ -43,18 +46,15 @@ DECODE_CONFIGS = tuple(
 class DecodeChoice:
     """A decode kernel and how it cuts the weight.
 
-    rows: of the weight, a cluster; a multiple of 8, at most 128.
+    rows: of the weight, a CTA; a multiple of 8, at most 128. prefetch: stages of weights that may be in flight ahead of
+    the activations.
     """
 
     config: DecodeConfig
     rows: int
     num_stages: int
     grid: int
-
-    @property
-    def prefetch(self) -> int:
-        """Return how many stages of weights may be queued ahead of the activations."""
-        return max(1, PREFETCH_BYTES // (self.rows * BLOCK))
+    prefetch: int
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class GemmChoice:
     grid: int
 
 
-def decode_stages(config: DecodeConfig, rows: int, k_blocks: int) -> int:
+def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
     """Return how many stages fit a CTA's shared memory, at most MAX_STAGES; 0 if fewer than the kernel needs do."""
     for stages in range(MAX_STAGES, config.unroll - 1, -1):
-        if config.shared_bytes(rows, k_blocks, stages) <= MAX_SHARED_BYTES:
+        if config.shared_bytes(rows, k_blocks, stages) <= shared_bytes:
             return stages
     return 0
 
@@ -79,8 +79,9 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int) -> int:
 _LAUNCH_NS = 2000  # from the start of a kernel to its first product, and its end
 _QUANTISE_NS = 1500  # a quantisation kernel ahead of it
 _STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
-_TOKEN_BYTES_PER_NS = 90  # activations come from L2
-_DECODE_BLOCK_NS = 150  # one k-block through a CTA, however small
+_FILL_BYTES_PER_NS = 37  # what an SM gets from L2, weights on their way from memory included
+_DECODE_BLOCK_NS = 100  # one k-block through a CTA, however small
+_LATE_TOKENS_NS = 300  # a quantisation kernel ahead of a decode kernel, mostly behind the weights' way from memory
 _EXCHANGE_NS = 350  # sums to another CTA of the cluster
 _GROUP_NS = 230  # a half-warp quantises one group more than the four whose latencies overlap
 _HALF_WARPS = 20  # that quantise
@@ -99,37 +100,45 @@ _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
 
-    There is none for more than 64 tokens. A CTA takes a multiprocessor to itself.
+    There is none for more than 64 tokens.
     """
+    for ctas, shared_bytes in RESIDENCIES:
+        yield from resident_choices(problem, ctas, shared_bytes)
+
+
+def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iterator[tuple[float, DecodeChoice]]:
+    """Yield those with at most `ctas` CTAs a multiprocessor of at most `shared_bytes` of shared memory each."""
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
     for config in DECODE_CONFIGS:
         if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
+        most = ctas * problem.machine.max_clusters(config.split)
         for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
-            if config.split > 1 and tiles > problem.machine.max_clusters(config.split):
+            num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
+            if not num_stages or (config.split > 1 and tiles > most):
                 continue
-            num_stages = decode_stages(config, rows, problem.k_blocks)
-            if not num_stages:
-                continue
-            grid = min(tiles, problem.machine.num_sms) if config.split == 1 else tiles * config.split
-            choice = DecodeChoice(config, rows, num_stages, grid)
+            # Fused, tokens wait in line with the weights; else they come later, through another kernel.
+            limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
+            prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
+            choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
             yield _decode_ns(problem, choice), choice
 
 
 def _decode_ns(problem: GemmProblem, choice: DecodeChoice) -> float:
     config = choice.config
     blocks = ceil_div(problem.k_blocks, config.split)
-    tiles_per_cta = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
-    stream = max(blocks * choice.rows * BLOCK / _STREAM_BYTES_PER_NS, blocks * _DECODE_BLOCK_NS) * tiles_per_cta
+    rounds = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
+    tokens = 0 if config.fused else config.tokens
+    bytes_a_block = max(choice.rows * BLOCK / _STREAM_BYTES_PER_NS, (choice.rows + tokens) * BLOCK / _FILL_BYTES_PER_NS)
+    stream = blocks * max(bytes_a_block, _DECODE_BLOCK_NS) * rounds
     exchange = _EXCHANGE_NS + 50 * config.split if config.split > 1 else 0
     if config.fused:
         groups = ceil_div(problem.m * blocks, _HALF_WARPS)
         return _LAUNCH_NS + stream + exchange + _GROUP_NS * max(0, groups - 4)
-    tokens = blocks * tiles_per_cta * problem.m * BLOCK / _TOKEN_BYTES_PER_NS
-    return _LAUNCH_NS + stream + exchange + _QUANTISE_NS + tokens
+    return _LAUNCH_NS + stream + exchange + _LATE_TOKENS_NS
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
@@ -148,9 +157,11 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 
 
 @lru_cache(maxsize=65536)
-def select(problem: GemmProblem) -> DecodeChoice | GemmChoice:
-    """Return the kernel for a linear layer (16-bit activations in) of this shape."""
-    choices: list[tuple[float, DecodeChoice | GemmChoice]] = list(decode_choices(problem))
+def select(problem: GemmProblem, fusable: bool = True) -> DecodeChoice | GemmChoice:
+    """Return the kernel for a linear layer of this shape; fusable: activations have 16 bits."""
+    choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
+        (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
+    ]
     choices += [(cost + _QUANTISE_NS, choice) for cost, choice in gemm_choices(problem)]
     return min(choices, key=lambda pair: pair[0])[1]
 

@@ -28,6 +28,7 @@ _KINDS: dict[str, tuple[str, int, int]] = {
 
 # CUlaunchConfig: grid x y z, block x y z, dynamic shared bytes, stream, attributes, number of attributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
+_CONFIG_STREAM, _CONFIG_STREAM_OFFSET = struct.Struct("<Q"), struct.calcsize("<7I4x")
 # CUlaunchAttribute: id, then a union of 64 bytes, of which the two kinds used here take at most three 32-bit words.
 _ATTRIBUTE = struct.Struct("<I4x3I52x")
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
@@ -114,8 +115,7 @@ class Kernel:
             TypeError: `params` do not fit the layout.
         """
         buffers = self._buffers
-        prepared = buffers.configs.get((cluster, pdl)) or self._prepare(cluster, pdl)
-        config, config_address, attributes, attribute_count, _ = prepared
+        config, config_address, attributes, attribute_count, _ = self.configuration(cluster, pdl)
         try:
             self._pack(buffers.params, 0, *params)
         except struct.error as error:
@@ -123,16 +123,27 @@ class Kernel:
                 f"kernel {self.name}: parameters {params!r} do not fit {self.layout.kinds}: {error}"
             ) from None
         _CONFIG.pack_into(config, 0, *grid, block, 1, 1, shared_bytes, stream, attributes, attribute_count)
-        status = self._launch(config_address, self._function, buffers.pointers_address, None)
+        self.submit(
+            config_address,
+            buffers.pointers_address,
+            lambda: f"grid {grid}, block {block}, {shared_bytes} shared bytes, cluster {cluster}, pdl {pdl}",
+        )
+
+    def submit(self, config_address: int, params_address: int, described: Callable[[], str]) -> None:
+        """Hand a filled CUlaunchConfig and its parameters to the driver; `described` is for the error."""
+        status = self._launch(config_address, self._function, params_address, None)
         if status == driver.ERROR_INVALID_CONTEXT:  # a thread on which torch has not run yet
             driver.set_primary_context(self.device)
-            status = self._launch(config_address, self._function, buffers.pointers_address, None)
+            status = self._launch(config_address, self._function, params_address, None)
         if status:
             raise DriverError(
-                f"kernel {self.name} on cuda:{self.device}: launch of grid {grid}, block {block}, "
-                f"{shared_bytes} shared bytes, cluster {cluster}, pdl {pdl} failed: {driver.describe(status)}; "
+                f"kernel {self.name} on cuda:{self.device}: launch of {described()} failed: {driver.describe(status)}; "
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
+
+    def configuration(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
+        """Return a CUlaunchConfig, its address, its attributes' address and number, and the attributes' memory."""
+        return self._buffers.configs.get((cluster, pdl)) or self._prepare(cluster, pdl)
 
     def max_active_clusters(self, block: int, shared_bytes: int, cluster: int) -> int:
         """Return how many clusters of `cluster` such thread blocks the device runs at once.
@@ -140,9 +151,7 @@ class Kernel:
         Raises:
             DriverError: the device cannot run such a cluster.
         """
-        config, address, attributes, attribute_count, _ = self._buffers.configs.get((cluster, False)) or self._prepare(
-            cluster, False
-        )
+        config, address, attributes, attribute_count, _ = self.configuration(cluster, False)
         _CONFIG.pack_into(config, 0, cluster, 1, 1, block, 1, 1, shared_bytes, 0, attributes, attribute_count)
         clusters = ctypes.c_int()
         driver.call(
@@ -175,6 +184,58 @@ class Kernel:
         prepared = (config, ctypes.addressof(config), ctypes.addressof(memory), len(attributes), memory)
         self._buffers.configs[cluster, pdl] = prepared
         return prepared
+
+
+class PreparedLaunch:
+    """One launch of a kernel, repeated with other pointers: grid, cluster and all other parameters stay.
+
+    The kernel's first parameters are the u64 that change. One thread at a time may use it.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int],
+        block: int,
+        shared_bytes: int,
+        pointers: int,
+        params: Sequence[int],
+        cluster: int = 1,
+    ) -> None:
+        """Prepare a dependent launch of a grid in x and y; `params` are those after the first `pointers` ones."""
+        assert set(kernel.layout.kinds[:pointers]) <= {"u64"}
+        self._kernel, self._grid, self._block, self._shared_bytes, self._cluster = (
+            kernel, grid, block, shared_bytes, cluster,
+        )  # fmt: skip
+        self._buffers = _Buffers(kernel.layout)
+        kernel.layout.packer.pack_into(self._buffers.params, 0, *(0,) * pointers, *params)
+        self._pack = struct.Struct(f"<{pointers}Q").pack_into
+        self._params = self._buffers.params
+        prepared = kernel.configuration(cluster, True)
+        self._keep = prepared
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
+        self._config_address = ctypes.addressof(self._config)
+        _CONFIG.pack_into(self._config, 0, *grid, 1, block, 1, 1, shared_bytes, 0, *prepared[2:4])
+        self._stream = 0
+
+    def __call__(self, stream: int, *pointers: int) -> None:
+        """Launch on a raw stream.
+
+        Raises:
+            DriverError: the driver refused the launch, or an earlier kernel failed.
+        """
+        self._pack(self._params, 0, *pointers)
+        if stream != self._stream:
+            _CONFIG_STREAM.pack_into(self._config, _CONFIG_STREAM_OFFSET, stream)
+            self._stream = stream
+        kernel = self._kernel
+        kernel.submit(self._config_address, self._buffers.pointers_address, self.__str__)
+
+    def __str__(self) -> str:
+        return (
+            f"grid {self._grid}, block {self._block}, {self._shared_bytes} shared bytes, cluster {self._cluster}, "
+            "pdl True"
+        )
 
 
 _loaded: dict[tuple[KernelSpec, ParamLayout, int], Kernel] = {}

@@ -104,7 +104,7 @@ class DecodeConfig:
     @property
     def unroll(self) -> int:
         """k-blocks whose wgmma are in flight together; the least number of stages."""
-        return 4 if self.tokens <= 16 else 2
+        return 4 if self.tokens == 8 else 2 if self.tokens == 16 else 1
 
     def shared_bytes(self, rows: int, k_blocks: int, num_stages: int) -> int:
         """Return the dynamic shared memory of a CTA, laid out as decode.cuh says.

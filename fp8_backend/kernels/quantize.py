@@ -14,9 +14,9 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPEC = KernelSpec("quantize.cuh", "quantize")
 ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of ptx.cuh
-_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64", "u32", "u32", "u32", "u32", "u32", "u32"))
-_ROWS_PER_CTA = _GROUPS_PER_CTA = 4
-_THREADS = 256
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 7)
+_ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
+_THREADS = 16 * _ROWS_PER_CTA * _GROUPS_PER_CTA
 
 
 @cache
@@ -67,13 +67,35 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
     if m and k:
-        kernel(x.device.index).launch(
-            (ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA), 1),
-            _THREADS,
-            0,
-            (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), x.stride(0), m, k, k_blocks, m_aligned)
-            + (ELEMENT_TYPES[x.dtype], vectorised(x)),
-            launcher.current_stream(x.device.index),
-            pdl=True,
-        )
+        _launch(x, codes.data_ptr(), scale.data_ptr())
     return codes, scale.t()[:m]
+
+
+def _launch(x: torch.Tensor, codes: int, scale: int) -> None:
+    m, k = x.shape
+    kernel(x.device.index).launch(
+        (*_grid(m, k), 1),
+        _THREADS,
+        0,
+        (x.data_ptr(), codes, scale, *_shape(x, 0)),
+        launcher.current_stream(x.device.index),
+        pdl=True,
+    )
+
+
+def _grid(m: int, k: int) -> tuple[int, int]:
+    return ceil_div(m, _ROWS_PER_CTA), ceil_div(ceil_div(k, BLOCK), _GROUPS_PER_CTA)
+
+
+def _shape(x: torch.Tensor, tile_rows: int) -> tuple[int, ...]:
+    m, k = x.shape
+    return (x.stride(0), m, k, ceil_div(k, BLOCK), align(m, 4), ELEMENT_TYPES[x.dtype], vectorised(x), tile_rows)
+
+
+def prepare_tiles(x: torch.Tensor, tile_rows: int) -> launcher.PreparedLaunch:
+    """Return the launch that quantises a tensor like x [m, k], m <= tile_rows, for decode.cuh; nothing is checked.
+
+    Its pointers: x; codes [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written; scales
+    [ceil(k / 128), align(m, 4)] float32.
+    """
+    return launcher.PreparedLaunch(kernel(x.device.index), _grid(*x.shape), _THREADS, 0, 3, _shape(x, tile_rows))

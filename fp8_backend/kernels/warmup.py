@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fp8_backend.errors import CompileError
 from fp8_backend.kernels import activation, cache, experts_decode, heuristics, masked, quantize
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.problem import GemmConfig
 
 # The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
 LOCK_TIMEOUT_S = 120.0
@@ -75,11 +76,14 @@ def load_all() -> None:
     """
     import torch
 
-    from fp8_backend.kernels import gemm
+    from fp8_backend.kernels import decode, gemm
 
     device = torch.cuda.current_device()
     for config in heuristics.all_configs():
-        gemm.kernel(config, device)
+        if isinstance(config, GemmConfig):
+            gemm.kernel(config, device)
+        else:
+            decode.kernel(config, device)
     quantize.kernel(device)
     activation.kernel(device)
     for module in _EXPERTS:

@@ -3,25 +3,27 @@
 // Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8..64), so nothing is padded to 64 tokens. A cluster of SPLIT CTAs owns
 // `rows` rows of the weight (a run-time multiple of 8, at most 128) and splits k. With at most 64 rows the two math warpgroups split k once
 // more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
+// Registers and, if it is asked for, shared memory leave room for two CTAs on a multiprocessor, of this kernel or of the next.
 //
 // Warp roles (384 threads):
 //   warps 0..3    producers, one lane each: 0 fetches weights, one contiguous copy of rows x 128 bytes a k-block; 1 their scales; FUSED = 0: 2 the
 //                 tokens, 3 their scales. Several, because a lane issues a copy every 40 ns or so (measured). FUSED = 1: 2 and 3 help to quantise.
 //   warps 4..11   two math warpgroups; FUSED = 1: quantise first.
 // FUSED = 1: x has 16-bit elements; every CTA quantises the columns of its k range once, into shared memory (group.cuh).
-// FUSED = 0: x arrives as e4m3 codes through a 3D map {128 bytes of k, rows, k-blocks} and MN-major scales, fetched stage by stage.
-// Only the first `prefetch` stages are requested before the previous kernel has ended. The memory system answers a multiprocessor in
-// about the order of its requests: with 128 KiB of weights queued, activations that are in L2 arrive 2.7 us late (measured).
+// FUSED = 0: x arrives as e4m3 codes in tiles [k-block][TOKENS][128], swizzled, and MN-major scales (quantize.cuh), fetched stage by stage.
+// What may be requested before the previous kernel has ended: weights, as far as the stages reach. FUSED = 1: `prefetch` stages in flight at any
+// time, so that the tokens queue behind no more than those; FUSED = 0: `prefetch` stages in all. The memory system answers a
+// multiprocessor in about the order of its requests: with 128 KiB of weights queued, activations that are in L2 arrive 2.7 us late (measured).
 // Barriers: full (one arrival per producer + bytes) and empty (one arrival per math warp) per stage; exchanged (1 arrival + bytes), filled by
-// the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0 and 2..11 (FUSED:
-// activations are requested, the weights behind them may follow).
+// the peers' sums. Named barrier 1: warps 2..11 (quantised tokens are ready); 2: the math warps (exchange inside one CTA); 3: warps 0
+// and 2..11 (FUSED: activations are requested, the weights behind them may follow).
 //
 // A stage holds exactly `rows` rows, so wgmma, which always reads 64, may read past them: those accumulators are never stored.
 #include "group.cuh"
 #include "wgmma.cuh"
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
-constexpr u32 kUnroll = TOKENS <= 16 ? 4 : 2;
+constexpr u32 kUnroll = TOKENS == 8 ? 4 : TOKENS == 16 ? 2 : 1;
 constexpr u32 kMathWarps = 8, kThreads = 384, kProducers = FUSED ? 2 : 4;
 constexpr u32 kQuantisers = kThreads - 32 * kProducers, kRequested = kQuantisers + 32;  // threads of named barriers 1 and 3
 constexpr u32 kStageScales = (FUSED ? 0 : TOKENS) + kScaleFloats;  // floats a stage: of the tokens, of the weight
@@ -83,9 +85,8 @@ DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales
     u32 base = thread / 32 * 2;
     while (base < groups) {
         const u32 left = ceil_div(groups - base, kStep);
-        const u32 count = left > 4 ? 8 : left > 2 ? 4 : left;
-        if (count == 8) quantise_groups<8>(source, reciprocal, base + half, lane, tokens, scales, requested);
-        else if (count == 4) quantise_groups<4>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        const u32 count = left > 2 ? 4 : left;
+        if (count == 4) quantise_groups<4>(source, reciprocal, base + half, lane, tokens, scales, requested);
         else if (count == 2) quantise_groups<2>(source, reciprocal, base + half, lane, tokens, scales, requested);
         else quantise_groups<1>(source, reciprocal, base + half, lane, tokens, scales, requested);
         base += count * kStep;
@@ -101,6 +102,12 @@ struct Sums {
 struct Stages {
     u32 base, bytes, weight_bytes, count, full, empty;
     const float* scales;
+
+    // Says that this warp has read a stage: all of its lanes, which one lane's arrival does not imply.
+    DEVICE void release(u32 stage, u32 lane) const {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * stage);
+    }
 };
 
 // FUSED: tokens and their scales by k-block of this CTA.
@@ -109,7 +116,7 @@ struct Resident {
     const float* scales;
 };
 
-// kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales. Stages are released as they are done with.
+// kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales.
 template <u32 kCount>
 DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 scale_low,
                             u32 scale_high, u32 lane) {
@@ -147,7 +154,8 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
             sum.value[4 * j + 2] += scale.x * high * partial[u][4 * j + 2];
             sum.value[4 * j + 3] += scale.y * high * partial[u][4 * j + 3];
         }
-        if (lane == 0) barrier_arrive(stages.empty + 8 * stage[u]);
+        fence_registers(sum.value);  // the scales are in registers, not on their way: the stage may go
+        stages.release(stage[u], lane);
     }
 }
 
@@ -184,9 +192,9 @@ struct Output {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, const u8* __restrict__ weight, const float* __restrict__ scale_a,
-       const float* __restrict__ scale_b, void* __restrict__ out, const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out, const u8* __restrict__ weight, const float* __restrict__ scale_b,
+       const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
        u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 x_type, u32 x_vectorised,
        u32 out_type, u32 bias_type, u32 out_paired) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -202,20 +210,20 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
     float* const resident_scales = scales + num_stages * kStageScales;
     const u32 full = smem_address(resident_scales + (FUSED ? blocks_most * TOKENS : 0)), empty = full + num_stages * 8;
     const u32 exchanged = empty + num_stages * 8;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
     const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, scales};
-
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
-    const u32 tiles = ceil_div(n, rows), first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
+    const u32 first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
     const u32 first_block = k_blocks * rank / SPLIT, blocks = k_blocks * (rank + 1) / SPLIT - first_block;
 
-    if (threadIdx.x == 0) {
-        for (u32 s = 0; s < num_stages; ++s) {
-            barrier_init(full + 8 * s, kProducers);
-            barrier_init(empty + 8 * s, kMathWarps);
+    if (warp == 0) {
+        if (lane < num_stages) {
+            barrier_init(full + 8 * lane, kProducers);
+            barrier_init(empty + 8 * lane, kMathWarps);
         }
-        barrier_init(exchanged, 1);
+        if (lane == 0) barrier_init(exchanged, 1);
         barrier_init_fence();
-        if (SPLIT > 1) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
+        if (SPLIT > 1 && lane == 0) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
     }
     __syncthreads();
     if (SPLIT > 1) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
@@ -223,7 +231,8 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
 
     if (warp < kProducers) {
         const bool leader = elect_lane();
-        const u32 total = first_tile < tiles ? ((tiles - 1 - first_tile) / tile_step + 1) * blocks : 0;
+        // Tiles first_tile, first_tile + tile_step, ...; a cluster has one.
+        const u32 total = (SPLIT > 1 ? 1 : ceil_div(ceil_div(n, rows) - first_tile, tile_step)) * blocks;
         const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
         u32 row = first_tile * rows, block = first_block;  // of the next item
         Ring ring;
@@ -241,7 +250,8 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                               scale_b + static_cast<i64>(block) * scale_b_stride + (row / 128 & ~3u), kScaleFloats * 4, bar);
                 } else if (warp == 2) {
                     barrier_expect(bar, kTokenBytes);
-                    tensor_copy(stages.base + s * stage_bytes + weight_bytes, &map_x, 0, 0, block, bar);
+                    bulk_copy(stages.base + s * stage_bytes + weight_bytes, static_cast<const u8*>(x) + static_cast<i64>(block) * kTokenBytes, kTokenBytes,
+                              bar);
                 } else {
                     barrier_expect(bar, token_scale_bytes);
                     bulk_copy(smem_address(scales + s * kStageScales), scale_a + static_cast<i64>(block) * m_aligned, token_scale_bytes, bar);
@@ -252,9 +262,15 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                 }
             }
         };
-        // Before the previous kernel has ended: some weights, their scales as far as the stages reach, nothing of the tokens.
-        const u32 early = min(total, warp == 0 ? prefetch : warp == 1 ? num_stages : 0);
-        if (leader) produce(0, early);
+        const u32 early = min(total, warp == 0 && !FUSED ? prefetch : warp <= 1 ? num_stages : 0);
+        if (leader) {
+            const u32 at_once = warp == 0 ? min(early, prefetch) : early;
+            produce(0, at_once);
+            for (u32 item = at_once; item < early; ++item) {
+                barrier_wait(full + 8 * (item - prefetch), 0);
+                produce(item, item + 1);
+            }
+        }
         __syncwarp();
         wait_for_previous_kernel();
         if (FUSED && warp == 0) named_barrier(3, kRequested);
@@ -277,8 +293,8 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
         const Resident resident_tokens{smem_address(resident), resident_scales};
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_paired};
         Ring ring;
-        for (u32 t = first_tile; t < tiles; t += tile_step) {
-            const u32 row_low = t * rows + slice * 16 + lane / 4, first_scale = t * rows / 128 & ~3u;
+        for (u32 first_row_of_tile = first_tile * rows; first_row_of_tile < n; first_row_of_tile += tile_step * rows) {
+            const u32 row_low = first_row_of_tile + slice * 16 + lane / 4, first_scale = first_row_of_tile / 128 & ~3u;
             const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
             Sums sum;
 #pragma unroll
@@ -290,13 +306,15 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                     // one that has completed p + 1: they have the same parity.
                     for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
-                        if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
+                        stages.release(ring.stage, lane);
                     }
                 } else if (count == kUnroll) {
                     multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 } else {
-                    for (u32 u = 0; u < count; ++u)
-                        multiply_blocks<1>(sum, ring, block + u, stages, resident_tokens, first_row, scale_low, scale_high, lane);
+                    if (kUnroll > 2 && count >= 2)
+                        multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
+                    if (count % 2 == 1)
+                        multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 }
             }
 
@@ -321,9 +339,10 @@ decode(const __grid_constant__ TensorMap map_x, const void* __restrict__ x, cons
                     v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
                 }
                 const u32 row = fragment / kTokenGroups * 16;
-                if (row < rows) output.write(v, t * rows + row, rows - row, fragment % kTokenGroups * 8, lane);
+                if (row < rows) output.write(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
             }
-            if (SPLIT == 1) named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
+            if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
+            named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
         }
     } else if (SPLIT > 1) {
         cluster_wait();

@@ -7,6 +7,11 @@ constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
 constexpr u32 kGroupLanes = 16;
 
+// Loads 16 bytes from L2, past L1: this CTA may have been there before the previous kernel wrote them, and L1 with it.
+DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(source) : "memory");
+}
+
 // 8 elements of 16 bits as they lie in memory; kept raw so that many loads can be in flight.
 struct RawGroup {
     u32 words[4];
@@ -18,8 +23,7 @@ struct RawGroup {
         if (valid == 0) return;
         const u16* source = static_cast<const u16*>(x) + offset;
         if (vectorised) {
-            const uint4 bits = *reinterpret_cast<const uint4*>(source);
-            words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
+            load_fresh(source, words);
         } else {
 #pragma unroll
             for (u32 i = 0; i < 8; ++i)

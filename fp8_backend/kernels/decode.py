@@ -1,0 +1,81 @@
+"""The host half of decode.cuh: the launches of a linear layer for few tokens, prepared once a shape."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import torch
+
+from fp8_backend.kernels import launcher, layout, quantize
+from fp8_backend.kernels.heuristics import DecodeChoice
+from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+
+# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 15 numbers.
+_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
+_POINTERS = 6
+_SCALE_ALIGNMENT = 16  # bytes, of what a bulk copy reads
+
+
+@cache
+def kernel(config: DecodeConfig, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
+    return launcher.load(config.spec(), _LAYOUT)
+
+
+class DecodePlan:
+    """The launches of y = x @ weight^T + bias for tensors of one shape and dtype; used by one thread at a time."""
+
+    def __init__(self, choice: DecodeChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked."""
+        config, (m, k), n = choice.config, x.shape, out.shape[1]
+        k_blocks, device = ceil_div(k, BLOCK), x.device.index
+        self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
+        self._device = x.device
+        paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and n % 2 == 0
+        types = quantize.ELEMENT_TYPES
+        params = (
+            *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),
+            *(choice.rows, choice.num_stages, choice.prefetch),
+            *(types[x.dtype], quantize.vectorised(x) if config.fused else 0),
+            *(types[out.dtype], 0 if bias is None else types[bias.dtype], int(paired)),
+        )
+        shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
+        self._multiply = launcher.PreparedLaunch(
+            kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, config.split
+        )
+        self._quantise = None if config.fused else quantize.prepare_tiles(x, config.tokens)
+        self._code_bytes = k_blocks * config.tokens * BLOCK
+        assert self._code_bytes % _SCALE_ALIGNMENT == 0
+        self._buffer_bytes = self._code_bytes + k_blocks * align(m, 4) * 4
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            x: [m, k] like the one prepared for, also in its alignment to 16 bytes.
+            weight: packed by `pack_weight`.
+            scale: packed by `pack_scale`.
+            out: [m, n] like the one prepared for, also in its alignment to 4 bytes; overwritten.
+            bias: [n] in the dtype prepared for, or None.
+        """
+        stream = launcher.current_stream(self._device.index)
+        source, scale_a, buffer = x.data_ptr(), 0, None
+        if self._quantise is not None:
+            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8, device=self._device)
+            codes = buffer.data_ptr()
+            scale_a = codes + self._code_bytes
+            self._quantise(stream, source, codes, scale_a)
+            source = codes
+        bias_pointer = 0 if bias is None else bias.data_ptr()
+        self._multiply(stream, source, scale_a, out.data_ptr(), weight.data_ptr(), scale.data_ptr(), bias_pointer)
+
+
+class DecodePlans(threading.local):
+    """Each thread's plans, by what distinguishes the tensors of their calls."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[object, DecodePlan] = {}

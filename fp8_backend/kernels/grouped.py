@@ -1,0 +1,177 @@
+"""The grouped GEMM over rows sorted by expert: its two forms, and DeepGEMM's contiguous layout on the plain one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from fp8_backend.kernels import launcher, routing
+from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.kernels.routing import TILE_ROWS, Routing
+
+_LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
+_THREADS = 384
+_TICKET_BYTES = 8
+_K_BLOCKS_AT_ONCE = 16
+_WAVES = 6  # items a CTA takes, so that the last ones end together
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """One compiled form of grouped.cuh.
+
+    gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
+    """
+
+    gated: bool
+    num_stages: int = 4
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of the output a tile has; the gated form multiplies twice as many."""
+        return BLOCK if self.gated else 2 * BLOCK
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA, laid out as grouped.cuh says."""
+        stage = (TILE_ROWS + 2 * BLOCK) * BLOCK + TILE_ROWS * 4 + 32 + 16 + 2 * 8
+        return self.num_stages * stage + (64 * BLOCK * 4 if self.gated else 0) + _TICKET_BYTES
+
+    def spec(self) -> KernelSpec:
+        """Return what to compile."""
+        return KernelSpec("grouped.cuh", "grouped", (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages)))
+
+
+GATED, PLAIN = GroupedConfig(True), GroupedConfig(False)
+
+
+def all_specs() -> tuple[KernelSpec, ...]:
+    """Return every kernel that a grouped GEMM can need."""
+    return (routing.SPEC, GATED.spec(), PLAIN.spec())
+
+
+def load_all() -> None:
+    """Load every kernel on torch's current device."""
+    device = torch.cuda.current_device()
+    routing.kernel(device)
+    for config in (GATED, PLAIN):
+        kernel(config, device)
+
+
+@cache
+def kernel(config: GroupedConfig, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of a form on the current device, whose index is part of the key only."""
+    return launcher.load(config.spec(), _LAYOUT)
+
+
+@cache
+def _num_sms(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def select_run(row_tiles: int, columns: int, k_blocks: int, sms: int) -> int:
+    """Return how many neighbouring tiles of columns a CTA takes at once.
+
+    To learn what its next tiles are costs a producer three round trips to L2, the time of about 4 k-blocks: that is
+    hidden behind the stages in flight if it is rare.
+
+    Args:
+        row_tiles: tiles of rows there may be.
+        columns: tiles of columns.
+        k_blocks: k-blocks of a tile.
+        sms: multiprocessors.
+    """
+    run = max(1, min(_K_BLOCKS_AT_ONCE // k_blocks, row_tiles * columns // (_WAVES * sms), columns))
+    return ceil_div(columns, ceil_div(columns, run))
+
+
+def launch_grouped(
+    config: GroupedConfig,
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: torch.Tensor,
+    scale_b: torch.Tensor,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    n: int,
+    routed: Routing,
+    divisor: int,
+) -> None:
+    """Launch grouped.cuh; nothing is checked.
+
+    Args:
+        config: the form.
+        a: codes [rows, k_blocks * 128] with 16-byte aligned rows.
+        scale_a: [k_blocks, at least rows] float32, contiguous rows.
+        weight: [num_groups, k_blocks, n_aligned, 128] packed.
+        scale_b: [num_groups, k_blocks, scales] packed.
+        out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
+        out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
+        n: columns of out.
+        routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
+        divisor: entry e reads row e // divisor of a; 0 if rows of a lie in sorted order.
+    """
+    device, columns = out.device.index, ceil_div(n, config.tile_columns)
+    store_16_bytes = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
+    row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), _num_sms(device)
+    run = select_run(row_tiles, columns, weight.shape[1], sms)
+    grid = min(sms, row_tiles * ceil_div(columns, run))
+    kernel(config, device).launch(
+        (grid, 1, 1),
+        _THREADS,
+        config.shared_bytes,
+        (
+            a.data_ptr(),
+            scale_a.data_ptr(),
+            weight.data_ptr(),
+            scale_b.data_ptr(),
+            out.data_ptr(),
+            0 if out_scale is None else out_scale.data_ptr(),
+            routed.sorted_entries,
+            routed.tiles,
+            routed.num_tiles,
+            routed.ticket(0 if config.gated else 1),
+            a.stride(0),
+            out.stride(0),
+            divisor,
+            n,
+            weight.shape[2],
+            weight.shape[1],
+            scale_a.stride(0),
+            scale_b.stride(1),
+            0 if out_scale is None else out_scale.stride(0),
+            run,
+            ELEMENT_TYPES.get(out.dtype, 0),
+            int(store_16_bytes),
+        ),
+        launcher.current_stream(device),
+        pdl=True,
+    )
+
+
+def launch_contiguous(
+    codes: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: torch.Tensor,
+    scale_b: torch.Tensor,
+    out: torch.Tensor,
+    m_indices: torch.Tensor,
+) -> None:
+    """Multiply each row by the weight of its group, by work queued on the current stream; nothing is checked.
+
+    Args:
+        codes: [m, k] float8_e4m3fn, contiguous columns, k % 128 == 0.
+        scale_a: [m, k / 128] float32, MN-major.
+        weight: [num_groups, k / 128, align(n, 8), 128] packed.
+        scale_b: [num_groups, k / 128, align(ceil(n / 128), 4) + 4] packed.
+        out: [m, n] bfloat16, float16 or float32, contiguous columns; rows of group -1 are not written.
+        m_indices: [m] int32; rows of a group need not even be neighbours.
+    """
+    if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
+        codes = codes.contiguous()
+    routed = routing.route(m_indices.contiguous(), None, weight.shape[0])
+    launch_grouped(PLAIN, codes, scale_a.t(), weight, scale_b, out, None, out.shape[1], routed, 1)

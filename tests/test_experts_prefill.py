@@ -1,0 +1,83 @@
+"""The host half of the experts op for many tokens: what is compiled, and the arithmetic of its buffers."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from fp8_backend.kernels import experts_prefill, grouped, routing
+from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES
+from fp8_backend.kernels.reference import ceil_div
+
+SPECS = experts_prefill.all_specs()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_spills_no_stack_no_warnings(spec):
+    compiled = compile_kernel(spec)
+    assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
+
+
+# A parameter more or less on one side would shift all that follow it.
+@pytest.mark.parametrize(
+    ("file", "layout"),
+    [
+        ("route.cuh", routing._LAYOUT),
+        ("grouped.cuh", grouped._LAYOUT),
+        ("combine.cuh", experts_prefill._COMBINE_LAYOUT),
+    ],
+)
+def test_launch_parameters_are_the_kernels(file, layout):
+    signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
+    kinds = ["u64" if "*" in parameter else parameter.split()[0] for parameter in signature.split(",")]
+    assert tuple(kinds) == layout.kinds
+
+
+def test_constants_shared_with_the_device_code():
+    texts = {name: (CUDA_FOLDER / name).read_text() for name in ("route.cuh", "grouped.cuh", "combine.cuh")}
+
+    def constant(file, name):
+        return int(re.search(rf"\b{name} = (\d+)", texts[file])[1])
+
+    assert constant("route.cuh", "kThreads") == routing.MAX_GROUPS == routing._THREADS
+    assert constant("route.cuh", "kTileRows") == constant("grouped.cuh", "kTileRows") == routing.TILE_ROWS
+    assert constant("combine.cuh", "kThreads") == experts_prefill._COMBINE_THREADS
+
+
+def test_grouped_kernels_fit_a_multiprocessor():
+    assert all(config.shared_bytes <= MAX_SHARED_BYTES for config in (grouped.GATED, grouped.PLAIN))
+
+
+def test_max_tiles_is_the_worst_routing():
+    for entries, num_groups in itertools.product((1, 5, 129, 260), (1, 2, 3)):
+        splits = (
+            (*cut, entries - sum(cut))
+            for cut in itertools.product(range(entries + 1), repeat=num_groups - 1)
+            if sum(cut) <= entries
+        )
+        worst = max(sum(ceil_div(rows, routing.TILE_ROWS) for rows in split) for split in splits)
+        assert routing.max_tiles(entries, num_groups) == worst
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "columns", "k_blocks", "run"),
+    [(766, 28, 16, 1), (766, 28, 2, 7), (1, 28, 2, 1), (5000, 28, 1, 14), (5000, 3, 1, 3), (60, 28, 2, 2)],
+)
+def test_select_run(row_tiles, columns, k_blocks, run):
+    assert grouped.select_run(row_tiles, columns, k_blocks, 132) == run
+
+
+def test_workspace_is_m_times_top_k_rows():
+    m, top_k, hidden, intermediate, num_groups = 8192, 8, 7168, 2048, 256
+    size = experts_prefill.experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)
+    rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
+    tokens = m * (hidden + hidden // 128 * 4)
+    assert size == rows + tokens + routing.routing_bytes(m * top_k, num_groups)
+    assert routing.routing_bytes(m * top_k, num_groups) < 300_000
+
+
+def test_the_set_is_bounded():
+    assert len(set(SPECS)) == len(SPECS) <= 12
