@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from fp8_backend.kernels import experts_decode, layout, masked, reference
+from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import align, ceil_div
 
 # hidden, intermediate, experts, top_k: of Qwen3-30B, DeepSeek-V3 at TP8, Qwen3-235B at TP4, DeepSeek-V3
 SHAPES = ((2048, 768, 128, 8), (7168, 256, 256, 8), (4096, 384, 128, 8), (7168, 2048, 256, 8))
+SPECS = experts_decode.all_specs() + masked.all_specs()
 RING_UNIT, MIN_STAGES = 4, 4  # kRingUnit of expert_units.cuh; below it a ring has no stage
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_spills_no_stack_no_warnings(spec):
+    compiled = compile_kernel(spec)
+    assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
+    if dict(spec.defines).get("CTAS") == 2:
+        assert compiled.registers * experts_decode.THREADS * 2 <= 65536
+
+
+def test_the_set_is_bounded():
+    assert len(SPECS) == len(set(SPECS)) <= 12
+
+
+@pytest.mark.parametrize(
+    ("file", "parameters"),
+    [
+        ("experts_up.cuh", experts_decode.UP_LAYOUT),
+        ("experts_down.cuh", experts_decode._DOWN_LAYOUT),
+        ("experts_quantize.cuh", experts_decode._QUANTIZE_LAYOUT),
+    ],
+)
+def test_launch_parameters_are_the_kernels(file, parameters):
+    signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
+    kinds = tuple("u64" if "*" in parameter else parameter.split()[0] for parameter in signature.split(","))
+    assert kinds == parameters.kinds
+
+
+def test_constants_shared_with_the_device_code():
+    text = (CUDA_FOLDER / "expert_units.cuh").read_text()
+
+    def constant(name):
+        return int(re.search(rf"\b{name} = (\d+)", text)[1])
+
+    assert constant("kThreads") == experts_decode.THREADS
+    assert constant("kMaxStages") * 16 == experts_decode._BARRIER_BYTES
+    assert constant("kRingUnit") == RING_UNIT
 
 
 @pytest.mark.parametrize("shape", SHAPES)
