@@ -166,24 +166,25 @@ struct CodeSource {
     }
 };
 
-// Quantises activations into stages: kHalfWarps half-warps take items (k-blocks of units) in turn, each the item's rows alone. Where the next kDeep items
-// of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and shuffles overlap.
+// Quantises activations into stages: `step` half-warps take the items (k-blocks of units) up to `items` in turn, each the item's rows alone; this one
+// starts with `item`. Where the next kDeep items of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and
+// shuffles overlap. The halves of a warp part ways here: __syncwarp() before anything they do together.
 //
 // Source: struct Words; rows(item); load(words, item, row, lane); expand(group, words); copy_scales(item, stage, lane), by 16 lanes.
-constexpr u32 kHalfWarps = 4;
+constexpr u32 kLoaderHalves = 4;
 
 template <u32 kDeep, class Source>
-DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 items, u32 half_warp) {
+DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 item, u32 items, u32 step) {
     const u32 lane = threadIdx.x % kGroupLanes, mask = 0xffffu << (threadIdx.x % 32 / kGroupLanes * kGroupLanes);
-    u32 item = half_warp, first_row = 0;
+    u32 first_row = 0;
     while (item < items) {
         bool single = first_row == 0;
 #pragma unroll
         for (u32 d = 0; d < kDeep; ++d)
-            if (item + d * kHalfWarps < items) single = single && source.rows(item + d * kHalfWarps) == 1;
+            if (item + d * step < items) single = single && source.rows(item + d * step) == 1;
         typename Source::Words words[kDeep];
         float largest[kDeep];
-        const u32 item_step = single ? kHalfWarps : 0, row_step = single ? 0 : 1;
+        const u32 item_step = single ? step : 0, row_step = single ? 0 : 1;
         auto exists = [&](u32 d) { return item + d * item_step < items && first_row + d * row_step < source.rows(item + d * item_step); };
 #pragma unroll
         for (u32 d = 0; d < kDeep; ++d) source.load(words[d], item + d * item_step, first_row + d * row_step, lane, exists(d));
@@ -217,10 +218,10 @@ DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first
             }
         }
         if (single) {
-            item += kDeep * kHalfWarps;
+            item += kDeep * step;
         } else if ((first_row += kDeep) >= source.rows(item)) {
             first_row = 0;
-            item += kHalfWarps;
+            item += step;
         }
     }
 }

@@ -9,7 +9,7 @@
 // Warp roles (384 threads):
 //   warps 0, 1    producers, one lane each, taking stages in turn: one contiguous copy of rows x 128 bytes of w2.
 //   warps 2, 3    loaders, taking stages (FUSED: half-warps) in turn: h, its scales and the weight's.
-//   warps 4..11   two math warpgroups, taking kUnroll stages in turn, each with a sum of its own.
+//   warps 4..11   two math warpgroups, taking kUnroll stages in turn, each with a sum of its own. FUSED: at first they help the loaders.
 // Barriers: full (a producer + bytes; kLoaderArrivals) and empty (the 4 warps of the math warpgroup that owns the stage) per stage. Named barrier 2: 256
 // math threads, all sums are complete or zero again.
 #include "expert_units.cuh"
@@ -132,6 +132,11 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     Stages stages;
     stages.place(shared, ring_bytes, rows * kBlockK, full);
     const u32 tiles = ceil_div(n, rows);
+#if FUSED
+    // The math warps have nothing to do before the first stages are full: they help to fill them.
+    constexpr u32 kAllHalves = kLoaderHalves + kMathThreads / kGroupLanes;
+    const u32 items = units.number * k_blocks, together = min(items, stages.number);
+#endif
 
     if (warp < 2) {
         if (elect_lane()) {
@@ -155,11 +160,12 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     } else if (warp < 4) {
         wait_for_previous_kernel();
 #if FUSED
-        const u32 items = units.number * k_blocks;
         u32 position = 0;  // of a tile's first item in the walk around the ring
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += items) {
             const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, tile * rows / 128, scale_b_row, stages};
-            quantise_items<4>(source, stages, position, items, (warp - 2) * 2 + lane / kGroupLanes);
+            const u32 half_warp = (warp - 2) * 2 + lane / kGroupLanes;
+            if (position == 0) quantise_items<4>(source, stages, 0, half_warp, together, kAllHalves);
+            quantise_items<4>(source, stages, position, (position == 0 ? together : 0) + half_warp, items, kLoaderHalves);
         }
 #else
         Ring ring;
@@ -186,7 +192,14 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
         const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x - 128;
         const u32 low = warp % 4 * 16 + lane / 4, high = low + 8;
         float* const mine = sums + warpgroup * m * rows;
-        wait_for_previous_kernel();  // what comes before may still read what `out` overwrites
+        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
+#if FUSED
+        if (blockIdx.x < tiles) {
+            const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, blockIdx.x * rows / 128, scale_b_row, stages};
+            quantise_items<4>(source, stages, 0, kLoaderHalves + thread / kGroupLanes, together, kAllHalves);
+            __syncwarp();
+        }
+#endif
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 i = thread; i < 2 * m * rows; i += kMathThreads) sums[i] = 0.f;

@@ -210,7 +210,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
 #if FUSED
             const TileSource source{x, units, router_weights, scale_b + tile.expert * scale_b_stride, x_stride, first, tile.rows, tile.row, top_k, n, k,
                                     scale_b_row, x_type, x_vectorised, stages};
-            quantise_items<6>(source, stages, item, k_blocks, (warp - 2) * 2 + lane / kGroupLanes);
+            quantise_items<6>(source, stages, item, (warp - 2) * 2 + lane / kGroupLanes, k_blocks, kLoaderHalves);
+            __syncwarp();
             item += k_blocks;
 #else
             constexpr u32 kScaleRounds = (kStageScales + 31) / 32;
