@@ -19,12 +19,8 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 THREADS = 384  # kThreads of expert_units.cuh
 MAX_PAIRS = 1024  # (token, expert) pairs, each of which every CTA sorts
 MAX_GROUPS = 2048  # counts of all groups lie in each CTA's shared memory
-FUSED_TOKENS = 8  # up to which the GEMMs quantise their activations by themselves
-SHARED_TOKENS = (
-    4  # up to which both GEMMs share a multiprocessor, so that the second streams its weights during the first
-)
 
-UP_TILE_GROUPS = 4  # of 8 gate and 8 up rows: 8 KiB a stage
+UP_TILE_GROUPS = 8  # of 8 gate and 8 up rows: a tile fills the 64 rows of both products
 _SHARED_STAGE_BYTES, _STAGE_BYTES = 8 * 1024, 16 * 1024  # of weights a stage, about
 _MAX_DOWN_ROWS = 64  # wgmma's 64-row side
 BARRIER_BYTES = 2 * 64 * 8  # kMaxStages
@@ -32,7 +28,7 @@ _RING_UNIT = 1024  # the period of the 128-byte swizzle
 # One CTA of each GEMM fits a multiprocessor's 228 KiB (1 KiB of it reserved for each CTA), two of the second do not.
 _UP_SHARED_BYTES, _DOWN_SHARED_BYTES = 102 * 1024, 118 * 1024
 
-UP_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 6 + ("u32",) * 16)
+UP_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 4 + ("u32",) * 12)
 _DOWN_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 3 + ("u32",) * 12)
 _QUANTIZE_LAYOUT = launcher.ParamLayout(("u64",) * 3 + ("i64",) + ("u32",) * 7)
 _QUANTIZE_SPEC = KernelSpec("experts_quantize.cuh", "experts_quantize")
@@ -41,24 +37,20 @@ _QUANTIZE_THREADS, _GROUPS_PER_CTA = 256, 16
 
 @dataclass(frozen=True)
 class UpConfig:
-    """One compiled form of experts_up.cuh.
-
-    rows: of activations a unit, wgmma's N. gated: silu(gate) * up is the result. fused: x arrives unquantised.
-    """
+    """One compiled form of experts_up.cuh. rows: of activations a unit, wgmma's N. fused: x arrives unquantised."""
 
     rows: int
-    gated: bool = True
     fused: bool = False
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("ROWS", self.rows), ("GATED", int(self.gated)), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused)
+        defines = ("ROWS", self.rows), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused)
         return KernelSpec("experts_up.cuh", "experts_up", defines)
 
-    def ring_bytes(self, shared_bytes: int, num_groups: int, pairs: int, most_units: int) -> int:
+    def ring_bytes(self, shared_bytes: int, num_groups: int, pairs: int) -> int:
         """Return how much of `shared_bytes` of a CTA is left for the ring of stages."""
         sums = self.rows * 512
-        taken = BARRIER_BYTES + sums + units_bytes(num_groups, pairs, most_units)
+        taken = BARRIER_BYTES + sums + units_bytes(num_groups, pairs, pairs)
         return (shared_bytes - taken) // _RING_UNIT * _RING_UNIT
 
 
@@ -150,8 +142,10 @@ class _Plan:
 def _plan(m: int, top_k: int, hidden: int, intermediate: int, on_input: bool) -> _Plan:
     pairs, x_blocks, h_blocks = m * top_k, ceil_div(hidden, BLOCK), intermediate // BLOCK
     h = pairs * intermediate * 4
-    # A router weight on the input makes the codes of a token differ from expert to expert.
-    if m <= FUSED_TOKENS or on_input:
+    # A router weight on the input makes the codes of a token differ from expert to expert: the GEMMs quantise by
+    # themselves, and share a multiprocessor, so that the second streams its weights during the first. For all other
+    # calls this is slower, even for one token (30 against 26 us on Qwen3-30B).
+    if on_input:
         shared = _UP_SHARED_BYTES, _DOWN_SHARED_BYTES
         return _Plan(UP_CONFIGS[0], DOWN_CONFIGS[0], (h, 0, 0, 0, 0), *shared, _SHARED_STAGE_BYTES)
     index = 1 if m <= 8 else 2
@@ -271,11 +265,11 @@ def _launch_up(
 ) -> None:
     (m, hidden), (num_groups, k_blocks, n_13, _), device = x.shape, w13.shape, x.device.index
     pairs, fused = m * top_k, plan.up.fused
-    ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs, pairs)
+    ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs)
     params = (*source, w13.data_ptr(), scale_13.data_ptr(), h, *routing)
-    params += (x.stride(0) if fused else k_blocks * BLOCK, 0, 0, align(m, 4), w13.stride(0), scale_13.stride(0))
-    params += (pairs, top_k, num_groups, pairs, 0, n_13 // 2, n_13, hidden, k_blocks, scale_13.stride(1))
-    params += (UP_TILE_GROUPS, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[x.dtype], 0)
+    params += (x.stride(0) if fused else k_blocks * BLOCK, align(m, 4), w13.stride(0), scale_13.stride(0))
+    params += (pairs, top_k, num_groups, n_13 // 2, hidden, k_blocks, scale_13.stride(1))
+    params += (UP_TILE_GROUPS, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[x.dtype])
     stream = launcher.current_stream(device)
     up_kernel(plan.up, device).launch((num_sms(device), 1, 1), THREADS, plan.up_shared_bytes, params, stream, pdl=True)
 

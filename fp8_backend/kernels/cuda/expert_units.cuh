@@ -10,9 +10,9 @@
 constexpr u32 kThreads = 384, kMathThreads = 256;
 constexpr u32 kActivationBytes = ROWS * kBlockK;
 constexpr u32 kStageScales = ROWS + 4;   // floats a stage: of the activations' rows, of the weight's blocks of 128 rows
-// k-blocks of a stage at most, as far as registers reach: their products are in flight together, and share a wait and a release. A stage of one takes
+// k-blocks of a stage at most, as far as registers reach with MATRICES products a block: their products are in flight together, and share a wait and a release. A stage of one takes
 // 200 to 250 ns from full to empty, however few bytes it has (measured).
-constexpr u32 kMaxDepth = ROWS == 128 ? 1 : !FUSED ? 4 : GATED ? 2 : 3;
+constexpr u32 kMaxDepth = ROWS == 128 ? 1 : !FUSED ? 4 : MATRICES == 2 ? 2 : 3;
 constexpr u32 kAtMost2 = kMaxDepth < 2 ? kMaxDepth : 2, kAtMost3 = kMaxDepth < 3 ? kMaxDepth : 3;
 constexpr u32 kMaxStages = 64;
 // The number of stages is a multiple: two math warpgroups take them in turn; with 128 rows, each takes all.

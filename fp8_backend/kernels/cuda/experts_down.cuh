@@ -12,7 +12,7 @@
 //   warps 4..11   two math warpgroups, taking stages in turn, each with a sum of its own. FUSED: at first they help the loaders.
 // Barriers: full (a producer + bytes; kLoaderArrivals) and empty (the 4 warps of the math warpgroup that owns the stage) per stage. Named barrier 2: 256
 // math threads, all sums are complete or zero again.
-#define GATED 0
+#define MATRICES 1
 #include "expert_units.cuh"
 
 struct Sums {

@@ -1,26 +1,27 @@
-// The first GEMM of the experts for few tokens, and the masked grouped GEMM: for each group g, out = a_g . weight_g^T with block scales, limited by how
-// fast the weights of the groups that have rows stream from memory.
+// The first GEMM of the experts for few tokens: out[row of the sorted pairs, column] = silu(gate) * up in float32, limited by how fast the weights of
+// the experts that have tokens stream from memory.
 //
-// Weights take wgmma's 64-row side, rows of activations its N side (ROWS = 8 or 16). The work is a line of row groups (8 rows of the weight, or with
-// GATED = 1 8 gate rows and the 8 up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that
-// into tiles of at most `tile_groups`. So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
+// Weights take wgmma's 64-row side, rows of activations its N side (ROWS = 8 or 16). The work is a line of row groups (8 gate rows of the weight and the 8
+// up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that into tiles of at most `tile_groups`.
+// So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
 //
-// GATED = 1: out[row of the sorted pairs, column] = silu(gate) * up, float32. GATED = 0: out[group, row, column] in out_type.
-// FUSED = 1: x has 16-bit elements in rows that start at 16-byte boundaries and are zero up to the next, and the loaders quantise what a stage needs. FUSED = 0: codes and scales.
+// FUSED = 1: x has 16-bit elements in rows that start at 16-byte boundaries and are zero up to the next, and the loaders quantise what a stage needs.
+// FUSED = 0: codes and scales.
 //
 // Warp roles (384 threads):
-//   warps 0, 1    producers, one lane each: gate rows, up rows of each stage. GATED = 0: warp 0 alone.
+//   warps 0, 1    producers, one lane each: gate rows, up rows of each stage.
 //   warps 2, 3    loaders, taking stages in turn: activations, their scales and the weight's.
 //   warps 4..11   two math warpgroups, taking stages in turn; at the end of a tile one hands its sums to the other, in turn.
 // Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4
 // warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3: 256 math threads, sums are handed over.
+#define MATRICES 2
 #include "expert_units.cuh"
 
-constexpr u32 kProducers = GATED ? 2 : 1;
-constexpr u32 kGroupBytes = (GATED ? 2 : 1) * 8 * kBlockK;
+constexpr u32 kProducers = 2;
+constexpr u32 kGroupBytes = 2 * 8 * kBlockK;
 
 struct Tile {
-    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of the weight (of gate); groups: of 8 rows of it
+    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of gate; groups: of 8 rows of it
 };
 
 // A CTA's run of row groups, cut into tiles: every role walks it by itself.
@@ -45,7 +46,7 @@ struct Walk {
 };
 
 struct Sums {
-    float first[ROWS / 2], second[ROWS / 2];  // gate and up; or rows 0..63 and 64..127
+    float first[ROWS / 2], second[ROWS / 2];  // gate, up
 };
 
 // Which of the weight scales of a stage belong to a lane's rows.
@@ -153,32 +154,25 @@ struct TileSource {
 #endif
 
 extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
-experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
-           const int* expert_map, const float* router_weights,
-           i64 x_stride, i64 x_group_stride, i64 scale_x_group_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
-           u32 top_k, u32 num_groups, u32 most_units, u32 max_rows, u32 n, u32 n_aligned, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups,
-           u32 ring_bytes, u32 stage_bytes, u32 wide_ids, u32 x_type, u32 out_type) {
+experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, float* out, const void* ids,
+           const int* expert_map, const float* router_weights, i64 x_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
+           u32 top_k, u32 num_groups, u32 n, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups, u32 ring_bytes, u32 stage_bytes, u32 wide_ids,
+           u32 x_type) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: ring | barriers | handed-over sums | units
     u8* const barriers = shared + ring_bytes;
     u8* const handed_over = barriers + 2 * kMaxStages * 8;
     Units units;
-    units.place(handed_over + ROWS * 512, num_groups, pairs, most_units);
+    units.place(handed_over + ROWS * 512, num_groups, pairs, pairs);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     // Expert ids are older than the kernel that quantised the activations, which lets this one start only once they are written.
-    if (FUSED || !GATED) wait_for_previous_kernel();
+    if (FUSED) wait_for_previous_kernel();
     launch_next_kernel();
-#if GATED
     units.sort(ids, wide_ids, expert_map, pairs, num_groups);
     units.list(num_groups);
     units.fill_order(pairs);
-#else
-    for (u32 g = threadIdx.x; g < num_groups; g += kThreads) units.count[g] = min(static_cast<u32>(max(static_cast<const int*>(ids)[g], 0)), max_rows);
-    __syncthreads();
-    units.list(num_groups);
-#endif
-    const u32 unit_groups = GATED ? n / 8 : n_aligned / 8;
+    const u32 unit_groups = n / 8;
     const u32 run = ceil_div(units.number * unit_groups, gridDim.x);
     if (run == 0) {
         wait_for_previous_kernel();  // nobody may take this kernel's end for that of the one before
@@ -201,7 +195,7 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                     const u32 count = min(stages.depth, k_blocks - block), bar = stages.full + 8 * ring.stage;
                     barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
                     barrier_expect(bar, count * bytes);
-                    for (u32 slot = 0; slot < count; ++slot, ++block, source += static_cast<i64>(n_aligned) * kBlockK)
+                    for (u32 slot = 0; slot < count; ++slot, ++block, source += static_cast<i64>(2 * n) * kBlockK)
                         bulk_copy(stages.weight_tile(ring.stage, slot) + warp * bytes, source, bytes, bar);
                 }
             }
@@ -222,7 +216,6 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             position += stages.per_unit;
 #else
             constexpr u32 kScaleRounds = (kStageScales + 31) / 32;
-            const u32 chunk = units.chunk[tile.unit] * ROWS;
             // Scale i of a stage, for the lane's i: lane, lane + 32, ...: of row i of the activations, or of block i - ROWS of the weight.
             const float* scale_of[kScaleRounds];
             i64 scale_step[kScaleRounds];
@@ -230,20 +223,18 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             for (u32 s = 0; s < kScaleRounds; ++s) {
                 const u32 i = s * 32 + lane;
                 scale_of[s] = nullptr;
-                if (i >= ROWS && i < ROWS + (GATED ? 4 : 2)) {
+                if (i >= ROWS && i < ROWS + 4) {
                     const u32 row = tile.row + (i - ROWS >= 2 ? n : 0);
                     scale_of[s] = scale_b + tile.expert * scale_b_stride + row / 128 + (i - ROWS) % 2;
                     scale_step[s] = scale_b_row;
                 } else if (i < tile.rows) {
-                    const u32 row = GATED ? units.order[first + i] / top_k : chunk + i;
-                    scale_of[s] = scale_x + (GATED ? 0 : tile.expert * scale_x_group_stride) + row;
+                    scale_of[s] = scale_x + units.order[first + i] / top_k;
                     scale_step[s] = scale_x_block_stride;
                 }
             }
             CodeSource source;
             source.set(tile.rows, lane, [&](u32 row) {
-                const u32 from = GATED ? units.order[first + row] / top_k : chunk + row;
-                return static_cast<const u8*>(x) + (GATED ? 0 : tile.expert * x_group_stride) + from * x_stride;
+                return static_cast<const u8*>(x) + units.order[first + row] / top_k * x_stride;
             });
             for (u32 first_block = 0; first_block < k_blocks; first_block += stages.depth, ring.advance(stages.number)) {
                 if (ring.stage % 2 != warp % 2) continue;
@@ -271,9 +262,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             for (u32 i = 0; i < ROWS / 2; ++i) sum.first[i] = sum.second[i] = 0.f;
             const u32 in_block = tile.row % 128;
             const u32 half_low = (in_block + low) / 128, half_high = (in_block + high) / 128;
-            const ScaleIndex index = GATED ? ScaleIndex{half_low, half_high, 2 + half_low, 2 + half_high}
-                                           : ScaleIndex{half_low, half_high, (in_block + 64 + low) / 128, (in_block + 64 + high) / 128};
-            const u32 second_offset = (GATED ? tile.groups * 8 : 64) * kBlockK;
+            const ScaleIndex index{half_low, half_high, 2 + half_low, 2 + half_high};
+            const u32 second_offset = tile.groups * 8 * kBlockK;
             for (u32 block = 0; block < k_blocks; block += stages.depth, ring.advance(stages.number)) {
                 if (ring.stage % 2 != warpgroup) continue;
                 const u32 count = min(stages.depth, k_blocks - block);
@@ -306,14 +296,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                 for (u32 i = 0; i < 4; ++i) {
                     const u32 token = j * 8 + lane % 4 * 2 + i % 2, row = i < 2 ? low : high;
                     if (token >= tile.rows) continue;
-#if GATED
                     if (row < tile.groups * 8)
-                        static_cast<float*>(out)[static_cast<i64>(first_row + token) * n + tile.row + row] = first[i] / (1.f + expf(-first[i])) * second[i];
-#else
-                    const i64 line = (static_cast<i64>(tile.expert) * max_rows + units.chunk[tile.unit] * ROWS + token) * n + tile.row;
-                    if (row < tile.groups * 8 && tile.row + row < n) store_element(out, line + row, out_type, first[i]);
-                    if (row + 64 < tile.groups * 8 && tile.row + row + 64 < n) store_element(out, line + row + 64, out_type, second[i]);
-#endif
+                        out[static_cast<i64>(first_row + token) * n + tile.row + row] = first[i] / (1.f + expf(-first[i])) * second[i];
                 }
             }
         }

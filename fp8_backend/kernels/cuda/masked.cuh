@@ -10,7 +10,7 @@
 //   warp 2        scales of both, as asynchronous copies.
 //   warps 4..11   two math warpgroups, 64 rows of the tile each; the second rests where a unit has no more.
 // Barriers: full (2 producers + bytes; 32 lanes of warp 2, once their copies are complete) and empty (8 math warps) per stage.
-#define GATED 0
+#define MATRICES 1
 #define FUSED 0
 #define ROWS 128
 #include "expert_units.cuh"
