@@ -19,20 +19,17 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 THREADS = 384  # kThreads of expert_units.cuh
 MAX_PAIRS = 1024  # (token, expert) pairs, each of which every CTA sorts
 MAX_GROUPS = 2048  # counts of all groups lie in each CTA's shared memory
-FUSED_TOKENS = 8  # up to which the GEMMs quantise their activations by themselves
-SHARED_TOKENS = (
-    4  # up to which both GEMMs share a multiprocessor, so that the second streams its weights during the first
-)
 
-UP_TILE_GROUPS = 4  # of 8 gate and 8 up rows: 8 KiB a stage
+UP_TILE_GROUPS = 8  # of 8 gate and 8 up rows: a tile fills the 64 rows of both products
+_SHARED_STAGE_BYTES, _STAGE_BYTES = 8 * 1024, 16 * 1024  # of weights a stage, about
 _MAX_DOWN_ROWS = 64  # wgmma's 64-row side
-_BARRIER_BYTES = 2 * 64 * 8  # kMaxStages
+BARRIER_BYTES = 2 * 64 * 8  # kMaxStages
 _RING_UNIT = 1024  # the period of the 128-byte swizzle
 # One CTA of each GEMM fits a multiprocessor's 228 KiB (1 KiB of it reserved for each CTA), two of the second do not.
 _UP_SHARED_BYTES, _DOWN_SHARED_BYTES = 102 * 1024, 118 * 1024
 
-UP_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 6 + ("u32",) * 16)
-_DOWN_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 3 + ("u32",) * 11)
+UP_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 4 + ("u32",) * 12)
+_DOWN_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 3 + ("u32",) * 12)
 _QUANTIZE_LAYOUT = launcher.ParamLayout(("u64",) * 3 + ("i64",) + ("u32",) * 7)
 _QUANTIZE_SPEC = KernelSpec("experts_quantize.cuh", "experts_quantize")
 _QUANTIZE_THREADS, _GROUPS_PER_CTA = 256, 16
@@ -40,24 +37,20 @@ _QUANTIZE_THREADS, _GROUPS_PER_CTA = 256, 16
 
 @dataclass(frozen=True)
 class UpConfig:
-    """One compiled form of experts_up.cuh.
-
-    rows: of activations a unit, wgmma's N. gated: silu(gate) * up is the result. fused: x arrives unquantised.
-    """
+    """One compiled form of experts_up.cuh. rows: of activations a unit, wgmma's N. fused: x arrives unquantised."""
 
     rows: int
-    gated: bool = True
     fused: bool = False
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("ROWS", self.rows), ("GATED", int(self.gated)), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused)
+        defines = ("ROWS", self.rows), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused)
         return KernelSpec("experts_up.cuh", "experts_up", defines)
 
-    def ring_bytes(self, shared_bytes: int, num_groups: int, pairs: int, most_units: int) -> int:
+    def ring_bytes(self, shared_bytes: int, num_groups: int, pairs: int) -> int:
         """Return how much of `shared_bytes` of a CTA is left for the ring of stages."""
         sums = self.rows * 512
-        taken = _BARRIER_BYTES + sums + _units_bytes(num_groups, pairs, most_units)
+        taken = BARRIER_BYTES + sums + units_bytes(num_groups, pairs, pairs)
         return (shared_bytes - taken) // _RING_UNIT * _RING_UNIT
 
 
@@ -75,7 +68,7 @@ class DownConfig:
 
     def ring_bytes(self, shared_bytes: int, num_groups: int, m: int, pairs: int, rows: int) -> int:
         """Return how much of `shared_bytes` of a CTA that owns `rows` rows of the output is left for the ring."""
-        taken = _BARRIER_BYTES + 2 * m * rows * 4 + pairs * 8 + _units_bytes(num_groups, pairs, pairs)
+        taken = BARRIER_BYTES + 2 * m * rows * 4 + pairs * 8 + units_bytes(num_groups, pairs, pairs)
         return (shared_bytes - taken) // _RING_UNIT * _RING_UNIT
 
 
@@ -83,7 +76,7 @@ UP_CONFIGS = (UpConfig(8, fused=True), UpConfig(8), UpConfig(16))
 DOWN_CONFIGS = (DownConfig(8, fused=True), DownConfig(8), DownConfig(16))
 
 
-def _units_bytes(num_groups: int, pairs: int, most_units: int) -> int:
+def units_bytes(num_groups: int, pairs: int, most_units: int) -> int:
     """Return the shared memory of `Units` in expert_units.cuh."""
     return align(32 * 4 + num_groups * 8 + most_units * 4 + pairs * 6, 16)
 
@@ -137,6 +130,7 @@ class _Plan:
     parts: tuple[int, int, int, int, int]
     up_shared_bytes: int
     down_shared_bytes: int
+    stage_bytes: int
 
     @property
     def offsets(self) -> list[int]:
@@ -148,14 +142,17 @@ class _Plan:
 def _plan(m: int, top_k: int, hidden: int, intermediate: int, on_input: bool) -> _Plan:
     pairs, x_blocks, h_blocks = m * top_k, ceil_div(hidden, BLOCK), intermediate // BLOCK
     h = pairs * intermediate * 4
-    # A router weight on the input makes the codes of a token differ from expert to expert.
-    if m <= FUSED_TOKENS or on_input:
-        shared = (_UP_SHARED_BYTES, _DOWN_SHARED_BYTES) if m <= SHARED_TOKENS else (MAX_SHARED_BYTES,) * 2
-        return _Plan(UP_CONFIGS[0], DOWN_CONFIGS[0], (h, 0, 0, 0, 0), *shared)
+    # A router weight on the input makes the codes of a token differ from expert to expert: the GEMMs quantise by
+    # themselves, and share a multiprocessor, so that the second streams its weights during the first. For all other
+    # calls this is slower, even for one token (30 against 26 us on Qwen3-30B).
+    if on_input:
+        shared = _UP_SHARED_BYTES, _DOWN_SHARED_BYTES
+        return _Plan(UP_CONFIGS[0], DOWN_CONFIGS[0], (h, 0, 0, 0, 0), *shared, _SHARED_STAGE_BYTES)
     index = 1 if m <= 8 else 2
     x_parts = m * x_blocks * BLOCK, x_blocks * align(m, 4) * 4
     h_parts = pairs * intermediate, h_blocks * align(pairs, 4) * 4
-    return _Plan(UP_CONFIGS[index], DOWN_CONFIGS[index], (h, *x_parts, *h_parts), MAX_SHARED_BYTES, MAX_SHARED_BYTES)
+    parts, shared = (h, *x_parts, *h_parts), (MAX_SHARED_BYTES, MAX_SHARED_BYTES)
+    return _Plan(UP_CONFIGS[index], DOWN_CONFIGS[index], parts, *shared, _STAGE_BYTES)
 
 
 def experts_decode_workspace_bytes(
@@ -172,6 +169,10 @@ def experts_decode_workspace_bytes(
         router_weight_on_input: as given to `experts_decode`.
     """
     return _plan(m, top_k, hidden, intermediate, router_weight_on_input).offsets[-1] if m else 0
+
+
+def _workspace(size: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def down_rows(hidden: int, sms: int) -> int:
@@ -214,11 +215,13 @@ def experts_decode(
         return
     assert m * top_k <= MAX_PAIRS and w13.shape[0] <= MAX_GROUPS and intermediate % BLOCK == 0
     plan = _plan(m, top_k, x.shape[1], intermediate, router_weight_on_input)
-    workspace = torch.empty(plan.offsets[-1], dtype=torch.uint8, device=x.device)
+    workspace = _workspace(plan.offsets[-1], x.device)
     h, x_codes, x_scale, h_codes, h_scale, _ = (workspace.data_ptr() + offset for offset in plan.offsets)
     routing = (topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr())
     weights, wide = topk_weights.data_ptr(), int(topk_ids.dtype == torch.int64)
     fused, on_input = plan.up.fused, router_weight_on_input
+    if fused and not vectorised(x):
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
     if not fused:
         _quantize(x.data_ptr(), x.dtype, x.shape, x.stride(0), vectorised(x), x_codes, x_scale, x.device.index)
     source = (x.data_ptr(), 0) if fused else (x_codes, x_scale)
@@ -262,11 +265,11 @@ def _launch_up(
 ) -> None:
     (m, hidden), (num_groups, k_blocks, n_13, _), device = x.shape, w13.shape, x.device.index
     pairs, fused = m * top_k, plan.up.fused
-    ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs, pairs)
+    ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs)
     params = (*source, w13.data_ptr(), scale_13.data_ptr(), h, *routing)
-    params += (x.stride(0) if fused else k_blocks * BLOCK, 0, 0, align(m, 4), w13.stride(0), scale_13.stride(0))
-    params += (pairs, top_k, num_groups, pairs, 0, n_13 // 2, n_13, hidden, k_blocks, scale_13.stride(1))
-    params += (UP_TILE_GROUPS, ring_bytes, wide_ids, ELEMENT_TYPES[x.dtype], vectorised(x), 0)
+    params += (x.stride(0) if fused else k_blocks * BLOCK, align(m, 4), w13.stride(0), scale_13.stride(0))
+    params += (pairs, top_k, num_groups, n_13 // 2, hidden, k_blocks, scale_13.stride(1))
+    params += (UP_TILE_GROUPS, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[x.dtype])
     stream = launcher.current_stream(device)
     up_kernel(plan.up, device).launch((num_sms(device), 1, 1), THREADS, plan.up_shared_bytes, params, stream, pdl=True)
 
@@ -286,6 +289,6 @@ def _launch_down(
     ring_bytes = plan.down.ring_bytes(plan.down_shared_bytes, num_groups, m, pairs, rows)
     params = (*source, w2.data_ptr(), scale_2.data_ptr(), out.data_ptr(), *routing)
     params += (w2.stride(0), scale_2.stride(0), align(pairs, 4), m, top_k, num_groups, hidden, n_aligned, k_blocks)
-    params += (scale_2.stride(1), rows, ring_bytes, wide_ids, ELEMENT_TYPES[out.dtype])
+    params += (scale_2.stride(1), rows, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[out.dtype])
     grid, stream = min(num_sms(device), ceil_div(hidden, rows)), launcher.current_stream(device)
     _down_kernel(plan.down, device).launch((grid, 1, 1), THREADS, plan.down_shared_bytes, params, stream, pdl=True)

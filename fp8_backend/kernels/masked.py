@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fp8_backend.kernels import launcher
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.experts_decode import THREADS, UpConfig, num_sms, up_kernel
+from fp8_backend.kernels.experts_decode import BARRIER_BYTES, THREADS, num_sms, units_bytes
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
-from fp8_backend.kernels.reference import ceil_div
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.tensor_map import encode_tiled
 
-CONFIGS = (UpConfig(16, gated=False), UpConfig(64, gated=False))
-MAX_UNITS = 8192  # pieces of up to 16 or 64 rows that a CTA can list in its shared memory
-_TILE_GROUPS = 16  # of 8 rows of the weight: both halves of a tile's 64-row products
+SPEC = KernelSpec("masked.cuh", "masked")
+LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 5 + ("i64",) * 4 + ("u32",) * 11)
+MAX_UNITS = 8192  # pieces of up to 128 rows that a CTA can list in its shared memory
+_UNIT_ROWS = 128
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that the masked GEMM can need."""
-    return tuple(config.spec() for config in CONFIGS)
+    return (SPEC,)
+
+
+@cache
+def _kernel(device: int) -> launcher.Kernel:
+    return launcher.load(SPEC, LAYOUT)
 
 
 def load_all() -> None:
     """Load every kernel of this file on torch's current device."""
-    for config in CONFIGS:
-        up_kernel(config, torch.cuda.current_device())
-
-
-def select_config(num_groups: int, max_m: int, expected_m: int) -> UpConfig:
-    """Return the kernel for about expected_m rows a group: the narrow one unless it would read weights twice."""
-    narrow, wide = CONFIGS
-    return narrow if expected_m <= narrow.rows and num_groups * ceil_div(max_m, narrow.rows) <= MAX_UNITS else wide
+    _kernel(torch.cuda.current_device())
 
 
 def launch_masked(
@@ -51,16 +53,19 @@ def launch_masked(
         scale_b: [num_groups, k / 128, align(ceil(n / 128), 4) + 4] float32, packed.
         out: [num_groups, max_m, n] bfloat16, float16 or float32, contiguous; rows past masked_m are not written.
         masked_m: [num_groups] int32, on the device.
-        expected_m: likely rows a group; chooses the kernel.
+        expected_m: likely rows a group; one kernel serves all, so that it changes nothing.
     """
     (num_groups, max_m, k), (_, k_blocks, n_aligned, _), device = a.shape, weight.shape, a.device.index
-    config = select_config(num_groups, max_m, expected_m)
-    most_units = num_groups * ceil_div(max_m, config.rows)
-    assert scale_a.stride(1) == 1 and most_units <= MAX_UNITS
-    ring_bytes = config.ring_bytes(MAX_SHARED_BYTES, num_groups, 0, most_units)
-    params = (a.data_ptr(), scale_a.data_ptr(), weight.data_ptr(), scale_b.data_ptr(), out.data_ptr())
-    params += (masked_m.data_ptr(), 0, 0, a.stride(1), a.stride(0), scale_a.stride(0), scale_a.stride(2))
-    params += (weight.stride(0), scale_b.stride(0), 0, 1, num_groups, most_units, max_m, out.shape[2], n_aligned, k)
-    params += (k_blocks, scale_b.stride(1), _TILE_GROUPS, ring_bytes, 0, 0, 0, ELEMENT_TYPES[out.dtype])
+    n, most_units = out.shape[2], num_groups * ceil_div(max_m, _UNIT_ROWS)
+    assert scale_a.stride(1) == 1 and most_units <= MAX_UNITS, f"{num_groups} groups of {max_m} rows"
+    box_rows = min(_UNIT_ROWS, align(max_m, 8))
+    dims, box = (BLOCK, num_groups * max_m, k_blocks), (BLOCK, box_rows, 1)
+    params = (encode_tiled(a.data_ptr(), dims, (k, BLOCK), box, "128B", 1), scale_a.data_ptr(), weight.data_ptr())
+    params += (scale_b.data_ptr(), out.data_ptr(), masked_m.data_ptr(), scale_a.stride(0), scale_a.stride(2))
+    params += (weight.stride(0), scale_b.stride(0), num_groups, most_units, max_m, n, n_aligned, k_blocks)
+    taken = BARRIER_BYTES + units_bytes(num_groups, 0, most_units)
+    ring_bytes = (MAX_SHARED_BYTES - taken) // 1024 * 1024
+    paired = out.element_size() == 2 and n % 2 == 0 and out.data_ptr() % 4 == 0
+    params += (scale_b.stride(1), box_rows, ring_bytes, ELEMENT_TYPES[out.dtype], int(paired))
     stream = launcher.current_stream(device)
-    up_kernel(config, device).launch((num_sms(device), 1, 1), THREADS, MAX_SHARED_BYTES, params, stream, pdl=True)
+    _kernel(device).launch((num_sms(device), 1, 1), THREADS, MAX_SHARED_BYTES, params, stream, pdl=True)

@@ -10,13 +10,20 @@
 constexpr u32 kThreads = 384, kMathThreads = 256;
 constexpr u32 kActivationBytes = ROWS * kBlockK;
 constexpr u32 kStageScales = ROWS + 4;   // floats a stage: of the activations' rows, of the weight's blocks of 128 rows
-constexpr u32 kUnroll = ROWS <= 16 ? 2 : 1;  // k-blocks whose products are in flight together
+// k-blocks of a stage at most, as far as registers reach with MATRICES products a block: their products are in flight together, and share a wait and a release. A stage of one takes
+// 200 to 250 ns from full to empty, however few bytes it has (measured).
+constexpr u32 kMaxDepth = ROWS == 128 ? 1 : !FUSED ? 4 : MATRICES == 2 ? 2 : 3;
+constexpr u32 kAtMost2 = kMaxDepth < 2 ? kMaxDepth : 2, kAtMost3 = kMaxDepth < 3 ? kMaxDepth : 3;
 constexpr u32 kMaxStages = 64;
-constexpr u32 kRingUnit = 4;  // the number of stages is a multiple: two math warpgroups, which take kUnroll stages in turn
+// The number of stages is a multiple: two math warpgroups take them in turn; with 128 rows, each takes all.
+constexpr u32 kRingUnit = ROWS == 128 ? 1 : 2;
 constexpr u16 kNowhere = 0xffff;
-// Arrivals of loaders on a full barrier: lanes whose copies are complete; FUSED: of a half-warp, and one more, codes are written.
+// Arrivals of loaders on a full barrier: lanes whose copies are complete; FUSED: for each k-block, of a half-warp, and one more, codes are written.
 constexpr u32 kLoaderArrivals = FUSED ? kGroupLanes + 1 : 32;
 
+DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
 // Copies that need no registers to wait in; the barrier counts this thread once those it has issued are complete.
 DEVICE void copy_16_bytes(u32 target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
@@ -121,23 +128,39 @@ struct Units {
     DEVICE u32 first_row(u32 unit) const { return start[expert[unit]] + chunk[unit] * ROWS; }
 };
 
-// Shared memory of the ring: weights of all stages | activations of all stages | their scales. Barriers lie elsewhere.
+// Shared memory of the ring: weights of all stages | activations of all stages | their scales. Barriers lie elsewhere. A stage holds up to `depth`
+// k-blocks of one unit; `per_unit` stages hold all.
 struct Stages {
-    u32 weights, activations, full, empty, weight_bytes, number;
+    u32 weights, activations, full, empty, block_bytes, depth, per_unit, number;
     float* scales;
 
-    // As many stages as fit `bytes`. wgmma reads 64 rows from any weight tile: past a small one into what follows, whose products are not kept.
-    DEVICE void place(u8* memory, u32 bytes, u32 bytes_of_weights, u32 barriers) {
-        weight_bytes = bytes_of_weights;
-        number = min(bytes / (weight_bytes + kActivationBytes + kStageScales * 4), kMaxStages) / kRingUnit * kRingUnit;
+    // As many stages of about `stage_bytes` of weights as fit `bytes`. wgmma reads 64 rows from any weight tile: past a small one into what follows,
+    // whose products are not kept.
+    DEVICE void place(u8* memory, u32 bytes, u32 bytes_of_block, u32 stage_bytes, u32 k_blocks, u32 barriers) {
+        block_bytes = bytes_of_block;
+        depth = max(min(stage_bytes / block_bytes, kMaxDepth), 1u);
+        per_unit = ceil_div(k_blocks, depth);
+        depth = ceil_div(k_blocks, per_unit);
+        number = min(bytes / (depth * (block_bytes + kActivationBytes + kStageScales * 4)), kMaxStages) / kRingUnit * kRingUnit;
         weights = smem_address(memory);
-        activations = weights + number * weight_bytes;
-        scales = reinterpret_cast<float*>(memory + number * (weight_bytes + kActivationBytes));
+        activations = weights + number * depth * block_bytes;
+        scales = reinterpret_cast<float*>(memory + number * depth * (block_bytes + kActivationBytes));
         full = barriers;
         empty = barriers + kMaxStages * 8;
     }
-    DEVICE u32 activation_tile(u32 stage) const { return activations + stage * kActivationBytes; }
-    DEVICE float* stage_scales(u32 stage) const { return scales + stage * kStageScales; }
+    // Called by all threads; ends with all barriers ready.
+    DEVICE void init_barriers(u32 producers, u32 consumers) const {
+        if (threadIdx.x < number) {
+            barrier_init(full + 8 * threadIdx.x, producers + (FUSED ? depth : 1) * kLoaderArrivals);
+            barrier_init(empty + 8 * threadIdx.x, consumers);
+        }
+        barrier_init_fence();
+        __syncthreads();
+    }
+    // Of block `slot` of a stage.
+    DEVICE u32 weight_tile(u32 stage, u32 slot) const { return weights + (stage * depth + slot) * block_bytes; }
+    DEVICE u32 activation_tile(u32 stage, u32 slot) const { return activations + (stage * depth + slot) * kActivationBytes; }
+    DEVICE float* block_scales(u32 stage, u32 slot) const { return scales + (stage * depth + slot) * kStageScales; }
 };
 
 // Where chunk `chunk` (16 bytes) of row `row` lies in a tile of 128-byte rows, swizzled.
@@ -166,24 +189,26 @@ struct CodeSource {
     }
 };
 
-// Quantises activations into stages: kHalfWarps half-warps take items (k-blocks of units) in turn, each the item's rows alone. Where the next kDeep items
-// of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and shuffles overlap.
+// Quantises activations into stages: `step` half-warps take the items (k-blocks of units) up to `items` in turn, each the item's rows alone; this one
+// starts with `item`. Where the next kDeep items of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and
+// shuffles overlap. The halves of a warp part ways here: __syncwarp() before anything they do together.
 //
-// Source: struct Words; rows(item); load(words, item, row, lane); expand(group, words); copy_scales(item, stage, lane), by 16 lanes.
-constexpr u32 kHalfWarps = 4;
+// Source: struct Words; rows(item); load(words, item, row, lane, exists); expand(group, words); copy_scales(item, stage, slot, lane), by 16 lanes;
+// k_blocks of a unit.
+constexpr u32 kLoaderHalves = 4;
 
 template <u32 kDeep, class Source>
-DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 items, u32 half_warp) {
+DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 item, u32 items, u32 step) {
     const u32 lane = threadIdx.x % kGroupLanes, mask = 0xffffu << (threadIdx.x % 32 / kGroupLanes * kGroupLanes);
-    u32 item = half_warp, first_row = 0;
+    u32 first_row = 0;
     while (item < items) {
         bool single = first_row == 0;
 #pragma unroll
         for (u32 d = 0; d < kDeep; ++d)
-            if (item + d * kHalfWarps < items) single = single && source.rows(item + d * kHalfWarps) == 1;
+            if (item + d * step < items) single = single && source.rows(item + d * step) == 1;
         typename Source::Words words[kDeep];
         float largest[kDeep];
-        const u32 item_step = single ? kHalfWarps : 0, row_step = single ? 0 : 1;
+        const u32 item_step = single ? step : 0, row_step = single ? 0 : 1;
         auto exists = [&](u32 d) { return item + d * item_step < items && first_row + d * row_step < source.rows(item + d * item_step); };
 #pragma unroll
         for (u32 d = 0; d < kDeep; ++d) source.load(words[d], item + d * item_step, first_row + d * row_step, lane, exists(d));
@@ -201,26 +226,30 @@ DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first
         for (u32 d = 0; d < kDeep; ++d) {
             if (!exists(d)) continue;
             const u32 this_item = item + d * item_step, row = first_row + d * row_step;
-            const u32 position = first_position + this_item, lap = position / stages.number, stage = position - lap * stages.number;
+            const u32 unit = this_item / source.k_blocks, block = this_item - unit * source.k_blocks, nth = block / stages.depth;
+            const u32 slot = block - nth * stages.depth, position = first_position + unit * stages.per_unit + nth;
+            const u32 lap = position / stages.number, stage = position - lap * stages.number;
             if (row == 0) barrier_wait(stages.empty + 8 * stage, lap % 2 ^ 1);
             Group group;
             source.expand(group, words[d]);
             const uint2 codes = group.codes(largest[d]);
-            const u32 target = stages.activation_tile(stage) + swizzled(row, lane / 2) + lane % 2 * 8;
+            const u32 target = stages.activation_tile(stage, slot) + swizzled(row, lane / 2) + lane % 2 * 8;
             asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(codes.x), "r"(codes.y) : "memory");
-            if (lane == 0) stages.stage_scales(stage)[row] = group_scale(largest[d]);
+            if (lane == 0) stages.block_scales(stage, slot)[row] = group_scale(largest[d]);
             if (row + 1 == source.rows(this_item)) {
-                source.copy_scales(this_item, stage, lane);
+                source.copy_scales(this_item, stage, slot, lane);
                 fence_async_shared();
                 __syncwarp(mask);
-                if (lane == 0) barrier_arrive(stages.full + 8 * stage);
+                // Who writes the last block of a unit arrives for those that its stage lacks, too.
+                const u32 missing = block + 1 == source.k_blocks ? stages.depth - 1 - slot : 0;
+                if (lane == 0) barrier_arrive_many(stages.full + 8 * stage, 1 + missing * kLoaderArrivals);
             }
         }
         if (single) {
-            item += kDeep * kHalfWarps;
+            item += kDeep * step;
         } else if ((first_row += kDeep) >= source.rows(item)) {
             first_row = 0;
-            item += kHalfWarps;
+            item += step;
         }
     }
 }

@@ -9,52 +9,58 @@
 // Warp roles (384 threads):
 //   warps 0, 1    producers, one lane each, taking stages in turn: one contiguous copy of rows x 128 bytes of w2.
 //   warps 2, 3    loaders, taking stages (FUSED: half-warps) in turn: h, its scales and the weight's.
-//   warps 4..11   two math warpgroups, taking kUnroll stages in turn, each with a sum of its own.
+//   warps 4..11   two math warpgroups, taking stages in turn, each with a sum of its own. FUSED: at first they help the loaders.
 // Barriers: full (a producer + bytes; kLoaderArrivals) and empty (the 4 warps of the math warpgroup that owns the stage) per stage. Named barrier 2: 256
 // math threads, all sums are complete or zero again.
+#define MATRICES 1
 #include "expert_units.cuh"
 
 struct Sums {
     float value[ROWS / 2];
 };
 
-template <u32 kCount>
-DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 parity, u32 scale_low, u32 scale_high, u32 lane) {
-    float partial[kCount][ROWS / 2];
+// The kCount k-blocks of a stage. The scales are read while the products run: a stage whose reads have only been issued must not be released.
+template <u32 kCount> DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 scale_low, u32 scale_high, u32 lane) {
+    float partial[kCount][ROWS / 2], of_weight[kCount][2];
+    float2 of_rows[kCount][ROWS / 8];
 #pragma unroll
-    for (u32 u = 0; u < kCount; ++u) {
-        barrier_wait(stages.full + 8 * (stage + u), parity);
-        fence_registers(partial[u]);
-    }
-    fence_async_shared();
+    for (u32 u = 0; u < kCount; ++u) fence_registers(partial[u]);
     wgmma_fence();
 #pragma unroll
-    for (u32 u = 0; u < kCount; ++u) {
-        const u64 a = matrix_descriptor(stages.weights + (stage + u) * stages.weight_bytes);
-        const u64 x = matrix_descriptor(stages.activation_tile(stage + u));
+    for (u32 i = 0; i < kBlockK / 32; ++i) {
 #pragma unroll
-        for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<ROWS>::multiply(partial[u], a + 2 * i, x + 2 * i, i > 0);
+        for (u32 u = 0; u < kCount; ++u)
+            Wgmma<ROWS>::multiply(partial[u], matrix_descriptor(stages.weight_tile(stage, u)) + 2 * i,
+                                  matrix_descriptor(stages.activation_tile(stage, u)) + 2 * i, i > 0);
     }
     wgmma_commit();
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        const float* scales = stages.block_scales(stage, u);
+        of_weight[u][0] = scales[ROWS + scale_low], of_weight[u][1] = scales[ROWS + scale_high];
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(partial[u]);
-        const float* scales = stages.stage_scales(stage + u);
-        const float low = scales[ROWS + scale_low], high = scales[ROWS + scale_high];
+        fence_registers(of_weight[u]);
 #pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
-            sum.value[4 * j] += scale.x * low * partial[u][4 * j];
-            sum.value[4 * j + 1] += scale.y * low * partial[u][4 * j + 1];
-            sum.value[4 * j + 2] += scale.x * high * partial[u][4 * j + 2];
-            sum.value[4 * j + 3] += scale.y * high * partial[u][4 * j + 3];
-        }
+        for (u32 j = 0; j < ROWS / 8; ++j) asm volatile("" : "+f"(of_rows[u][j].x), "+f"(of_rows[u][j].y)::"memory");
     }
     __syncwarp();
-    if (lane == 0) {
+    if (lane == 0) barrier_arrive(stages.empty + 8 * stage);
 #pragma unroll
-        for (u32 u = 0; u < kCount; ++u) barrier_arrive(stages.empty + 8 * (stage + u));
+    for (u32 u = 0; u < kCount; ++u) {
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) {
+            const float2 scale = of_rows[u][j];
+            sum.value[4 * j] += scale.x * of_weight[u][0] * partial[u][4 * j];
+            sum.value[4 * j + 1] += scale.y * of_weight[u][0] * partial[u][4 * j + 1];
+            sum.value[4 * j + 2] += scale.x * of_weight[u][1] * partial[u][4 * j + 2];
+            sum.value[4 * j + 3] += scale.y * of_weight[u][1] * partial[u][4 * j + 3];
+        }
     }
 }
 
@@ -78,16 +84,16 @@ struct PairSource {
         const u32 unit = item / k_blocks, block = item - unit * k_blocks;
         const float4* source =
             reinterpret_cast<const float4*>(h + (static_cast<i64>(units.first_row(unit) + row) * k_blocks + block) * kBlockK) + lane * 2;
-        words.low = source[0], words.high = source[1];
+        words.low = __ldcg(source), words.high = __ldcg(source + 1);  // past L1: this CTA may be older than h
     }
     DEVICE void expand(Group& group, const Words& words) const {
         group.value[0] = words.low.x, group.value[1] = words.low.y, group.value[2] = words.low.z, group.value[3] = words.low.w;
         group.value[4] = words.high.x, group.value[5] = words.high.y, group.value[6] = words.high.z, group.value[7] = words.high.w;
     }
-    DEVICE void copy_scales(u32 item, u32 stage, u32 lane) const {
+    DEVICE void copy_scales(u32 item, u32 stage, u32 slot, u32 lane) const {
         const u32 unit = item / k_blocks, block = item - unit * k_blocks;
         if (lane < 2)
-            copy_4_bytes(smem_address(stages.stage_scales(stage) + ROWS + lane),
+            copy_4_bytes(smem_address(stages.block_scales(stage, slot) + ROWS + lane),
                          scale_b + units.expert[unit] * scale_b_stride + static_cast<i64>(block) * scale_b_row + weight_block + lane);
         barrier_arrive_after_copies(stages.full + 8 * stage);
     }
@@ -98,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
 experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
              const int* expert_map, const float* router_weights, i64 weight_stride,
              i64 scale_b_stride, i64 scale_h_block_stride, u32 m, u32 top_k, u32 num_groups, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_b_row,
-             u32 rows, u32 ring_bytes, u32 wide_ids, u32 out_type) {
+             u32 rows, u32 ring_bytes, u32 stage_bytes, u32 wide_ids, u32 out_type) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: ring | barriers | sums [2][m][rows] | router weight and token of each sorted pair | units
     const u32 pairs = m * top_k;
@@ -109,12 +115,6 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     Units units;
     units.place(reinterpret_cast<u8*>(token_of + pairs), num_groups, pairs, pairs);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 full = smem_address(barriers);
-    if (threadIdx.x < kMaxStages) {
-        barrier_init(full + 8 * threadIdx.x, 1 + kLoaderArrivals);
-        barrier_init(full + 8 * (kMaxStages + threadIdx.x), 4);
-    }
-    barrier_init_fence();
     launch_next_kernel();
 
     // Ids and router weights are older than the kernels before this one, each of which lets the next start only once they are written.
@@ -130,23 +130,30 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     }
     const bool in_turn_of_columns = __syncthreads_or(repeated);
     Stages stages;
-    stages.place(shared, ring_bytes, rows * kBlockK, full);
+    stages.place(shared, ring_bytes, rows * kBlockK, stage_bytes, k_blocks, smem_address(barriers));
+    stages.init_barriers(1, 4);
     const u32 tiles = ceil_div(n, rows);
+#if FUSED
+    // The math warps have nothing to do before the first stages are full: they help to fill them.
+    constexpr u32 kAllHalves = kLoaderHalves + kMathThreads / kGroupLanes;
+    const u32 items = units.number * k_blocks;
+    const u32 together = min(items, stages.number / stages.per_unit * k_blocks + stages.number % stages.per_unit * stages.depth);
+#endif
 
     if (warp < 2) {
         if (elect_lane()) {
             Ring ring;
-            u32 turn = warp;
             for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
                 const u32 bytes = min(rows, n_aligned - tile * rows) * kBlockK;
                 for (u32 unit = 0; unit < units.number; ++unit) {
                     const u8* source = weight + units.expert[unit] * weight_stride + static_cast<i64>(tile * rows) * kBlockK;
-                    for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number), turn ^= 1) {
-                        if (turn != 0) continue;
+                    for (u32 first = 0; first < k_blocks; first += stages.depth, ring.advance(stages.number)) {
+                        if (ring.stage % 2 != warp) continue;
+                        const u32 count = min(stages.depth, k_blocks - first), bar = stages.full + 8 * ring.stage;
                         barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
-                        barrier_expect(stages.full + 8 * ring.stage, bytes);
-                        bulk_copy(stages.weights + ring.stage * stages.weight_bytes, source + static_cast<i64>(block) * n_aligned * kBlockK, bytes,
-                                  stages.full + 8 * ring.stage);
+                        barrier_expect(bar, count * bytes);
+                        for (u32 slot = 0; slot < count; ++slot)
+                            bulk_copy(stages.weight_tile(ring.stage, slot), source + static_cast<i64>(first + slot) * n_aligned * kBlockK, bytes, bar);
                     }
                 }
             }
@@ -155,28 +162,36 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     } else if (warp < 4) {
         wait_for_previous_kernel();
 #if FUSED
-        const u32 items = units.number * k_blocks;
-        u32 position = 0;  // of a tile's first item in the walk around the ring
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += items) {
+        u32 position = 0;  // of a tile's first stage in the walk around the ring
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += units.number * stages.per_unit) {
             const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, tile * rows / 128, scale_b_row, stages};
-            quantise_items<4>(source, stages, position, items, (warp - 2) * 2 + lane / kGroupLanes);
+            const u32 half_warp = (warp - 2) * 2 + lane / kGroupLanes;
+            if (position == 0) quantise_items<3>(source, stages, 0, half_warp, together, kAllHalves);
+            quantise_items<3>(source, stages, position, (position == 0 ? together : 0) + half_warp, items, kLoaderHalves);
         }
 #else
         Ring ring;
-        u32 turn = warp & 1;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 unit = 0; unit < units.number; ++unit) {
+                if (stages.per_unit == 1 && ring.stage % 2 != warp % 2) {
+                    ring.advance(stages.number);
+                    continue;
+                }
                 const u32 first = units.first_row(unit), unit_rows = units.rows(unit);
                 CodeSource source;
                 source.set(unit_rows, lane, [&](u32 row) { return static_cast<const u8*>(h) + static_cast<i64>(first + row) * k_blocks * kBlockK; });
                 const bool of_weight = lane >= ROWS && lane < ROWS + 2;
                 const float* scale = of_weight ? scale_b + units.expert[unit] * scale_b_stride + tile * rows / 128 + lane - ROWS : scale_h + first + lane;
                 const i64 step = of_weight ? scale_b_row : scale_h_block_stride;
-                for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number), turn ^= 1) {
-                    if (turn != 0) continue;
+                for (u32 first_block = 0; first_block < k_blocks; first_block += stages.depth, ring.advance(stages.number)) {
+                    if (ring.stage % 2 != warp % 2) continue;
                     barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
-                    source.copy(stages.activation_tile(ring.stage), block, lane);
-                    if (of_weight || lane < unit_rows) copy_4_bytes(smem_address(stages.stage_scales(ring.stage) + lane), scale + block * step);
+                    const u32 count = min(stages.depth, k_blocks - first_block);
+                    for (u32 slot = 0; slot < count; ++slot) {
+                        source.copy(stages.activation_tile(ring.stage, slot), first_block + slot, lane);
+                        if (of_weight || lane < unit_rows)
+                            copy_4_bytes(smem_address(stages.block_scales(ring.stage, slot) + lane), scale + (first_block + slot) * step);
+                    }
                     barrier_arrive_after_copies(stages.full + 8 * ring.stage);
                 }
             }
@@ -186,7 +201,14 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
         const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x - 128;
         const u32 low = warp % 4 * 16 + lane / 4, high = low + 8;
         float* const mine = sums + warpgroup * m * rows;
-        wait_for_previous_kernel();  // what comes before may still read what `out` overwrites
+        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
+#if FUSED
+        if (blockIdx.x < tiles) {
+            const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, blockIdx.x * rows / 128, scale_b_row, stages};
+            quantise_items<3>(source, stages, 0, kLoaderHalves + thread / kGroupLanes, together, kAllHalves);
+            __syncwarp();
+        }
+#endif
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 i = thread; i < 2 * m * rows; i += kMathThreads) sums[i] = 0.f;
@@ -197,18 +219,16 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
 #pragma unroll
                 for (u32 i = 0; i < ROWS / 2; ++i) sum.value[i] = 0.f;
                 bool any = false;
-                for (u32 block = 0; block < k_blocks;) {
-                    const u32 count = min(kUnroll - ring.stage % kUnroll, k_blocks - block);
-                    if (ring.stage / kUnroll % 2 == warpgroup) {
-                        any = true;
-                        if (count == kUnroll) {
-                            multiply<kUnroll>(sum, stages, ring.stage, ring.parity, scale_low, scale_high, lane);
-                        } else {
-                            for (u32 u = 0; u < count; ++u) multiply<1>(sum, stages, ring.stage + u, ring.parity, scale_low, scale_high, lane);
-                        }
-                    }
-                    block += count;
-                    for (u32 u = 0; u < count; ++u) ring.advance(stages.number);
+                for (u32 block = 0; block < k_blocks; block += stages.depth, ring.advance(stages.number)) {
+                    if (ring.stage % 2 != warpgroup) continue;
+                    any = true;
+                    const u32 count = min(stages.depth, k_blocks - block);
+                    barrier_wait(stages.full + 8 * ring.stage, ring.parity);
+                    if (!FUSED) fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
+                    if (count == 1) multiply<1>(sum, stages, ring.stage, scale_low, scale_high, lane);
+                    else if (count == 2) multiply<kAtMost2>(sum, stages, ring.stage, scale_low, scale_high, lane);
+                    else if (count == 3) multiply<kAtMost3>(sum, stages, ring.stage, scale_low, scale_high, lane);
+                    else multiply<kMaxDepth>(sum, stages, ring.stage, scale_low, scale_high, lane);
                 }
                 if (!any) continue;
                 // A warp owns its rows of `mine`; lanes differ in rows and tokens, unless a token is there twice.

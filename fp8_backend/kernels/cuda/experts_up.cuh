@@ -1,26 +1,27 @@
-// The first GEMM of the experts for few tokens, and the masked grouped GEMM: for each group g, out = a_g . weight_g^T with block scales, limited by how
-// fast the weights of the groups that have rows stream from memory.
+// The first GEMM of the experts for few tokens: out[row of the sorted pairs, column] = silu(gate) * up in float32, limited by how fast the weights of
+// the experts that have tokens stream from memory.
 //
-// Weights take wgmma's 64-row side, rows of activations its N side (ROWS = 8, 16 or 64). The work is a line of row groups (8 rows of the weight, or with
-// GATED = 1 8 gate rows and the 8 up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that
-// into tiles of at most `tile_groups`. So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
+// Weights take wgmma's 64-row side, rows of activations its N side (ROWS = 8 or 16). The work is a line of row groups (8 gate rows of the weight and the 8
+// up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that into tiles of at most `tile_groups`.
+// So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
 //
-// GATED = 1: out[row of the sorted pairs, column] = silu(gate) * up, float32. GATED = 0: out[group, row, column] in out_type.
-// FUSED = 1: x has 16-bit elements, and the loaders quantise what a stage needs. FUSED = 0: codes and scales.
+// FUSED = 1: x has 16-bit elements in rows that start at 16-byte boundaries and are zero up to the next, and the loaders quantise what a stage needs.
+// FUSED = 0: codes and scales.
 //
 // Warp roles (384 threads):
-//   warps 0, 1    producers, one lane each: gate rows, up rows of each stage. GATED = 0: warp 0 alone.
+//   warps 0, 1    producers, one lane each: gate rows, up rows of each stage.
 //   warps 2, 3    loaders, taking stages in turn: activations, their scales and the weight's.
-//   warps 4..11   two math warpgroups, taking kUnroll stages in turn; at the end of a tile one hands its sums to the other, in turn.
+//   warps 4..11   two math warpgroups, taking stages in turn; at the end of a tile one hands its sums to the other, in turn.
 // Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4
 // warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3: 256 math threads, sums are handed over.
+#define MATRICES 2
 #include "expert_units.cuh"
 
-constexpr u32 kProducers = GATED ? 2 : 1;
-constexpr u32 kGroupBytes = (GATED ? 2 : 1) * 8 * kBlockK;
+constexpr u32 kProducers = 2;
+constexpr u32 kGroupBytes = 2 * 8 * kBlockK;
 
 struct Tile {
-    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of the weight (of gate); groups: of 8 rows of it
+    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of gate; groups: of 8 rows of it
 };
 
 // A CTA's run of row groups, cut into tiles: every role walks it by itself.
@@ -45,7 +46,7 @@ struct Walk {
 };
 
 struct Sums {
-    float first[ROWS / 2], second[ROWS / 2];  // gate and up; or rows 0..63 and 64..127
+    float first[ROWS / 2], second[ROWS / 2];  // gate, up
 };
 
 // Which of the weight scales of a stage belong to a lane's rows.
@@ -53,54 +54,61 @@ struct ScaleIndex {
     u32 first_low, first_high, second_low, second_high;
 };
 
+// The kCount k-blocks of a stage. The scales are read while the products run: a stage whose reads have only been issued must not be released.
 template <u32 kCount>
-DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 parity, u32 second_offset, const ScaleIndex& index, u32 lane) {
-    float first[kCount][ROWS / 2], second[kCount][ROWS / 2];
+DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 second_offset, const ScaleIndex& index, u32 lane) {
+    float first[kCount][ROWS / 2], second[kCount][ROWS / 2], of_weight[kCount][4];
+    float2 of_rows[kCount][ROWS / 8];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        barrier_wait(stages.full + 8 * (stage + u), parity);
         fence_registers(first[u]);
         fence_registers(second[u]);
     }
-    fence_async_shared();
     wgmma_fence();
 #pragma unroll
-    for (u32 u = 0; u < kCount; ++u) {
-        const u32 base = stages.weights + (stage + u) * stages.weight_bytes;
-        const u64 a = matrix_descriptor(base), b = matrix_descriptor(base + second_offset);
-        const u64 x = matrix_descriptor(stages.activation_tile(stage + u));
+    for (u32 i = 0; i < kBlockK / 32; ++i) {
 #pragma unroll
-        for (u32 i = 0; i < kBlockK / 32; ++i) {
+        for (u32 u = 0; u < kCount; ++u) {
+            const u32 base = stages.weight_tile(stage, u);
+            const u64 a = matrix_descriptor(base), b = matrix_descriptor(base + second_offset), x = matrix_descriptor(stages.activation_tile(stage, u));
             Wgmma<ROWS>::multiply(first[u], a + 2 * i, x + 2 * i, i > 0);
             Wgmma<ROWS>::multiply(second[u], b + 2 * i, x + 2 * i, i > 0);
         }
     }
     wgmma_commit();
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        const float* scales = stages.block_scales(stage, u);
+        of_weight[u][0] = scales[ROWS + index.first_low], of_weight[u][1] = scales[ROWS + index.first_high];
+        of_weight[u][2] = scales[ROWS + index.second_low], of_weight[u][3] = scales[ROWS + index.second_high];
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(first[u]);
         fence_registers(second[u]);
-        const float* scales = stages.stage_scales(stage + u);
-        const float first_low = scales[ROWS + index.first_low], first_high = scales[ROWS + index.first_high];
-        const float second_low = scales[ROWS + index.second_low], second_high = scales[ROWS + index.second_high];
+        fence_registers(of_weight[u]);
 #pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
-            sum.first[4 * j] += scale.x * first_low * first[u][4 * j];
-            sum.first[4 * j + 1] += scale.y * first_low * first[u][4 * j + 1];
-            sum.first[4 * j + 2] += scale.x * first_high * first[u][4 * j + 2];
-            sum.first[4 * j + 3] += scale.y * first_high * first[u][4 * j + 3];
-            sum.second[4 * j] += scale.x * second_low * second[u][4 * j];
-            sum.second[4 * j + 1] += scale.y * second_low * second[u][4 * j + 1];
-            sum.second[4 * j + 2] += scale.x * second_high * second[u][4 * j + 2];
-            sum.second[4 * j + 3] += scale.y * second_high * second[u][4 * j + 3];
-        }
+        for (u32 j = 0; j < ROWS / 8; ++j) asm volatile("" : "+f"(of_rows[u][j].x), "+f"(of_rows[u][j].y)::"memory");
     }
     __syncwarp();
-    if (lane == 0) {
+    if (lane == 0) barrier_arrive(stages.empty + 8 * stage);
 #pragma unroll
-        for (u32 u = 0; u < kCount; ++u) barrier_arrive(stages.empty + 8 * (stage + u));
+    for (u32 u = 0; u < kCount; ++u) {
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) {
+            const float2 scale = of_rows[u][j];
+            sum.first[4 * j] += scale.x * of_weight[u][0] * first[u][4 * j];
+            sum.first[4 * j + 1] += scale.y * of_weight[u][0] * first[u][4 * j + 1];
+            sum.first[4 * j + 2] += scale.x * of_weight[u][1] * first[u][4 * j + 2];
+            sum.first[4 * j + 3] += scale.y * of_weight[u][1] * first[u][4 * j + 3];
+            sum.second[4 * j] += scale.x * of_weight[u][2] * second[u][4 * j];
+            sum.second[4 * j + 1] += scale.y * of_weight[u][2] * second[u][4 * j + 1];
+            sum.second[4 * j + 2] += scale.x * of_weight[u][3] * second[u][4 * j + 2];
+            sum.second[4 * j + 3] += scale.y * of_weight[u][3] * second[u][4 * j + 3];
+        }
     }
 }
 
@@ -112,7 +120,7 @@ struct TileSource {
     const float* router_weights;
     const float* scale_b;
     i64 x_stride;
-    u32 first, count, weight_row, top_k, n, k, scale_b_row, type, vectorised;
+    u32 first, count, weight_row, top_k, n, k, k_blocks, scale_b_row, type;
     const Stages& stages;
 
     struct Words {
@@ -122,8 +130,10 @@ struct TileSource {
     DEVICE u32 rows(u32) const { return count; }
     DEVICE void load(Words& words, u32 block, u32 row, u32 lane, bool exists) const {
         const u32 pair = exists ? units.order[first + row] : 0, column = block * kBlockK + lane * 8;
-        const u32 valid = exists && column < k ? min(k - column, 8u) : 0;
-        words.raw.load(x, static_cast<i64>(pair / top_k) * x_stride + column, valid, vectorised);
+        uint4 bits = {};
+        // Past L1: this CTA may be older than x.
+        if (exists && column < k) bits = __ldcg(reinterpret_cast<const uint4*>(static_cast<const u16*>(x) + static_cast<i64>(pair / top_k) * x_stride + column));
+        words.raw.words[0] = bits.x, words.raw.words[1] = bits.y, words.raw.words[2] = bits.z, words.raw.words[3] = bits.w;
         words.router = exists && router_weights != nullptr ? router_weights[pair] : 1.f;
     }
     DEVICE void expand(Group& group, const Words& words) const {
@@ -133,10 +143,10 @@ struct TileSource {
             for (u32 i = 0; i < 8; ++i) group.value[i] *= words.router;
         }
     }
-    DEVICE void copy_scales(u32 block, u32 stage, u32 lane) const {
+    DEVICE void copy_scales(u32 block, u32 stage, u32 slot, u32 lane) const {
         if (lane < 4) {
             const u32 column = (weight_row + (lane >= 2 ? n : 0)) / 128 + lane % 2;
-            copy_4_bytes(smem_address(stages.stage_scales(stage) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
+            copy_4_bytes(smem_address(stages.block_scales(stage, slot) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
         }
         barrier_arrive_after_copies(stages.full + 8 * stage);
     }
@@ -144,38 +154,25 @@ struct TileSource {
 #endif
 
 extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
-experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
-           const int* expert_map, const float* router_weights,
-           i64 x_stride, i64 x_group_stride, i64 scale_x_group_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
-           u32 top_k, u32 num_groups, u32 most_units, u32 max_rows, u32 n, u32 n_aligned, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups,
-           u32 ring_bytes, u32 wide_ids, u32 x_type, u32 x_vectorised, u32 out_type) {
+experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, float* out, const void* ids,
+           const int* expert_map, const float* router_weights, i64 x_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
+           u32 top_k, u32 num_groups, u32 n, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups, u32 ring_bytes, u32 stage_bytes, u32 wide_ids,
+           u32 x_type) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: ring | barriers | handed-over sums | units
     u8* const barriers = shared + ring_bytes;
     u8* const handed_over = barriers + 2 * kMaxStages * 8;
     Units units;
-    units.place(handed_over + ROWS * 512, num_groups, pairs, most_units);
+    units.place(handed_over + ROWS * 512, num_groups, pairs, pairs);
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 full = smem_address(barriers);
-    if (threadIdx.x < kMaxStages) {
-        barrier_init(full + 8 * threadIdx.x, kProducers + kLoaderArrivals);
-        barrier_init(full + 8 * (kMaxStages + threadIdx.x), 4);
-    }
-    barrier_init_fence();
 
     // Expert ids are older than the kernel that quantised the activations, which lets this one start only once they are written.
-    if (FUSED || !GATED) wait_for_previous_kernel();
+    if (FUSED) wait_for_previous_kernel();
     launch_next_kernel();
-#if GATED
     units.sort(ids, wide_ids, expert_map, pairs, num_groups);
     units.list(num_groups);
     units.fill_order(pairs);
-#else
-    for (u32 g = threadIdx.x; g < num_groups; g += kThreads) units.count[g] = min(static_cast<u32>(max(static_cast<const int*>(ids)[g], 0)), max_rows);
-    __syncthreads();
-    units.list(num_groups);
-#endif
-    const u32 unit_groups = GATED ? n / 8 : n_aligned / 8;
+    const u32 unit_groups = n / 8;
     const u32 run = ceil_div(units.number * unit_groups, gridDim.x);
     if (run == 0) {
         wait_for_previous_kernel();  // nobody may take this kernel's end for that of the one before
@@ -183,7 +180,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
     }
     const u32 widest = ceil_div(run, ceil_div(run, tile_groups));
     Stages stages;
-    stages.place(shared, ring_bytes, widest * kGroupBytes, full);
+    stages.place(shared, ring_bytes, widest * kGroupBytes, stage_bytes, k_blocks, smem_address(barriers));
+    stages.init_barriers(kProducers, 4);
     Walk walk(units, unit_groups, widest, run);
     Tile tile;
     Ring ring;
@@ -193,28 +191,31 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             while (walk.advance(tile)) {
                 const u32 bytes = tile.groups * 8 * kBlockK;
                 const u8* source = weight + tile.expert * weight_stride + static_cast<i64>(tile.row + warp * n) * kBlockK;
-                for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number)) {
+                for (u32 block = 0; block < k_blocks; ring.advance(stages.number)) {
+                    const u32 count = min(stages.depth, k_blocks - block), bar = stages.full + 8 * ring.stage;
                     barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
-                    barrier_expect(stages.full + 8 * ring.stage, bytes);
-                    bulk_copy(stages.weights + ring.stage * stages.weight_bytes + warp * bytes, source, bytes, stages.full + 8 * ring.stage);
-                    source += static_cast<i64>(n_aligned) * kBlockK;
+                    barrier_expect(bar, count * bytes);
+                    for (u32 slot = 0; slot < count; ++slot, ++block, source += static_cast<i64>(2 * n) * kBlockK)
+                        bulk_copy(stages.weight_tile(ring.stage, slot) + warp * bytes, source, bytes, bar);
                 }
             }
         }
         __syncwarp();
     } else if (warp == 2 || warp == 3) {
         wait_for_previous_kernel();
-        u32 item = 0;
+#if FUSED
+        u32 position = 0;  // of a tile's first stage in the walk around the ring
+#endif
         while (walk.advance(tile)) {
             const u32 first = units.first_row(tile.unit);
 #if FUSED
             const TileSource source{x, units, router_weights, scale_b + tile.expert * scale_b_stride, x_stride, first, tile.rows, tile.row, top_k, n, k,
-                                    scale_b_row, x_type, x_vectorised, stages};
-            quantise_items<6>(source, stages, item, k_blocks, (warp - 2) * 2 + lane / kGroupLanes);
-            item += k_blocks;
+                                    k_blocks, scale_b_row, x_type, stages};
+            quantise_items<4>(source, stages, position, (warp - 2) * 2 + lane / kGroupLanes, k_blocks, kLoaderHalves);
+            __syncwarp();
+            position += stages.per_unit;
 #else
             constexpr u32 kScaleRounds = (kStageScales + 31) / 32;
-            const u32 chunk = units.chunk[tile.unit] * ROWS;
             // Scale i of a stage, for the lane's i: lane, lane + 32, ...: of row i of the activations, or of block i - ROWS of the weight.
             const float* scale_of[kScaleRounds];
             i64 scale_step[kScaleRounds];
@@ -222,33 +223,31 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             for (u32 s = 0; s < kScaleRounds; ++s) {
                 const u32 i = s * 32 + lane;
                 scale_of[s] = nullptr;
-                if (i >= ROWS && i < ROWS + (GATED ? 4 : 2)) {
+                if (i >= ROWS && i < ROWS + 4) {
                     const u32 row = tile.row + (i - ROWS >= 2 ? n : 0);
                     scale_of[s] = scale_b + tile.expert * scale_b_stride + row / 128 + (i - ROWS) % 2;
                     scale_step[s] = scale_b_row;
                 } else if (i < tile.rows) {
-                    const u32 row = GATED ? units.order[first + i] / top_k : chunk + i;
-                    scale_of[s] = scale_x + (GATED ? 0 : tile.expert * scale_x_group_stride) + row;
+                    scale_of[s] = scale_x + units.order[first + i] / top_k;
                     scale_step[s] = scale_x_block_stride;
                 }
             }
-            auto copy_scales = [&](u32 stage, u32 block) {
-                const u32 target = smem_address(stages.stage_scales(stage));
-#pragma unroll
-                for (u32 s = 0; s < kScaleRounds; ++s)
-                    if (scale_of[s] != nullptr) copy_4_bytes(target + (s * 32 + lane) * 4, scale_of[s] + block * scale_step[s]);
-                barrier_arrive_after_copies(stages.full + 8 * stage);
-            };
             CodeSource source;
             source.set(tile.rows, lane, [&](u32 row) {
-                const u32 from = GATED ? units.order[first + row] / top_k : chunk + row;
-                return static_cast<const u8*>(x) + (GATED ? 0 : tile.expert * x_group_stride) + from * x_stride;
+                return static_cast<const u8*>(x) + units.order[first + row] / top_k * x_stride;
             });
-            for (u32 block = 0; block < k_blocks; ++block, ++item, ring.advance(stages.number)) {
-                if (((item ^ warp) & 1) != 0) continue;
+            for (u32 first_block = 0; first_block < k_blocks; first_block += stages.depth, ring.advance(stages.number)) {
+                if (ring.stage % 2 != warp % 2) continue;
                 barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
-                source.copy(stages.activation_tile(ring.stage), block, lane);
-                copy_scales(ring.stage, block);
+                const u32 count = min(stages.depth, k_blocks - first_block);
+                for (u32 slot = 0; slot < count; ++slot) {
+                    const u32 target = smem_address(stages.block_scales(ring.stage, slot));
+                    source.copy(stages.activation_tile(ring.stage, slot), first_block + slot, lane);
+#pragma unroll
+                    for (u32 s = 0; s < kScaleRounds; ++s)
+                        if (scale_of[s] != nullptr) copy_4_bytes(target + (s * 32 + lane) * 4, scale_of[s] + (first_block + slot) * scale_step[s]);
+                }
+                barrier_arrive_after_copies(stages.full + 8 * ring.stage);
             }
 #endif
         }
@@ -263,20 +262,17 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
             for (u32 i = 0; i < ROWS / 2; ++i) sum.first[i] = sum.second[i] = 0.f;
             const u32 in_block = tile.row % 128;
             const u32 half_low = (in_block + low) / 128, half_high = (in_block + high) / 128;
-            const ScaleIndex index = GATED ? ScaleIndex{half_low, half_high, 2 + half_low, 2 + half_high}
-                                           : ScaleIndex{half_low, half_high, (in_block + 64 + low) / 128, (in_block + 64 + high) / 128};
-            const u32 second_offset = (GATED ? tile.groups * 8 : 64) * kBlockK;
-            for (u32 block = 0; block < k_blocks;) {
-                const u32 in_turn = ring.stage % kUnroll, count = min(kUnroll - in_turn, k_blocks - block);
-                if (ring.stage / kUnroll % 2 == warpgroup) {
-                    if (count == kUnroll) {
-                        multiply<kUnroll>(sum, stages, ring.stage, ring.parity, second_offset, index, lane);
-                    } else {
-                        for (u32 u = 0; u < count; ++u) multiply<1>(sum, stages, ring.stage + u, ring.parity, second_offset, index, lane);
-                    }
-                }
-                block += count;
-                for (u32 u = 0; u < count; ++u) ring.advance(stages.number);
+            const ScaleIndex index{half_low, half_high, 2 + half_low, 2 + half_high};
+            const u32 second_offset = tile.groups * 8 * kBlockK;
+            for (u32 block = 0; block < k_blocks; block += stages.depth, ring.advance(stages.number)) {
+                if (ring.stage % 2 != warpgroup) continue;
+                const u32 count = min(stages.depth, k_blocks - block);
+                barrier_wait(stages.full + 8 * ring.stage, ring.parity);
+                if (!FUSED) fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
+                if (count == 1) multiply<1>(sum, stages, ring.stage, second_offset, index, lane);
+                else if (count == 2) multiply<kAtMost2>(sum, stages, ring.stage, second_offset, index, lane);
+                else if (count == 3) multiply<kAtMost3>(sum, stages, ring.stage, second_offset, index, lane);
+                else multiply<kMaxDepth>(sum, stages, ring.stage, second_offset, index, lane);
             }
 
             // A thread gives, at its next tile, into the place it has just read: no barrier says that the place is free.
@@ -300,14 +296,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                 for (u32 i = 0; i < 4; ++i) {
                     const u32 token = j * 8 + lane % 4 * 2 + i % 2, row = i < 2 ? low : high;
                     if (token >= tile.rows) continue;
-#if GATED
                     if (row < tile.groups * 8)
-                        static_cast<float*>(out)[static_cast<i64>(first_row + token) * n + tile.row + row] = first[i] / (1.f + expf(-first[i])) * second[i];
-#else
-                    const i64 line = (static_cast<i64>(tile.expert) * max_rows + units.chunk[tile.unit] * ROWS + token) * n + tile.row;
-                    if (row < tile.groups * 8 && tile.row + row < n) store_element(out, line + row, out_type, first[i]);
-                    if (row + 64 < tile.groups * 8 && tile.row + row + 64 < n) store_element(out, line + row + 64, out_type, second[i]);
-#endif
+                        out[static_cast<i64>(first_row + token) * n + tile.row + row] = first[i] / (1.f + expf(-first[i])) * second[i];
                 }
             }
         }
