@@ -20,7 +20,7 @@ TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
 HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
-# CTAs a multiprocessor and the shared memory of each: all of it, or half, the other half to the next kernel or a second CTA.
+# CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
 RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
 

@@ -23,7 +23,8 @@
 #include "wgmma.cuh"
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
-constexpr u32 kUnroll = TOKENS == 8 ? 4 : TOKENS == 16 ? 2 : 1;
+constexpr u32 kUnroll = TOKENS <= 16 ? 4 : TOKENS == 32 ? 2 : 1;
+constexpr bool kEarlyScales = TOKENS <= 32;  // read while wgmma runs; with 64 tokens there are no registers for it
 constexpr u32 kMathWarps = 8, kThreads = 384, kProducers = FUSED ? 2 : 4;
 constexpr u32 kQuantisers = kThreads - 32 * kProducers, kRequested = kQuantisers + 32;  // threads of named barriers 1 and 3
 constexpr u32 kStageScales = (FUSED ? 0 : TOKENS) + kScaleFloats;  // floats a stage: of the tokens, of the weight
@@ -100,20 +101,12 @@ struct Sums {
 };
 
 struct Stages {
-    u32 base, bytes, weight_bytes, count, full, empty;
-    const float* scales;
-
-    // Says that this warp has read a stage: all of its lanes, which one lane's arrival does not imply.
-    DEVICE void release(u32 stage, u32 lane) const {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
-    }
+    u32 base, bytes, weight_bytes, count, full, empty, scales;
 };
 
 // FUSED: tokens and their scales by k-block of this CTA.
 struct Resident {
-    u32 codes;
-    const float* scales;
+    u32 codes, scales;
 };
 
 // kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales.
@@ -126,7 +119,7 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
     for (u32 u = 0; u < kCount; ++u) {
         stage[u] = ring.stage;
         barrier_wait(stages.full + 8 * stage[u], ring.parity);
-        ring.advance(stages.count);
+        if (kCount > 1) ring.advance(stages.count);  // with one block later: saves the register in which its stage would wait
         fence_registers(partial[u]);
     }
     wgmma_fence();
@@ -139,24 +132,37 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
         for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
     }
     wgmma_commit();
+    // A lane's scales: of its two rows of the weight, and of its two tokens in each group of 8. Read while wgmma runs, where registers allow.
+    float low[kCount], high[kCount];
+    float2 scale[kCount][kTokenGroups];
+    auto load_scale = [&](u32 u, u32 j) {
+        const u32 base = FUSED ? resident.scales + (block + u) * TOKENS * 4 : stages.scales + stage[u] * kStageScales * 4;
+        scale[u][j] = load_shared_pair(base + (j * 8 + lane % 4 * 2) * 4);
+    };
+#pragma unroll
+    for (u32 u = 0; u < kCount; ++u) {
+        const u32 base = stages.scales + ((stage[u] + 1) * kStageScales - kScaleFloats) * 4;
+        low[u] = load_shared(base + scale_low * 4);
+        high[u] = load_shared(base + scale_high * 4);
+#pragma unroll
+        for (u32 j = 0; j < kTokenGroups && kEarlyScales; ++j) load_scale(u, j);
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(partial[u]);
-        const float* stage_scales = stages.scales + stage[u] * kStageScales;
-        const float* scale_x = FUSED ? resident.scales + (block + u) * TOKENS : stage_scales;
-        const float low = stage_scales[kStageScales - kScaleFloats + scale_low], high = stage_scales[kStageScales - kScaleFloats + scale_high];
 #pragma unroll
         for (u32 j = 0; j < kTokenGroups; ++j) {
-            const float2 scale = *reinterpret_cast<const float2*>(scale_x + j * 8 + lane % 4 * 2);
-            sum.value[4 * j] += scale.x * low * partial[u][4 * j];
-            sum.value[4 * j + 1] += scale.y * low * partial[u][4 * j + 1];
-            sum.value[4 * j + 2] += scale.x * high * partial[u][4 * j + 2];
-            sum.value[4 * j + 3] += scale.y * high * partial[u][4 * j + 3];
+            if (!kEarlyScales) load_scale(u, j);
+            sum.value[4 * j] += scale[u][j].x * low[u] * partial[u][4 * j];
+            sum.value[4 * j + 1] += scale[u][j].y * low[u] * partial[u][4 * j + 1];
+            sum.value[4 * j + 2] += scale[u][j].x * high[u] * partial[u][4 * j + 2];
+            sum.value[4 * j + 3] += scale[u][j].y * high[u] * partial[u][4 * j + 3];
         }
-        fence_registers(sum.value);  // the scales are in registers, not on their way: the stage may go
-        stages.release(stage[u], lane);
+        __syncwarp();  // one lane arrives for all
+        if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kTokenGroups - 1].y);
     }
+    if (kCount == 1) ring.advance(stages.count);
 }
 
 struct Output {
@@ -212,7 +218,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     const u32 exchanged = empty + num_stages * 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
-    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, scales};
+    const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, smem_address(scales)};
     const u32 first_tile = blockIdx.x / SPLIT, tile_step = gridDim.x / SPLIT;
     const u32 first_block = k_blocks * rank / SPLIT, blocks = k_blocks * (rank + 1) / SPLIT - first_block;
 
@@ -290,7 +296,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
         const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
         const u32 source = k_halves ? rank * 2 + warpgroup : rank;
-        const Resident resident_tokens{smem_address(resident), resident_scales};
+        const Resident resident_tokens{smem_address(resident), smem_address(resident_scales)};
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_paired};
         Ring ring;
         for (u32 first_row_of_tile = first_tile * rows; first_row_of_tile < n; first_row_of_tile += tile_step * rows) {
@@ -306,7 +312,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                     // one that has completed p + 1: they have the same parity.
                     for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
-                        stages.release(ring.stage, lane);
+                        if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
                     }
                 } else if (count == kUnroll) {
                     multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);

@@ -50,6 +50,22 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
+// Shared-memory loads that stay where and in the order they are written. They complete in that order.
+DEVICE float load_shared(u32 address) {
+    float value;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+DEVICE float2 load_shared_pair(u32 address) {
+    float2 value;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+    return value;
+}
+// Arrives once `seen` has been loaded, which is never NaN: an arrival does not wait for loads under way (measured: with two CTAs on a
+// multiprocessor, data was overwritten between the load's issue and its execution).
+DEVICE void barrier_arrive_after(u32 barrier, float seen) {
+    asm volatile("{ .reg .pred p; setp.num.f32 p, %1, %1; @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier), "f"(seen) : "memory");
+}
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Ordinary writes to shared memory become visible to wgmma and to bulk copies.
