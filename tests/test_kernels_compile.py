@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fp8_backend.kernels import gemm, heuristics, quantize
+from fp8_backend.kernels import decode, gemm, heuristics, quantize
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 
 SPECS = [quantize.SPEC, *(config.spec() for config in heuristics.all_configs())]
@@ -25,7 +25,7 @@ def test_the_set_is_bounded():
 # A parameter more or less on one side would shift all that follow it.
 @pytest.mark.parametrize(
     ("file", "layout"),
-    [("gemm.cuh", gemm._GEMM_LAYOUT), ("decode.cuh", gemm._DECODE_LAYOUT), ("quantize.cuh", quantize._LAYOUT)],
+    [("gemm.cuh", gemm._GEMM_LAYOUT), ("decode.cuh", decode._LAYOUT), ("quantize.cuh", quantize._LAYOUT)],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
     signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
