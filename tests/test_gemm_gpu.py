@@ -110,6 +110,8 @@ def test_every_gemm_config(config, packed, out_dtype):
 @pytest.mark.parametrize("rows", [8, 40, 72, 128])
 @pytest.mark.parametrize("shared_bytes", [MAX_SHARED_BYTES, heuristics.HALF_SHARED_BYTES])
 def test_every_decode_config(config, rows, shared_bytes):
+    if rows > config.max_rows:
+        pytest.skip(f"{config.tokens} tokens leave room for {config.max_rows} rows")
     m, n, k = config.tokens - 1, 712, 2176
     codes, scale = make_weight(n, k)
     x, bias = make_x(m, k), make_x(1, n)[0]
@@ -132,7 +134,7 @@ def test_every_decode_config(config, rows, shared_bytes):
 
 # Stages were once released while other lanes of the warp still read them: wrong with two CTAs a multiprocessor, few
 # stages and launches that overlap (docs/kernel-notes.md, 2026-11-24).
-@pytest.mark.parametrize(("tokens", "rows"), [(8, 96), (16, 72), (32, 128), (64, 96)])
+@pytest.mark.parametrize(("tokens", "rows"), [(8, 96), (16, 72), (32, 64), (64, 56)])
 def test_overlapping_launches_give_the_same_bits(tokens, rows):
     n, k, config = 24_576, 1536, DecodeConfig(tokens, False, 1)
     codes, scale = make_weight(n, k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES, DecodeChoice, all_configs, select, select_gemm
-from fp8_backend.kernels.problem import H200, MAX_DECODE_ROWS, MAX_SHARED_BYTES, GemmProblem, Machine
+from fp8_backend.kernels.problem import H200, MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import ceil_div
 
 # Widths of DeepSeek-V3 and Qwen3 at several tensor-parallel sizes, and odd ones: below, at and off every tile width.
@@ -20,7 +20,7 @@ SMALLER = Machine(78, (36, 16, 6))
 def check_decode(problem, choice):
     config, k_blocks = choice.config, problem.k_blocks
     assert config.tokens >= problem.m and config.split <= max(1, k_blocks)
-    assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
+    assert choice.rows % 8 == 0 and 8 <= choice.rows <= config.max_rows
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
     tiles = ceil_div(problem.n, choice.rows)

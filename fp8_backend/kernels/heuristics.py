@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fp8_backend.kernels.problem import (
-    MAX_DECODE_ROWS,
     MAX_DECODE_TOKENS,
     MAX_SHARED_BYTES,
     DecodeConfig,
@@ -115,7 +114,7 @@ def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iter
         if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
         most = ctas * problem.machine.max_clusters(config.split)
-        for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
+        for rows in range(8, min(config.max_rows, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
             num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
             if not num_stages or (config.split > 1 and tiles > most):

@@ -104,7 +104,12 @@ class DecodeConfig:
     @property
     def unroll(self) -> int:
         """k-blocks whose wgmma are in flight together; the least number of stages."""
-        return 4 if self.tokens == 8 else 2 if self.tokens == 16 else 1
+        return 2 if self.tokens == 64 else 4
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows of the weight that a CTA takes: from 32 tokens on its math warpgroups share the same 64."""
+        return 64 if self.tokens >= 32 else MAX_DECODE_ROWS
 
     def shared_bytes(self, rows: int, k_blocks: int, num_stages: int) -> int:
         """Return the dynamic shared memory of a CTA, laid out as decode.cuh says.
@@ -114,7 +119,7 @@ class DecodeConfig:
         weight = rows * BLOCK
         stage = weight + (0 if self.fused else self.tokens * BLOCK)
         resident = ceil_div(k_blocks, self.split) if self.fused else 0
-        slices, sources = (4, 2 * self.split) if rows <= 64 else (8, self.split)
+        slices, sources = (4, self.split * (1 if self.tokens >= 32 else 2)) if rows <= 64 else (8, self.split)
         exchange = ceil_div(slices * self.tokens // 8, self.split) * sources * 512
         scales = (resident if self.fused else num_stages) * self.tokens * 4
         laid_out = num_stages * (stage + _STAGE_EXTRA_BYTES) + resident * self.tokens * BLOCK + exchange + scales + 8

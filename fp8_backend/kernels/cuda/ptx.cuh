@@ -61,10 +61,13 @@ DEVICE float2 load_shared_pair(u32 address) {
     asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
     return value;
 }
-// Arrives once `seen` has been loaded, which is never NaN: an arrival does not wait for loads under way (measured: with two CTAs on a
-// multiprocessor, data was overwritten between the load's issue and its execution).
+// Arrives once `seen` has been loaded, whatever it is: an arrival does not wait for loads under way (measured: with two CTAs on a
+// multiprocessor, data was overwritten between the load's issue and its execution). Both branches arrive; the predicate waits.
 DEVICE void barrier_arrive_after(u32 barrier, float seen) {
-    asm volatile("{ .reg .pred p; setp.num.f32 p, %1, %1; @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier), "f"(seen) : "memory");
+    asm volatile(
+        "{ .reg .pred p; setp.num.f32 p, %1, %1; @p mbarrier.arrive.shared::cta.b64 _, [%0]; @!p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
+            barrier),
+        "f"(seen) : "memory");
 }
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
