@@ -73,17 +73,22 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds on one H200. Each constant was fitted to the sweep in docs/kernel-notes.md; they rank
-# kernels within about 15 % and are not meant to predict.
-_LAUNCH_NS = 2000  # from the start of a kernel to its first product, and its end
-_QUANTISE_NS = 1500  # a quantisation kernel ahead of it
+# The cost model, in nanoseconds on one H200. Each constant was fitted to a sweep (docs/kernel-notes.md); they rank
+# kernels (the choice is within 5 % of the best one on average) and are not meant to predict.
+_LAUNCH_NS = 2350  # from the start of a kernel to its first product, and its end
 _STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
-_FILL_BYTES_PER_NS = 37  # what an SM gets from L2, weights on their way from memory included
-_DECODE_BLOCK_NS = 100  # one k-block through a CTA, however small
-_LATE_TOKENS_NS = 300  # a quantisation kernel ahead of a decode kernel, mostly behind the weights' way from memory
-_EXCHANGE_NS = 350  # sums to another CTA of the cluster
-_GROUP_NS = 230  # a half-warp quantises one group more than the four whose latencies overlap
+_FILL_BYTES_PER_NS = 54  # what an SM gets from L2, weights on their way from memory included
+_ROUND_TRIP_NS = 3400  # of a stage, from its release to new data in it, with all SMs at work
+_BLOCK_NS, _BLOCK_TOKEN_NS = 240, 2.6  # one k-block through a CTA, and more for each token
+_BLOCK_ROWS_TOKEN_NS = 30  # and for each where both math warpgroups multiply every k-block
+_SHARED_SM = 1.17  # how much longer a k-block takes beside another CTA
+_OVERLAP = (0.2, 0.3, 0.0)  # of the early stages, the part that arrives before the tokens, by residency
+_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 120, 40, 17  # sums to another CTA of the cluster
+_OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
+_GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
+_LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
+_QUANTISE_NS = 1500  # a quantisation kernel ahead of a GEMM
 # One k-block of a tile, with all SMs at work; the epilogue of a tile.
 _GEMM_NS = {
     (64, 64, 1): (300, 400),
@@ -101,12 +106,13 @@ def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]
 
     There is none for more than 64 tokens.
     """
-    for ctas, shared_bytes in RESIDENCIES:
-        yield from resident_choices(problem, ctas, shared_bytes)
+    for residency in range(len(RESIDENCIES)):
+        yield from resident_choices(problem, residency)
 
 
-def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iterator[tuple[float, DecodeChoice]]:
-    """Yield those with at most `ctas` CTAs a multiprocessor of at most `shared_bytes` of shared memory each."""
+def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[float, DecodeChoice]]:
+    """Yield those of one of `RESIDENCIES`."""
+    ctas, shared_bytes = RESIDENCIES[residency]
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
@@ -123,21 +129,29 @@ def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iter
             limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
             prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
             choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
-            yield _decode_ns(problem, choice), choice
+            yield _decode_ns(problem, choice, residency), choice
 
 
-def _decode_ns(problem: GemmProblem, choice: DecodeChoice) -> float:
-    config = choice.config
+def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> float:
+    config, rows, tokens, m = choice.config, choice.rows, choice.config.tokens, problem.m
+    ctas = RESIDENCIES[residency][0]
     blocks = ceil_div(problem.k_blocks, config.split)
-    rounds = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
-    tokens = 0 if config.fused else config.tokens
-    bytes_a_block = max(choice.rows * BLOCK / _STREAM_BYTES_PER_NS, (choice.rows + tokens) * BLOCK / _FILL_BYTES_PER_NS)
-    stream = blocks * max(bytes_a_block, _DECODE_BLOCK_NS) * rounds
-    exchange = _EXCHANGE_NS + 50 * config.split if config.split > 1 else 0
+    rounds = ceil_div(ceil_div(problem.n, rows) * config.split, choice.grid)
+    both = tokens if rows > 64 else 0
+    block_ns = max(
+        rows * BLOCK / _STREAM_BYTES_PER_NS * ctas,
+        (rows + (0 if config.fused else tokens)) * BLOCK / _FILL_BYTES_PER_NS * ctas,
+        (_BLOCK_NS + _BLOCK_TOKEN_NS * tokens + _BLOCK_ROWS_TOKEN_NS * both) * (_SHARED_SM if ctas > 1 else 1),
+        _ROUND_TRIP_NS / choice.num_stages,
+    )
+    cost = _LAUNCH_NS + (rounds * blocks - _OVERLAP[residency] * min(blocks, choice.prefetch)) * block_ns
+    if config.split > 1:
+        cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
+    else:
+        cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
     if config.fused:
-        groups = ceil_div(problem.m * blocks, _HALF_WARPS)
-        return _LAUNCH_NS + stream + exchange + _GROUP_NS * max(0, groups - 4)
-    return _LAUNCH_NS + stream + exchange + _LATE_TOKENS_NS
+        return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
+    return cost + _LATE_TOKENS_NS + _LATE_GROUP_NS * m * problem.k_blocks
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
