@@ -223,7 +223,9 @@ def test_other_gpu_is_served_by_vllm_with_one_warning(
     warnings = [line for line in caplog_vllm if "NVIDIA L40S" in line]
     assert len(warnings) == 1
     assert all(word in warnings[0] for word in ("8.9", "9.0", "Hopper", "vLLM's own FP8 path"))
-    assert quant_config.summary.line("cuda").startswith("0 of 3 linears use fp8_backend (cuda); 3 linears use vLLM's")
+    assert quant_config.summary.line("cuda").startswith(
+        "0 of 3 linears: fp8_backend sm90; fell back: 3 linears to vLLM's"
+    )
 
 
 def test_other_gpu_is_refused_when_strict(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
