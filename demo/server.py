@@ -18,7 +18,6 @@ from typing import Any
 
 START_TIMEOUT_S = 900  # an H200 needs 75-95 s, most of it torch.compile and graph capture; two busy cores about 40 s
 STOP_TIMEOUT_S = 30
-GROUP_STOP_TIMEOUT_S = 3  # workers end, and say how they fared, up to 2 s after the server
 # Direct: a proxy configured for the outside world has no business with a server on this machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -146,11 +145,7 @@ class Server:
                 self.process.wait(timeout=STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 pass
-        deadline = time.monotonic() + GROUP_STOP_TIMEOUT_S
         try:
-            while self.process.poll() is not None and time.monotonic() < deadline:
-                os.killpg(self.process.pid, 0)
-                time.sleep(0.1)
             os.killpg(self.process.pid, signal.SIGKILL)  # also an engine that outlived a killed server
         except ProcessLookupError:
             pass
