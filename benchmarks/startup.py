@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.storm import COUNTERS, ENVIRONMENT, log_problems
+from benchmarks.storm import COUNTERS, ENVIRONMENT, kernels_ready, log_problems
 from demo.architectures import Size, model_config
 from demo.server import DemoError, Server
 from demo.tokenizer import write_tokenizer
@@ -36,10 +35,6 @@ QWEN3_8B = Size(layers=4, hidden=4096, heads=32, kv_heads=8, intermediate=12288,
 STARTS = {"cold": "auto", "warm": "auto", "warm, forbidden": "forbid"}
 # Seconds the kernels may add to a start on a host of 16 cores.
 LIMITS = {"cold": 15.0, "warm": 1.0, "warm, forbidden": 1.0}
-WARM_UP = re.compile(
-    r"(?P<kernels>\d+) kernels ready in (?P<seconds>[\d.]+) s: "
-    r"(?P<cached>\d+) from the cache, (?P<compiled>\d+) compiled"
-)
 
 
 def write_model(folder: Path, size: Size) -> None:
@@ -75,13 +70,11 @@ def start(name: str, model: Path, folder: Path, log: Path, limit_s: float) -> di
         server.complete("once upon a time", 16)
         faults = log_problems(log.read_text(errors="replace"))  # before it is stopped, on which vLLM writes tracebacks
     text = log.read_text(errors="replace")
-    summary, found = SUMMARY.search(text), WARM_UP.search(text)
+    summary = SUMMARY.search(text)
     return {
         "start": name,
         "server_s": round(server.started_s, 1),
-        "kernels": {key: float(value) if key == "seconds" else int(value) for key, value in found.groupdict().items()}
-        if found
-        else None,
+        "kernels": kernels_ready(text),
         "summary": summary[0] if summary else None,
         "counters": COUNTERS.findall(text),
         "faults": faults,

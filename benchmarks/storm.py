@@ -43,6 +43,10 @@ NEAR_TIE = 0.2
 STREAM_LIMIT_S = 180  # without a byte from the server
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 FAULTS = re.compile(r"Traceback|compiled now, which stalls|CUDA error|EngineDeadError")
+WARM_UP = re.compile(
+    r"(?P<kernels>\d+) kernels ready in (?P<seconds>[\d.]+) s: "
+    r"(?P<cached>\d+) from the cache, (?P<compiled>\d+) compiled"
+)
 COUNTERS = re.compile(r"process \d+: (calls: .*)")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy to this machine
 
@@ -171,6 +175,12 @@ def examine(storm: Storm, before: Stream, after: Stream) -> tuple[dict[str, Any]
     return row, problems
 
 
+def kernels_ready(log: str) -> dict[str, float] | None:
+    """Return what the warm-up's line says: kernels, seconds, cached, compiled; None where there is no such line."""
+    found = WARM_UP.search(log)
+    return {key: float(value) for key, value in found.groupdict().items()} if found else None
+
+
 def log_problems(log: str) -> list[str]:
     """Return the lines of a server's log that a healthy server does not write."""
     lines = [line for line in log.splitlines() if FAULTS.search(line) and " DEBUG " not in line]
@@ -233,7 +243,8 @@ def main() -> None:
     problems += faults
     row = {"model": f"{options.architecture} {options.size}" if server else model, "minutes": options.minutes, **row}
     if server is not None:
-        row["counters"] = COUNTERS.findall(options.log.read_text(errors="replace"))
+        log = options.log.read_text(errors="replace")
+        row |= {"start_s": round(server.started_s, 1), "kernels": kernels_ready(log), "counters": COUNTERS.findall(log)}
     write_json(options.out, {"env": environment(options.commit), "problems": problems, "rows": [row]})
     print(json.dumps(row))
     if problems:
