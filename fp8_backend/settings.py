@@ -101,7 +101,7 @@ def table() -> str:
     """Return the settings as a Markdown table: variable, values with the default first, meaning."""
     rows = ["| variable | values | meaning |", "|---|---|---|"]
     for field, info in Settings.model_fields.items():
-        choices = {bool: ("0", "1")}.get(info.annotation) or get_args(info.annotation)  # type: ignore[call-overload]
+        choices = ("0", "1") if info.annotation is bool else get_args(info.annotation)
         values = ", ".join(f"`{choice}`" for choice in choices if isinstance(choice, str)) or "a path"
         rows.append(f"| `{PREFIX}{field.upper()}` | {values} | {info.description} |")
     return "\n".join(rows)
