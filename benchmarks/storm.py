@@ -183,7 +183,7 @@ def kernels_ready(log: str) -> dict[str, float] | None:
 
 def log_problems(log: str) -> list[str]:
     """Return the lines of a server's log that a healthy server does not write."""
-    lines = [line for line in log.splitlines() if FAULTS.search(line) and " DEBUG " not in line]
+    lines = [line for line in log.splitlines() if FAULTS.search(line) and not re.search(r"\bDEBUG\b", line)]
     return [f"the server's log: {line[-300:]}" for line in lines[:5]]
 
 
