@@ -45,7 +45,7 @@ def write_model(folder: Path, size: Size) -> None:
     write_tokenizer(folder, size.vocab, config["max_position_embeddings"])
 
 
-def start(name: str, model: Path, folder: Path, log: Path, limit_s: float) -> dict[str, Any]:
+def start(name: str, model: Path, folder: Path, kernels: Path, log: Path, limit_s: float) -> dict[str, Any]:
     """Start the server once, ask it once, stop it; return the row.
 
     Raises:
@@ -61,7 +61,7 @@ def start(name: str, model: Path, folder: Path, log: Path, limit_s: float) -> di
     variables = {
         **ENVIRONMENT,
         "VLLM_CACHE_ROOT": str(folder / "vllm"),
-        "FP8_BACKEND_CACHE_DIR": str(folder / "kernels"),
+        "FP8_BACKEND_CACHE_DIR": str(kernels),
         "FP8_BACKEND_JIT": STARTS[name],
         "VLLM_CPU_KVCACHE_SPACE": "1",  # in GiB
         "VLLM_LOGGING_LEVEL": "DEBUG",
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "startup-logs")
     parser.add_argument("--start-limit", type=float, default=300, help="seconds until a server must answer")
     parser.add_argument("--starts", default=";".join(STARTS), help="which of them, in their order")
+    parser.add_argument("--kernels", type=Path, help="folder of compiled kernels; by default a new one")
     parser.add_argument("--layers", type=int, default=QWEN3_8B.layers)
     parser.add_argument("--hidden", type=int, default=QWEN3_8B.hidden, help="smaller to try the script without a GPU")
     parser.add_argument("--commit", help="where the tree is no repository")
@@ -118,11 +119,12 @@ def main() -> None:
     size = Size(**{**vars(QWEN3_8B), "layers": options.layers, "hidden": options.hidden})
     with tempfile.TemporaryDirectory(prefix="fp8-startup-") as name:
         folder = Path(name)
+        kernels = options.kernels or folder / "kernels"
         write_model(folder / "model", size)
         for index, kind in enumerate(options.starts.split(";")):
             try:
                 log = options.logs / f"{index}-{kind.replace(', ', '-')}.log"
-                rows.append(start(kind, folder / "model", folder, log, options.start_limit))
+                rows.append(start(kind, folder / "model", folder, kernels, log, options.start_limit))
                 print(json.dumps(rows[-1]), flush=True)
             except DemoError as error:
                 env["failures"].append(f"{kind}: {error}")
