@@ -22,9 +22,9 @@ GENERATOR = torch.Generator().manual_seed(0)
 # Ids below 5 are special tokens. 4 x 48 tokens give 188 positions whose whole distribution is compared.
 PROMPTS = torch.randint(5, 1000, (4, 48), generator=GENERATOR).tolist()
 LINES = {
-    "deepseek_v3": "18 of 18 linears and 2 of 2 MoE layers use fp8_backend (reference)",
-    "qwen3": "12 of 12 linears use fp8_backend (reference)",
-    "qwen3_moe": "6 of 6 linears and 3 of 3 MoE layers use fp8_backend (reference)",
+    "deepseek_v3": "18 of 18 linears: fp8_backend reference; 2 of 2 MoE layers: fp8_backend reference; fell back: none",
+    "qwen3": "12 of 12 linears: fp8_backend reference; fell back: none",
+    "qwen3_moe": "6 of 6 linears: fp8_backend reference; 3 of 3 MoE layers: fp8_backend reference; fell back: none",
 }
 # What `fp8-backend quantize` makes of a bf16 twin. Experts of one layer are kept, so that a mixed model is served too.
 QUANTIZED = {
@@ -117,16 +117,16 @@ def test_quantized_checkpoints_are_served(engine: Engine, kind: str, moe_layers:
     ours = engine("qwen3_moe", kind)
     assert 1e-6 < mean_kl(engine("qwen3_moe", "bf16"), ours) <= MAX_KL
     if ON_CPU:
-        assert f"6 of 6 linears and {moe_layers} of {moe_layers} MoE layers use fp8_backend (reference)" in ours.log
+        assert f"6 of 6 linears: fp8_backend reference; {moe_layers} of {moe_layers} MoE layers: " in ours.log
 
 
 @pytest.mark.parametrize("architecture", LINES)
 @pytest.mark.skipif(not ON_CPU, reason="counts the layers that the CPU's reference kernels serve")
 def test_summary_counts_every_fp8_layer(engine: Engine, architecture: str) -> None:
-    lines = [line for line in engine(architecture).log.splitlines() if " use fp8_backend (" in line]
+    lines = [line for line in engine(architecture).log.splitlines() if " linears: fp8_backend " in line]
     assert len(lines) == 1
     assert lines[0].endswith(LINES[architecture])
-    assert "use fp8_backend" not in engine(architecture, "bf16").log
+    assert ": fp8_backend " not in engine(architecture, "bf16").log
 
 
 @pytest.mark.skipif(not ON_CPU, reason="guards against a fault of torch.compile's C++ backend")
@@ -143,6 +143,6 @@ def test_compiled_agrees_with_eager(engine: Engine) -> None:
 def test_two_ranks_agree_with_one(engine: Engine, architecture: str, arguments: dict[str, Any]) -> None:
     two = engine(architecture, tensor_parallel_size=2, **arguments)
     assert mean_kl(engine(architecture), two) <= MAX_KL
-    assert two.log.count(" use fp8_backend (") == 1
+    assert two.log.count(" linears: fp8_backend ") == 1
     # The first process verifies the files; ranks do not repeat it.
     assert two.log.count("checkpoint is complete") == 1

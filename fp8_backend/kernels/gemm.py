@@ -77,11 +77,13 @@ def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
 @cache
 def machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
-    clusters = (
-        decode.kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
-        for split in (2, 4, 8)
-    )
-    return Machine(torch.cuda.get_device_properties(device).multi_processor_count, tuple(clusters))
+
+    def clusters(split: int) -> int:
+        kernel = decode.kernel(DecodeConfig(8, True, split), device)
+        return kernel.max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(multiprocessors, (clusters(2), clusters(4), clusters(8)))
 
 
 @lru_cache(maxsize=65536)

@@ -160,10 +160,10 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
         tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
         clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
-        block_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
-        block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
+        tile_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+        tile_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
         # With few rows of tiles the weights come from memory, not from L2.
-        block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m)
+        block_ns = max(tile_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m)
         waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
         cost = _LAUNCH_NS + waves * (problem.k_blocks * block_ns + epilogue_ns)
         yield cost, GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster)

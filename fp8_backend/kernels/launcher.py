@@ -34,6 +34,9 @@ _ATTRIBUTE = struct.Struct("<I4x3I52x")
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _MAX_PORTABLE_CLUSTER = 8
 
+# A CUlaunchConfig, its address, the address and number of its attributes, and the attributes' memory.
+Prepared = tuple["ctypes.Array[ctypes.c_char]", int, int, int, "ctypes.Array[ctypes.c_char]"]
+
 
 @dataclass(frozen=True)
 class ParamLayout:
@@ -70,8 +73,8 @@ class _Buffers(threading.local):
         base = ctypes.addressof(self.memory) + start
         self.pointers = (ctypes.c_void_p * max(1, len(layout.offsets)))(*(base + offset for offset in layout.offsets))
         self.pointers_address = ctypes.addressof(self.pointers)
-        # (cluster, pdl) -> (config, its address, its attributes' address, their number, the attributes' memory)
-        self.configs: dict[tuple[int, bool], tuple[ctypes.Array, int, int, int, ctypes.Array]] = {}
+        # by (cluster, pdl)
+        self.configs: dict[tuple[int, bool], Prepared] = {}
 
 
 class Kernel:
@@ -141,7 +144,7 @@ class Kernel:
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
 
-    def configuration(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
+    def configuration(self, cluster: int, pdl: bool) -> Prepared:
         """Return a CUlaunchConfig, its address, its attributes' address and number, and the attributes' memory."""
         return self._buffers.configs.get((cluster, pdl)) or self._prepare(cluster, pdl)
 
@@ -163,7 +166,7 @@ class Kernel:
         )
         return clusters.value
 
-    def _prepare(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
+    def _prepare(self, cluster: int, pdl: bool) -> Prepared:
         attributes = []
         if cluster > 1:
             attributes.append((_CLUSTER_DIMENSION, cluster, 1, 1))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from fp8_backend import counters
 from fp8_backend.errors import CompileError
 from fp8_backend.kernels import cache, heuristics, quantize
 from fp8_backend.kernels.compiler import KernelSpec
@@ -55,13 +56,13 @@ def warm_up(
     Raises:
         CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; the message counts them.
     """
-    start, before = time.monotonic(), cache.compilations()
+    start, before = time.monotonic(), len(counters.compiles)
     specs = all_specs() if specs is None else specs
     if missing := _missing(specs):
         # Whoever had the lock before may have compiled them: `_compile` looks for each again.
         with cache.exclusive(lock_timeout_s):
             _compile(_missing(missing), progress)
-    return WarmUp(len(specs), cache.compilations() - before, time.monotonic() - start)
+    return WarmUp(len(specs), len(counters.compiles) - before, time.monotonic() - start)
 
 
 def load_all() -> None:

@@ -93,7 +93,8 @@ def _split_expert(layer: Layer, tp: int) -> str | None:
 
 def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
     """Split as vLLM's QKVParallelLinear does: by heads, copying key and value heads where ranks outnumber them."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
     if type(heads) is not int or type(kv_heads) is not int or min(heads, kv_heads) < 1:
         return f"config.json: {heads!r} attention heads and {kv_heads!r} key heads; expected whole numbers above 0"
