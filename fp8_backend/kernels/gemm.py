@@ -23,9 +23,10 @@ from fp8_backend.kernels.problem import (
 )
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import encode_tiled
+from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
-_GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
+_GEMM_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 10)
+_NO_MAP = bytes(BYTES)
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,17 @@ def launch_gemm(
 ) -> None:
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
     config, m, k_blocks = choice.config, codes.shape[0], ceil_div(weight.k, BLOCK)
-    store_16_bytes = (
-        out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and weight.n % 8 == 0
+    # A tile's outputs are laid where block_n / 64 stages of its own were.
+    mapped = (
+        out.element_size() == 2
+        and out.data_ptr() % 16 == 0
+        and out.stride(0) % 8 == 0
+        and k_blocks // choice.split >= config.block_n // 64
     )
     params = (
         _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
         weight.tensor_map(config.block_n // config.cluster_m),
+        encode_tiled(out.data_ptr(), (weight.n, m), (out.stride(0) * 2,), (64, 16), "128B", 2) if mapped else _NO_MAP,
         scale_a.data_ptr(),
         weight.scale.data_ptr(),
         out.data_ptr(),
@@ -126,7 +132,8 @@ def launch_gemm(
         choice.strip,
         ELEMENT_TYPES[out.dtype],
         _bias_type(bias),
-        int(store_16_bytes),
+        int(mapped),
+        int(weight.packed),
     )
     kernel(config, out.device.index).launch(
         (choice.grid, 1, 1),
@@ -134,7 +141,7 @@ def launch_gemm(
         config.shared_bytes,
         params,
         launcher.current_stream(out.device.index),
-        config.cluster,
+        choice.cluster,
         True,
     )
 
