@@ -77,7 +77,7 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage; sums to exchange and their barrier."""
+        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage; exchanged sums and their barrier."""
         exchange = self.block_m * self.block_n * 4 + 8 if self.split_k else 0
         stage = (self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES
         return self.num_stages * stage + exchange
