@@ -32,6 +32,7 @@ constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
+constexpr u32 kNoProduct = 0xfff0dead;                 // a NaN that no multiplication gives
 constexpr u32 kHeld = BLOCK_N / 64;                    // stages at the end of a tile whose a makes room for outputs
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
@@ -253,8 +254,10 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     wgmma_wait<0>();
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
-                        __syncwarp();  // every lane has its scales
-                        if (kb < first_held) release(s);  // nothing reads this stage any more
+                        // Nothing reads this stage any more. An arrival does not wait for loads of scales under way; a comparison does.
+                        const bool seen = (__float_as_uint(low) & __float_as_uint(high)) != kNoProduct;
+                        __syncwarp();
+                        if (seen && kb < first_held) release(s);
                         if (stores_by_copy && kb == first_block && t != first_tile) {  // nor do stores read those of the last tile's end
                             if (lane == 0) bulk_wait_read();
                             __syncwarp();
