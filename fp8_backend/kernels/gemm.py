@@ -25,7 +25,7 @@ from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, r
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
-_GEMM_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 10)
+_GEMM_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 10)
 _NO_MAP = bytes(BYTES)
 
 
@@ -117,8 +117,11 @@ def launch_gemm(
     )
     params = (
         _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
-        weight.tensor_map(config.block_n // config.cluster_m),
+        _NO_MAP
+        if weight.packed
+        else _row_major_map(weight.codes, weight.n, k_blocks, config.block_n // config.cluster_m),
         encode_tiled(out.data_ptr(), (weight.n, m), (out.stride(0) * 2,), (64, 16), "128B", 2) if mapped else _NO_MAP,
+        weight.codes.data_ptr() if weight.packed else 0,
         scale_a.data_ptr(),
         weight.scale.data_ptr(),
         out.data_ptr(),
@@ -133,7 +136,7 @@ def launch_gemm(
         ELEMENT_TYPES[out.dtype],
         _bias_type(bias),
         int(mapped),
-        int(weight.packed),
+        weight.codes.shape[1] if weight.packed else 0,
     )
     kernel(config, out.device.index).launch(
         (choice.grid, 1, 1),

@@ -116,9 +116,9 @@ template <bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 la
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_PER_SM)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
-     const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out, const void* __restrict__ bias,
-     i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 mapped_out,
-     u32 weight_is_ready) {
+     const u8* __restrict__ packed_b, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out,
+     const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 mapped_out,
+     u32 n_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 scales = tiles + NUM_STAGES * kStageBytes;
@@ -130,7 +130,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
-        prefetch_map(&map_b);
+        if (!packed_b) prefetch_map(&map_b);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
@@ -159,7 +159,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kProducers && elect_lane()) {
-            if (producer != 1 || !weight_is_ready) wait_for_previous_kernel();
+            if (producer != 1 || !packed_b) wait_for_previous_kernel();
             const u32 rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
             u16 ranks_a = 0, ranks_b = 0;
             for (u32 i = 0; i < CLUSTER_N; ++i) ranks_a |= 1 << (rank_m + CLUSTER_M * i);
@@ -168,6 +168,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
+                // Rows of a packed b: of the tile, and those that this CTA fetches. What lies past them stays as it is: no output needs it.
+                const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
+                const u32 own_rows_b = rows_b > offset_b ? min(u32(BLOCK_N / CLUSTER_M), rows_b - offset_b) : 0;
                 const float* tile_scale_a = scale_a + tile.m;
                 const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
                 for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
@@ -180,8 +183,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
                     } else if (producer == 1) {
                         const u32 target = tiles + s * kStageBytes + kBytesA + offset_b * kBlockK;
-                        barrier_expect(bar, kBytesB);
-                        if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
+                        barrier_expect(bar, packed_b ? rows_b * kBlockK : kBytesB);
+                        if (packed_b) {
+                            const u8* source = packed_b + (static_cast<i64>(kb) * n_aligned + tile.n + offset_b) * kBlockK;
+                            if (CLUSTER_M > 1 && own_rows_b) bulk_copy_multicast(target, source, own_rows_b * kBlockK, bar, ranks_b);
+                            else if (own_rows_b) bulk_copy(target, source, own_rows_b * kBlockK, bar);
+                        } else if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
                         else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
                     } else {
                         const u32 target = scales + s * kStageScaleBytes;
