@@ -94,16 +94,17 @@ _LATE_TOKENS_NS = 300  # a quantisation kernel ahead of a decode kernel, mostly 
 _EXCHANGE_NS = 350  # sums to another CTA of the cluster
 _GROUP_NS = 230  # a half-warp quantises one group more than the four whose latencies overlap
 _HALF_WARPS = 20  # that quantise
-# One k-block of a tile, with all SMs at work; the epilogue of a tile.
+# One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
 _GEMM_NS = {
-    (64, 64, 1): (400, 400),
-    (64, 128, 1): (340, 500),
-    (128, 64, 1): (300, 400),
-    (128, 128, 1): (480, 700),
-    (128, 128, 2): (480, 700),
-    (192, 128, 1): (640, 800),
-    (256, 128, 2): (860, 1300),
+    (64, 64, 1): (370, 280, 2750),
+    (64, 128, 1): (330, 1110, 2820),
+    (128, 64, 1): (290, 860, 2790),
+    (128, 128, 1): (425, 1380, 3790),
+    (128, 128, 2): (437, 1300, 0),
+    (192, 128, 1): (527, 2120, 0),
+    (256, 128, 2): (733, 3030, 0),
 }
+_ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
@@ -170,13 +171,17 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
     config, split = choice.config, choice.split
-    block_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    crowded = choice.grid > problem.machine.num_sms
+    if config.ctas_per_sm > 1 and not crowded:
+        block_ns *= _ALONE
     block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
     # With few rows of tiles the weights come from memory, not from L2.
-    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * config.ctas_per_sm)
-    if split > 1:  # the next CTA of a multiprocessor starts from nothing
-        epilogue_ns += _EXCHANGE_NS + 50 * split + 1000
-    return _LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + epilogue_ns)
+    share = config.ctas_per_sm if crowded else 1
+    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * share)
+    if split > 1:
+        tile_ns += split_ns + 50 * split
+    return _LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
 
 
 @lru_cache(maxsize=65536)
