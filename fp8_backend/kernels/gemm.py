@@ -52,17 +52,6 @@ class Weight:
         codes = layout.unpack_weight(self.codes, self.n, self.k) if self.packed else self.codes
         return codes, layout.unpack_scale(self.scale, self.n)
 
-    def tensor_map(self, box_rows: int) -> bytes:
-        """Return the map {128 bytes, rows, k-blocks} through which gemm.cuh fetches `box_rows` rows of one k-block."""
-        k_blocks = ceil_div(self.k, BLOCK)
-        if self.packed:
-            n_aligned = self.codes.shape[1]
-            strides, swizzle = (BLOCK, n_aligned * BLOCK), "none"
-            return encode_tiled(
-                self.codes.data_ptr(), (BLOCK, n_aligned, k_blocks), strides, (BLOCK, box_rows, 1), swizzle, 1
-            )
-        return _row_major_map(self.codes, self.n, k_blocks, box_rows)
-
 
 def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int) -> bytes:
     strides = (codes.stride(0), BLOCK)

@@ -63,7 +63,6 @@ class GemmConfig:
     cluster_n: int = 1
     split_k: bool = False
     ctas_per_sm: int = 1
-    turn: int = 4
 
     @property
     def cluster(self) -> int:
@@ -96,7 +95,6 @@ class GemmConfig:
                 ("CLUSTER_N", self.cluster_n),
                 ("SPLIT_K", int(self.split_k)),
                 ("CTAS_PER_SM", self.ctas_per_sm),
-                ("TURN", self.turn),
             ),
         )
 

@@ -9,8 +9,7 @@
 // because the FP8 accumulator keeps fewer bits than fp32.
 //
 // The math warpgroups take turns to issue wgmma (named barriers 1..W: own threads wait, the predecessor's arrive), so that one promotes
-// while another's wgmma runs. Left alone they fall into step, and the tensor core idles while both promote: 1400 clocks a k-block of
-// 256 x 128, in turns 1300 (docs/kernel-notes.md; the tensor core alone would need 1024).
+// while another's wgmma runs (docs/kernel-notes.md).
 //
 // 16-bit outputs leave through the copy engine while the next tile is computed. A math warpgroup lays them where its own rows of a were
 // in the last stages of the tile (64 columns of 16 bits a stage), which nobody else reads, and releases those stages a k-block later,
@@ -20,8 +19,8 @@
 // do so with a. Without either, SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA
 // sends its sums to the CTA that owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
 //
-// Both operands come through 3D maps {128 bytes of k, rows, k-blocks}, so that row-major tensors (swizzled by the copy) and packed ones
-// (swizzled in memory) look alike. Out-of-range rows arrive as zeros.
+// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. A packed b
+// is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "wgmma.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
@@ -207,10 +206,10 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         // Waits for this warpgroup's turn to issue wgmma, and hands the turn on.
         auto take_turn = [&] {
-            if (MATH_WARPGROUPS > 1 && TURN <= 4) named_barrier(warpgroup, 256);
+            if (MATH_WARPGROUPS > 1) named_barrier(warpgroup, 256);
         };
         auto pass_turn = [&] {
-            if (MATH_WARPGROUPS > 1 && TURN <= 4) named_barrier_arrive(warpgroup % MATH_WARPGROUPS + 1, 256);
+            if (MATH_WARPGROUPS > 1) named_barrier_arrive(warpgroup % MATH_WARPGROUPS + 1, 256);
         };
         auto release = [&](u32 s) {
             if (kCluster == 1) {
@@ -249,11 +248,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     fence_registers(partial);
                     wgmma_fence();
 #pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i) {
+                    for (u32 i = 0; i < kBlockK / 32; ++i)
                         Wgmma<BLOCK_N>::multiply(partial, descriptor_a + 2 * i, descriptor_b + 2 * i, i > 0);
-                        if (TURN < 4 || i == kBlockK / 32 - 1) wgmma_commit();
-                    }
-                    if (MATH_WARPGROUPS > 1 && TURN < 4) wgmma_wait<TURN>();
+                    wgmma_commit();
                     pass_turn();
                     const float block_scale_b = stage_scales[BLOCK_M + tile_scale_b];
                     const float low = stage_scales[row + warp * 16 + lane / 4] * block_scale_b;
@@ -336,7 +333,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         if (stores_by_copy && lane == 0) bulk_wait();
     }
-    if (MATH_WARPGROUPS > 1 && TURN <= 4 && warpgroup == 1) named_barrier(1, 256);  // the last turn that was passed
+    if (MATH_WARPGROUPS > 1 && warpgroup == 1) named_barrier(1, 256);  // the last turn that was passed
     if (kCluster > 1) {  // a peer may still arrive at this CTA's barriers
         __syncwarp();
         cluster_arrive();
