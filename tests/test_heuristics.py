@@ -31,6 +31,20 @@ def check_decode(problem, choice):
         assert choice.grid == tiles * config.split
 
 
+def check_gemm(problem, choice):
+    config = choice.config
+    assert config.shared_bytes * config.ctas_per_sm <= MAX_SHARED_BYTES - 1024 * (config.ctas_per_sm - 1)
+    tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
+    tiles = tiles_m * ceil_div(problem.n, config.block_n * config.cluster_n)
+    assert choice.grid > 0 and choice.grid % choice.cluster == 0 and choice.strip >= 1
+    if choice.split > 1:  # a cluster has one tile, and each of its CTAs some of k
+        assert config.split_k and choice.split <= problem.k_blocks
+        assert choice.grid == tiles * choice.cluster
+    else:
+        most = problem.machine.max_clusters(choice.cluster) * config.ctas_per_sm
+        assert choice.grid // choice.cluster <= min(tiles, most)
+
+
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_problem_gets_a_legal_kernel(n, k, machine):
@@ -41,9 +55,7 @@ def test_every_problem_gets_a_legal_kernel(n, k, machine):
             if isinstance(choice, DecodeChoice):
                 check_decode(problem, choice)
             else:
-                assert choice.config.shared_bytes <= MAX_SHARED_BYTES and choice.strip >= 1
-                assert choice.grid % choice.config.cluster == 0
-                assert 0 < choice.grid // choice.config.cluster <= machine.max_clusters(choice.config.cluster)
+                check_gemm(problem, choice)
 
 
 def test_few_tokens_stream_and_many_multiply():

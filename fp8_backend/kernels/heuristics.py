@@ -24,11 +24,12 @@ RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BY
 PREFETCH_BYTES = 48 * 1024
 
 GEMM_CONFIGS = (
-    GemmConfig(64, 64, 1, 8),
-    GemmConfig(64, 128, 1, 8),
-    GemmConfig(128, 64, 2, 8),
-    GemmConfig(128, 128, 2, 6),
-    GemmConfig(128, 128, 2, 6, cluster_m=2),
+    GemmConfig(64, 64, 1, 5, split_k=True, ctas_per_sm=2),
+    GemmConfig(64, 128, 1, 8, split_k=True),
+    GemmConfig(128, 64, 2, 7, split_k=True),
+    GemmConfig(128, 128, 2, 5, split_k=True),
+    GemmConfig(128, 128, 2, 6, cluster_n=2),
+    GemmConfig(192, 128, 3, 5),
     GemmConfig(256, 128, 2, 4, cluster_m=2),
     GemmConfig(256, 128, 2, 4, cluster_n=2),
 )
@@ -58,11 +59,20 @@ class DecodeChoice:
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """A GEMM kernel, its grid, and how many cluster columns of tiles are walked before the next rows."""
+    """A GEMM kernel, its grid, and how many cluster columns of tiles are walked before the next rows.
+
+    split: CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
+    """
 
     config: GemmConfig
     strip: int
     grid: int
+    split: int = 1
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.config.cluster * self.split
 
 
 def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
@@ -89,15 +99,18 @@ _GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies ove
 _HALF_WARPS = 20  # that quantise
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
 _QUANTISE_NS = 1500  # a quantisation kernel ahead of a GEMM
-# One k-block of a tile, with all SMs at work; the epilogue of a tile.
+_GEMM_LAUNCH_NS = 2000
+# One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
 _GEMM_NS = {
-    (64, 64, 1): (300, 400),
-    (64, 128, 1): (340, 500),
-    (128, 64, 1): (300, 400),
-    (128, 128, 1): (480, 700),
-    (128, 128, 2): (530, 700),
-    (256, 128, 2): (860, 1300),
+    (64, 64, 1): (370, 280, 2750),
+    (64, 128, 1): (330, 1110, 2820),
+    (128, 64, 1): (290, 860, 2790),
+    (128, 128, 1): (425, 1380, 3790),
+    (128, 128, 2): (437, 1300, 0),
+    (192, 128, 1): (560, 2120, 0),
+    (256, 128, 2): (733, 3030, 0),
 }
+_ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
@@ -155,18 +168,35 @@ def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> fl
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
-    """Yield every GEMM kernel and its predicted cost in nanoseconds, without the quantisation of a."""
+    """Yield every way to solve the problem with a GEMM kernel and its predicted cost in nanoseconds.
+
+    The quantisation of a is left out.
+    """
     for config in GEMM_CONFIGS:
         tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
-        clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
-        tile_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
-        tile_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
-        # With few rows of tiles the weights come from memory, not from L2.
-        block_ns = max(tile_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m)
-        waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
-        cost = _LAUNCH_NS + waves * (problem.k_blocks * block_ns + epilogue_ns)
-        yield cost, GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster)
+        for split in SPLITS if config.split_k else (1,):
+            if split > max(1, problem.k_blocks // 2):
+                continue
+            most = problem.machine.max_clusters(config.cluster * split) * config.ctas_per_sm
+            clusters = min(tiles_m * tiles_n, most) if split == 1 else tiles_m * tiles_n
+            choice = GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster * split, split)
+            yield _gemm_ns(problem, choice, tiles_m, ceil_div(tiles_m * tiles_n, most)), choice
+
+
+def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
+    config, split = choice.config, choice.split
+    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    crowded = choice.grid > problem.machine.num_sms
+    if config.ctas_per_sm > 1 and not crowded:
+        block_ns *= _ALONE
+    block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
+    # With few rows of tiles the weights come from memory, not from L2.
+    share = config.ctas_per_sm if crowded else 1
+    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * share)
+    if split > 1:
+        tile_ns += split_ns + 50 * split
+    return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
 
 
 @lru_cache(maxsize=65536)

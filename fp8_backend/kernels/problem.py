@@ -50,7 +50,10 @@ class GemmProblem:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One compiled form of gemm.cuh: FP8 activations, any m."""
+    """One compiled form of gemm.cuh: FP8 activations, any m.
+
+    split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
+    """
 
     block_m: int
     block_n: int
@@ -58,10 +61,12 @@ class GemmConfig:
     num_stages: int
     cluster_m: int = 1
     cluster_n: int = 1
+    split_k: bool = False
+    ctas_per_sm: int = 1
 
     @property
     def cluster(self) -> int:
-        """CTAs of a cluster."""
+        """CTAs of a cluster that share operands."""
         return self.cluster_m * self.cluster_n
 
     @property
@@ -71,8 +76,10 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage."""
-        return self.num_stages * ((self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES)
+        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage; exchanged sums and their barrier."""
+        exchange = self.block_m * self.block_n * 4 + 8 if self.split_k else 0
+        stage = (self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES
+        return self.num_stages * stage + exchange
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
@@ -86,6 +93,8 @@ class GemmConfig:
                 ("NUM_STAGES", self.num_stages),
                 ("CLUSTER_M", self.cluster_m),
                 ("CLUSTER_N", self.cluster_n),
+                ("SPLIT_K", int(self.split_k)),
+                ("CTAS_PER_SM", self.ctas_per_sm),
             ),
         )
 
