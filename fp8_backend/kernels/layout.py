@@ -59,7 +59,7 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     chunks = source.reshape(n_aligned, k_blocks, 8, 16).transpose(0, 1)
     index = _swizzled_chunks(n_aligned, weight.device)[None, :, :, None].expand(k_blocks, -1, -1, 16)
     packed = torch.gather(chunks, 2, index).reshape(k_blocks, n_aligned, BLOCK).view(torch.float8_e4m3fn)
-    return _complete(packed)
+    return complete(packed)
 
 
 def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
@@ -102,7 +102,7 @@ def arrange_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 def pack_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Return what `arrange_scale` does, complete in memory."""
-    return _complete(arrange_scale(scale, n, k))
+    return complete(arrange_scale(scale, n, k))
 
 
 def unpack_scale(packed: torch.Tensor, n: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def unpack_scale(packed: torch.Tensor, n: int) -> torch.Tensor:
     return packed[:, : ceil_div(n, BLOCK)].t().contiguous()
 
 
-def _complete(packed: torch.Tensor) -> torch.Tensor:
+def complete(packed: torch.Tensor) -> torch.Tensor:
     """Wait until a tensor is written: kernels fetch weights before earlier work of their stream has ended."""
     if packed.is_cuda:
         torch.cuda.current_stream(packed.device).synchronize()

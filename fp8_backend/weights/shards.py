@@ -67,23 +67,17 @@ def fp8_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
 def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
     """Return why the kernels do not take this layer on one of `tp` ranks, or None."""
     last = layer.members[-1]
-    if tp == 1 or last in REPLICATED:
-        return partition.linear_reason(layer.k, layer.k, sum(layer.widths), list(layer.widths))
     if layer.is_expert:
         return _split_expert(layer, tp)
+    if tp == 1 or last in REPLICATED:
+        return None
     if last in ROW:
-        return _indivisible("input width", layer.k, tp) or partition.linear_reason(
-            layer.k, layer.k // tp, sum(layer.widths), list(layer.widths)
-        )
+        return _indivisible("input width", layer.k, tp)
     if last not in COLUMN:
         return f"unknown projection {last!r}: how vLLM splits it over {tp} ranks is not known here; try it at --tp 1"
     if layer.members == QKV:
-        return _split_qkv(layer, tp, config)
-    for width in layer.widths:
-        if why := _indivisible("output width", width, tp):
-            return why
-    widths = [width // tp for width in layer.widths]
-    return partition.linear_reason(layer.k, layer.k, sum(layer.widths), widths)
+        return _split_qkv(tp, config)
+    return next((why for width in layer.widths if (why := _indivisible("output width", width, tp))), None)
 
 
 def _split_expert(layer: Layer, tp: int) -> str | None:
@@ -91,7 +85,7 @@ def _split_expert(layer: Layer, tp: int) -> str | None:
     return _indivisible("intermediate size", intermediate, tp) or partition.experts_reason(intermediate // tp)
 
 
-def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+def _split_qkv(tp: int, config: dict[str, Any]) -> str | None:
     """Split as vLLM's QKVParallelLinear does: by heads, copying key and value heads where ranks outnumber them."""
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
@@ -99,10 +93,7 @@ def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
         return f"config.json: {heads!r} attention heads and {kv_heads!r} key heads; expected whole numbers above 0"
     if heads % tp or max(kv_heads, tp) % min(kv_heads, tp):
         return f"{heads} attention heads and {kv_heads} key heads do not divide by {tp} ranks: vLLM itself refuses"
-    kv_parts = min(kv_heads, tp)
-    widths = [layer.widths[0] // tp, layer.widths[1] // kv_parts, layer.widths[2] // kv_parts]
-    # Copies count in vLLM's output size, so that a split layer is told from a whole one by the same rule.
-    return partition.linear_reason(layer.k, layer.k, sum(widths) * tp, widths)
+    return None
 
 
 def _indivisible(what: str, width: int, tp: int) -> str | None:
