@@ -25,8 +25,8 @@ RANKS = [1, 2, 3, 4, 8]
 def part(n: int, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes of -2 to 2 and scales of 1 or 2, whose products and short sums bfloat16 holds exactly."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-2, 3, (n, k), generator=generator).to(torch.float8_e4m3fn)
-    scale = 2.0 ** torch.randint(0, 2, (ceil_div(n, BLOCK), ceil_div(k, BLOCK)), generator=generator)
+    codes = torch.randint(-2, 3, (n, k), generator=generator, device="cpu").to(torch.float8_e4m3fn)
+    scale = 2.0 ** torch.randint(0, 2, (ceil_div(n, BLOCK), ceil_div(k, BLOCK)), generator=generator, device="cpu")
     return codes, scale
 
 
@@ -132,10 +132,13 @@ from vllm.model_executor.layers.linear import (  # noqa: E402
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.platforms import current_platform  # noqa: E402
 
 from fp8_backend.integration import config as config_module  # noqa: E402
 from fp8_backend.integration.config import DeepGemmFp8Config  # noqa: E402
 from fp8_backend.quantize import written_config  # noqa: E402
+
+DEVICE = torch.device(current_platform.device_type)
 
 
 @contextmanager
@@ -165,6 +168,7 @@ Parts = dict[Any, tuple[torch.Tensor, torch.Tensor]]
 
 def build(kind: str, config: DeepGemmFp8Config) -> tuple[LinearBase, Parts]:
     """Return one rank's layer, of a size that 2, 3, 4 and 8 ranks split within blocks, and the checkpoint's parts."""
+    # The checkpoint's parts are made on the CPU, whatever the layer's device.
     common = {"quant_config": config, "prefix": f"model.layers.0.{kind}", "params_dtype": torch.bfloat16}
     match kind:
         case "column":
@@ -203,18 +207,20 @@ def test_ranks_answer_what_one_rank_does(kind: str, ranks: int, method: Any) -> 
     config = DeepGemmFp8Config.from_config(written_config(method, "float32", []))
     answers = []
     for rank in range(ranks):
-        with rank_of(rank, ranks):
+        with rank_of(rank, ranks), DEVICE:
             layer, parts = build(kind, config)
             load(layer, parts)
-            biases = {name: (torch.arange(len(codes)) % 8).bfloat16() for name, (codes, _) in parts.items()}
+            biases = {
+                name: (torch.arange(len(codes), device="cpu") % 8).bfloat16() for name, (codes, _) in parts.items()
+            }
             for name, bias in biases.items() if layer.bias is not None else ():
                 layer.bias.weight_loader(layer.bias, bias, *(() if name is None else (name,)))
         layer.quant_method.process_weights_after_loading(layer)
         held = activations(layer.input_size).view(torch.uint8).chunk(ranks if kind == "row" else 1, 1)
-        x = held[rank if kind == "row" else 0].view(torch.float8_e4m3fn)
+        x = held[rank if kind == "row" else 0].view(torch.float8_e4m3fn).to(DEVICE)
         y = layer.quant_method.apply(layer, x, layer.bias)
         assert y.is_contiguous() and y.shape == (5, layer.output_size_per_partition)
-        answers.append(y.split(layer.logical_widths, dim=1))
+        answers.append(y.cpu().split(layer.logical_widths, dim=1))
 
     expected = [
         activations(codes.shape[1]).float() @ dequantize(codes, scale, BLOCK).t()
@@ -236,13 +242,47 @@ def test_a_row_parallel_part_quantises_on_the_checkpoints_grid() -> None:
     x[:, 256:384] = 0  # the group that 2 ranks of 288 columns share
     total = torch.zeros(3, 200, dtype=torch.float64)
     for rank in range(2):
-        with rank_of(rank, 2):
+        with rank_of(rank, 2), DEVICE:
             layer, parts = build("row", config)
             load(layer, parts)
         layer.quant_method.process_weights_after_loading(layer)
-        y = layer.quant_method.apply(layer, x[:, rank * 288 : rank * 288 + 288].float())
+        y = layer.quant_method.apply(layer, x[:, rank * 288 : rank * 288 + 288].float().to(DEVICE))
         assert y.dtype == torch.float32
-        total += y.double()
+        total += y.double().cpu()
     codes, scale = parts[None]
     whole = gemm.fp8_linear(x.float(), layout.pack_weight(codes), layout.pack_scale(scale, 200, 576), 200)
     torch.testing.assert_close(total.float(), whole, rtol=1e-5, atol=1e-4)  # summed in another order
+
+
+def test_a_part_within_blocks_compiles() -> None:
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    for kind in ("row", "qkv"):
+        with rank_of(1, 2), DEVICE:
+            layer, parts = build(kind, config)
+            load(layer, parts)
+        layer.quant_method.process_weights_after_loading(layer)
+        if layer.bias is not None:
+            layer.bias.data.fill_(0.5)
+        compiled = torch.compile(
+            lambda x, layer=layer: layer.quant_method.apply(layer, x, layer.bias) * 2,
+            fullgraph=True, dynamic=True, backend="aot_eager",
+        )  # fmt: skip
+        for m in (3, 17):
+            x = torch.randn(m, layer.input_size_per_partition, device=DEVICE, dtype=torch.bfloat16)
+            expected = layer.quant_method.apply(layer, x, layer.bias) * 2
+            torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [[4096, 4096], [4096, 4096 - 64]], ids=["whole blocks", "cut blocks"])
+def test_packing_needs_one_more_copy_of_the_layer(widths: list[int]) -> None:
+    n, k = sum(widths), 4096
+    shard = linear_shard(k, k, 2 * n, widths, 1)
+    weight = torch.zeros(n, k, dtype=torch.float8_e4m3fn, device="cuda")
+    scale = torch.ones(shard.scale_shape, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    packed, packed_scale = loader.pack_linear("layer", weight, scale, shard)
+    extra = torch.cuda.max_memory_allocated() - before - packed.nbytes - packed_scale.nbytes
+    # The codes as loaded are freed only now; beyond them and the packed ones, copies of some k-blocks.
+    assert extra <= 0.01 * n * k if widths[0] == widths[1] else extra <= 2.2 * n * loader.PADDED_AT_ONCE * BLOCK
