@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's CPU worker does: torch raises without an accelerator
     arms, rows, absent = [], [], {}
     for arm in ARMS:
         try:

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
 
+from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import compat, ops, warmup
 from fp8_backend.integration.scales import RefinedScaleParameter
 from fp8_backend.kernels.reference import BLOCK
@@ -83,9 +84,18 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         self.config.summary.create("linear")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace weight and scales by packed ones; the originals are freed before the next layer is packed."""
+        """Replace weight and scales by packed ones; the originals are freed before the next layer is packed.
+
+        Raises:
+            CheckpointError: a scale is not finite and above 0, or a weight reload brought only a part of the layer.
+        """
         if layer.weight.dim() == 3:  # vLLM calls again for layers that a weight update left alone
             return
+        if missing := compat.unloaded_elements(layer):
+            raise CheckpointError(
+                f"{self.prefix}: the weight reload left {missing} elements unset; expected every tensor of the layer; "
+                "restart the server with a complete checkpoint (fp8-backend inspect MODEL tells)"
+            )
         scale = getattr(layer, self.config.scale_name).data
         if self.dummy_weights:
             scale.abs_().clamp_min_(1e-6)
