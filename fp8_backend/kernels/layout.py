@@ -35,7 +35,7 @@ def _swizzled(words: torch.Tensor) -> torch.Tensor:
     """Exchange the 16-byte chunks of each row: chunk c of row r goes to c ^ (r % 8); doing it twice undoes it.
 
     Args:
-        words: [k_blocks, n, 16] int64, any strides; words and not bytes, which take a CPU three times as long to gather.
+        words: [k_blocks, n, 16] int64, any strides; not bytes, which take a CPU three times as long to gather.
 
     Returns:
         The same shape, contiguous.
