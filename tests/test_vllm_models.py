@@ -90,7 +90,7 @@ def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str]) -> Answ
         # Two ranks on one NUMA node: vLLM wants to be told their cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     if events:
-        # In one process all prompts are there before the first step, so that batches, and rounding, are alike each time.
+        # In one process all prompts are there before the first step, so batches, and rounding, are alike each time.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run(
         [sys.executable, str(WORKER), str(request), str(answer)],
