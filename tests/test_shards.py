@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels import gemm, layout
-from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize
+from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize, relative_error
 from fp8_backend.weights import loader
 from fp8_backend.weights.partition import LinearShard, Span, linear_shard
 
@@ -251,7 +251,8 @@ def test_a_row_parallel_part_quantises_on_the_checkpoints_grid() -> None:
         total += y.double().cpu()
     codes, scale = parts[None]
     whole = gemm.fp8_linear(x.float(), layout.pack_weight(codes), layout.pack_scale(scale, 200, 576), 200)
-    torch.testing.assert_close(total.float(), whole, rtol=1e-5, atol=1e-4)  # summed in another order
+    # Summed in another order, on a GPU in another precision too; quantised on another grid it would differ by 0.02.
+    assert relative_error(total, whole) < 1e-3
 
 
 def test_a_part_within_blocks_compiles() -> None:

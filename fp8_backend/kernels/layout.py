@@ -35,15 +35,15 @@ def _swizzled(words: torch.Tensor) -> torch.Tensor:
     """Exchange the 16-byte chunks of each row: chunk c of row r goes to c ^ (r % 8); doing it twice undoes it.
 
     Args:
-        words: [k_blocks, n, 16] int64, any strides; not bytes, which take a CPU three times as long to gather.
+        words: [k_blocks, n, 16] int64, n % 8 == 0, any strides; bytes would take a CPU three times as long.
 
     Returns:
         The same shape, contiguous.
     """
-    k_blocks, n, _ = words.shape
-    rows = torch.arange(n, device=words.device)[:, None] % ROW_ALIGNMENT
-    index = rows ^ torch.arange(8, device=words.device)[None, :]
-    return torch.gather(words.unflatten(2, (8, 2)), 2, index[None, :, :, None].expand(k_blocks, -1, -1, 2)).flatten(2)
+    c = torch.arange(8, device=words.device)
+    index = c[:, None] ^ c[None, :]  # of one period of rows, repeated without being stored
+    chunks = words.unflatten(1, (-1, ROW_ALIGNMENT)).unflatten(3, (8, 2))
+    return torch.gather(chunks, 3, index[None, None, :, :, None].expand(chunks.shape)).view(words.shape)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
