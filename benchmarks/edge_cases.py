@@ -142,7 +142,7 @@ def _chunked_error(y: torch.Tensor, weight: RandomWeight, x: torch.Tensor) -> fl
         truth = weight.truth(x[first : first + CHUNK])
         wrong += float((y[first : first + CHUNK].double() - truth).square().sum())
         total += float(truth.square().sum())
-    return (wrong / total) ** 0.5
+    return float((wrong / total) ** 0.5)
 
 
 CASES: tuple[Case, ...] = (quantisation, non_finite, zero_rows, strided, repeated, outliers)

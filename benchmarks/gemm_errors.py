@@ -77,9 +77,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--deepgemm-seconds", type=float, default=100)
     arguments = parser.parse_args()
-    shapes = FULL + REST + ODD
+    shapes: tuple[tuple[int, int], ...] = FULL + REST + ODD
     if arguments.shapes:
-        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(","))
+        shapes = tuple((int(n), int(k)) for n, k in (shape.split("x") for shape in arguments.shapes.split(",")))
     torch.manual_seed(arguments.seed)
     deepgemm = DeepGemm(arguments.deepgemm_seconds)
     result: dict[str, Any] = {"rows": [], "failures": []}

@@ -23,8 +23,9 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from demo.architectures import SIZES, Architecture
-from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+from demo.checkpoint import write_checkpoint
 from demo.server import Completion, DemoError, Server
+from demo.twin import dequantize_checkpoint
 from fp8_backend.ab.logs import SUMMARY, selection_lines
 from fp8_backend.measure.child import stop_children_on_signals
 from fp8_backend.measure.environment import environment, write_json
@@ -194,7 +195,9 @@ def problems_of(result: dict[str, Any], models: Iterable[str], against: Iterable
     return found
 
 
-def run_model(model: str, against: list[str], options: argparse.Namespace, end: float, result: dict[str, Any]) -> None:
+def run_model(
+    model: Architecture, against: list[str], options: argparse.Namespace, end: float, result: dict[str, Any]
+) -> None:
     """Run every arm of one model, the last one started before `end`; enter each into `result` and write that."""
     done: dict[str, Arm] = {}
     with tempfile.TemporaryDirectory(prefix="fp8-serve-") as name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,19 +45,21 @@ def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoic
     ]
 
 
+def _quantise_and_launch(choice: GemmChoice, x: torch.Tensor, weight: gemm.Weight, out: torch.Tensor) -> None:
+    gemm.launch_gemm(choice, *per_token_group_quant(x), weight, out, None)
+
+
 def time_choice(
     choice: DecodeChoice | GemmChoice, x: torch.Tensor, weights: list[gemm.Weight], out: torch.Tensor, whole: bool
 ) -> float:
     """Return microseconds of one call; whole: with the quantisation launch where the kernel needs one."""
     if isinstance(choice, DecodeChoice):
         plan = DecodePlan(choice, x, out, None)
-        return graph_us([lambda w=w: plan(x, w.codes, w.scale, out, None) for w in weights])
+        return graph_us([partial(plan, x, w.codes, w.scale, out, None) for w in weights])
     codes, scale = per_token_group_quant(x)
     if whole:
-        return graph_us(
-            [lambda w=w: gemm.launch_gemm(choice, *per_token_group_quant(x), w, out, None) for w in weights]
-        )
-    return graph_us([lambda w=w: gemm.launch_gemm(choice, codes, scale, w, out, None) for w in weights])
+        return graph_us([partial(_quantise_and_launch, choice, x, w, out) for w in weights])
+    return graph_us([partial(gemm.launch_gemm, choice, codes, scale, w, out, None) for w in weights])
 
 
 def main() -> None:

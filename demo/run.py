@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 from demo.architectures import SIZES
-from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+from demo.checkpoint import write_checkpoint
 from demo.install import ROOT, hopper_gpu
 from demo.server import Completion, DemoError, Server
+from demo.twin import dequantize_checkpoint
 from fp8_backend.errors import Fp8BackendError
 from fp8_backend.weights.checkpoint import verify_checkpoint
 

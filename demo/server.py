@@ -131,7 +131,8 @@ class Server:
         )
         try:
             with _opener.open(request, timeout=timeout_s) as response:
-                return json.load(response)
+                answer: dict[str, Any] = json.load(response)
+                return answer
         except urllib.error.HTTPError as error:
             raise DemoError(f"{path} answered {error.code}: {error.read()[:500].decode(errors='replace')}") from None
         except OSError as error:

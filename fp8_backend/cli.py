@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(arguments)
     try:
-        return importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
+        code: int = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
+        return code
     except Fp8BackendError as error:
         print(f"fp8-backend {parsed.command}: {error}", file=sys.stderr)
         return 2

@@ -1,11 +1,14 @@
-"""Every `FP8_BACKEND_*` environment variable; nothing else in the package reads the environment."""
+"""Every `FP8_BACKEND_*` environment variable; nothing else in the package reads the environment.
+
+python -m fp8_backend.settings > docs/settings.md
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -21,20 +24,22 @@ class Settings(BaseModel):
 
     strict: bool = Field(
         default=False,
-        description="1: refuse to start where a layer or GPU cannot use our kernels; 0: fall back and say so.",
+        description="`1`: refuse to start where a layer or GPU cannot use these kernels. `0`: vLLM's own FP8 path "
+        "serves there, and the log says so.",
     )
     kernels: Literal["auto", "reference"] = Field(
         default="auto",
-        description="auto: CUDA kernels on a Hopper GPU, the torch reference on the CPU; reference: always that.",
+        description="`auto`: the CUDA kernels on a Hopper GPU, plain PyTorch on a CPU. `reference`: plain PyTorch "
+        "everywhere, slowly, to tell a kernel's fault from another.",
     )
     cache_dir: Path | None = Field(
         default=None,
-        description="Where compiled kernels are kept. Default: $VLLM_CACHE_ROOT/fp8_backend, else "
-        "${XDG_CACHE_HOME:-~/.cache}/fp8_backend.",
+        description="An absolute path: where compiled kernels are kept. By default `fp8_backend` in `VLLM_CACHE_ROOT`, "
+        "else in `XDG_CACHE_HOME`, else in `~/.cache`.",
     )
     jit: Literal["auto", "forbid"] = Field(
         default="auto",
-        description="forbid: a kernel that is not in the cache is an error instead of being compiled.",
+        description="`forbid`: a kernel that is not in the cache is an error at start-up. `auto`: it is compiled then.",
     )
 
     @field_validator("cache_dir")
@@ -90,3 +95,38 @@ def value_or_none(field: str) -> object:
 def vllm_plugins(environ: Mapping[str, str] = os.environ) -> list[str] | None:
     """Return the names in vLLM's allow-list of plugins, or None if it loads all."""
     return environ["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in environ else None
+
+
+def table() -> str:
+    """Return the settings as a Markdown table: variable, values with the default first, meaning."""
+    rows = ["| variable | values | meaning |", "|---|---|---|"]
+    for field, info in Settings.model_fields.items():
+        choices = ("0", "1") if info.annotation is bool else get_args(info.annotation)
+        values = ", ".join(f"`{choice}`" for choice in choices if isinstance(choice, str)) or "a path"
+        rows.append(f"| `{PREFIX}{field.upper()}` | {values} | {info.description} |")
+    return "\n".join(rows)
+
+
+def page() -> str:
+    """Return docs/settings.md."""
+    return f"""# Settings
+
+<!-- Written by `python -m fp8_backend.settings`; change fp8_backend/settings.py instead. -->
+
+Every setting is an environment variable. The first value is the default.
+
+{table()}
+
+A variable that starts with `{PREFIX}` and is not in this table, or has a value that is not listed, is an error at
+start-up: a misspelt setting is never ignored. `fp8-backend doctor` shows each setting in force and where it comes from.
+
+All but the place of the cache are part of the key of vLLM's torch.compile cache: after a change vLLM compiles the model
+anew instead of loading a graph that was made under another setting. Moving the cache costs nothing.
+
+vLLM's own variables that matter here: `VLLM_PLUGINS`, if set, must contain `fp8_backend`; `VLLM_LOGGING_LEVEL=DEBUG`
+makes each process that ends by itself say how many calls, fallbacks and compiles it counted.
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -19,7 +19,7 @@ from fp8_backend.ab.models import CONFIGS, find_model
 from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.weights.formats import read_format
 
-OURS = ["12 of 12 linears use fp8_backend (cuda)"]
+OURS = ["12 of 12 linears: fp8_backend sm90; fell back: none"]
 STOCK = ["Selected DeepGemmFp8BlockScaledMMKernel for Fp8LinearMethod"]
 
 
@@ -89,8 +89,8 @@ def test_a_failed_run_does_not_count() -> None:
     ("arm", "lines", "reason"),
     [
         ("ours", [], "a log of ours does not say that its linears use fp8_backend"),
-        ("ours", ["0 of 12 linears use fp8_backend (cuda)"], "a log of ours does not say"),
-        ("ours", ["9 of 9 linears and 0 of 3 MoE layers use fp8_backend (cuda)"], "a log of ours does not say"),
+        ("ours", ["0 of 12 linears: fp8_backend sm90; fell back: 12 linears"], "a log of ours does not say"),
+        ("ours", ["9 of 9 linears: fp8_backend sm90; 0 of 3 MoE layers: fp8_backend sm90"], "a log of ours does not"),
         ("default", OURS, "a log of the default says that its linears use fp8_backend"),
         ("default", ["Using FlashAttention backend"], "does not name the kernel of its FP8 linears"),
     ],
@@ -111,7 +111,7 @@ def test_a_twin_need_not_name_an_fp8_kernel() -> None:
 def test_selection_lines_are_read_from_a_log() -> None:
     log_text = (
         "(EngineCore pid=7) INFO 11-22 14:00:00 [__init__.py:7] Selected CutlassFp8BlockScaledMMKernel for X\n"
-        "INFO 11-22 14:00:01 [summary.py:44] 27 of 27 linears and 2 of 2 MoE layers use fp8_backend (cuda)\nother\n"
+        "INFO 11-22 14:00:01 [summary.py:44] 27 of 27 linears: fp8_backend sm90; fell back: none\nother\n"
     )
     lines = selection_lines(log_text)
     assert len(lines) == 2 and names_ours(lines) and names_fp8_kernel(lines)
@@ -186,7 +186,7 @@ def test_page_and_chart(tmp_path: Path) -> None:
     }
     page = report.markdown(result)
     assert "CPU, 2 cores: shows that it works" in page
-    assert page.count("12 of 12 linears use fp8_backend (cuda)") == 2 and page.count("Selected DeepGemm") == 2
+    assert page.count("12 of 12 linears: fp8_backend sm90") == 2 and page.count("Selected DeepGemm") == 2
     assert "| TPOT, batch 1 (ms) | 4.05 | 3.05 | 1.328 | ours 1.33x better |" in page
     from fp8_backend.ab.chart import chart
 

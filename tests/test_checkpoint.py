@@ -223,20 +223,12 @@ def test_weight_left_unquantised_in_one_layer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "change", "expected"),
-    [
-        ("qwen3", {"head_dim": 64, "heads": 3}, "self_attn.q_proj.weight: 192 rows"),
-        ("qwen3", {"head_dim": 64, "kv_heads": 1}, "self_attn.k_proj.weight: 64 rows"),
-        ("qwen3", {"intermediate": 576}, "mlp.gate_proj.weight: 576 rows"),
-        ("qwen3_moe", {"moe_intermediate": 192}, "mlp.experts.0.gate_proj.weight: 192 rows"),
-        ("deepseek_v3", {"q_lora": 192}, "self_attn.q_a_proj.weight: 192 rows"),
-    ],
+    ("architecture", "change"),
+    [("qwen3", {"head_dim": 64, "heads": 3}), ("qwen3", {"intermediate": 576}), ("deepseek_v3", {"q_lora": 192})],
 )
-def test_merged_width(architecture: Any, change: dict[str, int], expected: str, tmp_path: Path) -> None:
+def test_merged_parts_may_end_within_a_block(architecture: Any, change: dict[str, int], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, architecture, replace(SIZES[architecture, "demo"], layers=2, **change))
-    message = refusal(tmp_path)
-    assert expected in message
-    assert "expected a multiple of 128" in message
+    verify_checkpoint(tmp_path)
 
 
 def test_merged_layer_of_two_dtypes(folder: Path) -> None:

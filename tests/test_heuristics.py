@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES, DecodeChoice, all_configs, select, select_gemm
-from fp8_backend.kernels.problem import H200, MAX_DECODE_ROWS, MAX_SHARED_BYTES, GemmProblem, Machine
+from fp8_backend.kernels.problem import H200, MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import ceil_div
 
 # Widths of DeepSeek-V3 and Qwen3 at several tensor-parallel sizes, and odd ones: below, at and off every tile width.
@@ -20,7 +20,7 @@ SMALLER = Machine(78, (36, 16, 6))
 def check_decode(problem, choice):
     config, k_blocks = choice.config, problem.k_blocks
     assert config.tokens >= problem.m and config.split <= max(1, k_blocks)
-    assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
+    assert choice.rows % 8 == 0 and 8 <= choice.rows <= config.max_rows
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
     tiles = ceil_div(problem.n, choice.rows)
@@ -29,6 +29,20 @@ def check_decode(problem, choice):
     assert choice.grid % config.split == 0 and choice.grid // config.split <= min(tiles, most)
     if config.split > 1:  # a cluster has one tile, and all clusters run at once
         assert choice.grid == tiles * config.split
+
+
+def check_gemm(problem, choice):
+    config = choice.config
+    assert config.shared_bytes * config.ctas_per_sm <= MAX_SHARED_BYTES - 1024 * (config.ctas_per_sm - 1)
+    tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
+    tiles = tiles_m * ceil_div(problem.n, config.block_n * config.cluster_n)
+    assert choice.grid > 0 and choice.grid % choice.cluster == 0 and choice.strip >= 1
+    if choice.split > 1:  # a cluster has one tile, and each of its CTAs some of k
+        assert config.split_k and choice.split <= problem.k_blocks
+        assert choice.grid == tiles * choice.cluster
+    else:
+        most = problem.machine.max_clusters(choice.cluster) * config.ctas_per_sm
+        assert choice.grid // choice.cluster <= min(tiles, most)
 
 
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])
@@ -41,9 +55,7 @@ def test_every_problem_gets_a_legal_kernel(n, k, machine):
             if isinstance(choice, DecodeChoice):
                 check_decode(problem, choice)
             else:
-                assert choice.config.shared_bytes <= MAX_SHARED_BYTES and choice.strip >= 1
-                assert choice.grid % choice.config.cluster == 0
-                assert 0 < choice.grid // choice.config.cluster <= machine.max_clusters(choice.config.cluster)
+                check_gemm(problem, choice)
 
 
 def test_few_tokens_stream_and_many_multiply():

@@ -94,13 +94,13 @@ def test_deep_finds_one_bad_value_and_its_place(model: Path, capsys: pytest.Capt
 
 
 def test_text_says_what_is_not_taken_and_why(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(model), "--tp", "4", "--deep"]) == 1
+    assert main(["inspect", str(model), "--tp", "5", "--deep"]) == 1
     said = capsys.readouterr()
-    assert f"{GATE}, model.layers.*.mlp.up_proj.weight\n  merged shard width 192 is not a multiple of 128" in said.out
-    assert "input width 192 of one tensor-parallel rank" in said.out
-    assert "cannot be served with --quantization deepgemm_fp8 --tensor-parallel-size 4" in said.out
+    assert f"{GATE}, model.layers.*.mlp.up_proj.weight\n  output width 768 does not divide by 5 ranks" in said.out
+    assert "input width 768 does not divide by 5 ranks: vLLM itself refuses" in said.out
+    assert "cannot be served with --quantization deepgemm_fp8 --tensor-parallel-size 5" in said.out
     assert "reading [##############################] 100%" in said.err
-    assert main(["inspect", str(model), "--tp", "2"]) == 0
+    assert main(["inspect", str(model), "--tp", "4"]) == 0  # parts of 192 rows and columns, within blocks
 
 
 def test_bf16_checkpoint_is_described_and_refused(
@@ -126,7 +126,7 @@ CONFIG = {"num_attention_heads": 12, "num_key_value_heads": 2}
     [
         # 12 heads of 128 over 4 ranks: 3 query heads each, and one of the 2 key heads, which two ranks share.
         (Layer("a.", ("q_proj", "k_proj", "v_proj"), (1536, 256, 256), 512), 4, None),
-        (Layer("a.", ("q_proj", "k_proj", "v_proj"), (768, 128, 128), 512), 2, "merged shard width 64"),
+        (Layer("a.", ("q_proj", "k_proj", "v_proj"), (768, 128, 128), 512), 2, None),  # 64 rows of each key head
         (Layer("a.", ("q_proj", "k_proj", "v_proj"), (1536, 256, 256), 512), 8, "vLLM itself refuses"),
         (Layer("a.", ("q_proj", "k_proj", "v_proj"), (1536, 256, 256), 512), 3, "vLLM itself refuses"),
         (Layer("a.", ("q_a_proj", "kv_a_proj_with_mqa"), (1536, 576), 7168), 8, None),  # replicated
@@ -134,6 +134,10 @@ CONFIG = {"num_attention_heads": 12, "num_key_value_heads": 2}
         (Layer("m.experts.0.", ("w2",), (4096,), 1536), 8, None),
         (Layer("m.", ("down_proj",), (7168,), 18432), 8, None),
         (Layer("m.", ("down_proj",), (7168,), 18432), 5, "does not divide by 5 ranks"),
+        (Layer("m.", ("gate_up_proj",), (2 * 768,), 256), 3, None),
+        (Layer("m.", ("gate_up_proj",), (2 * 768,), 256), 4, "a rank gets a part of 192 rows"),
+        (Layer("m.", ("qkv_proj",), (16 * 64,), 256), 1, None),
+        (Layer("m.", ("qkv_proj",), (16 * 64,), 256), 2, "a rank gets a part of 64 rows"),
         (Layer("m.", ("made_up",), (256,), 256), 2, "unknown projection 'made_up'"),
         (Layer("m.", ("made_up",), (72,), 200), 1, None),
     ],

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fp8_backend.kernels import activation, gemm, quantize, warmup
+from fp8_backend.kernels import activation, decode, gemm, quantize, warmup
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 
 SPECS = warmup.all_specs()
@@ -27,7 +27,7 @@ def test_the_set_is_bounded():
     ("file", "layout"),
     [
         ("gemm.cuh", gemm._GEMM_LAYOUT),
-        ("decode.cuh", gemm._DECODE_LAYOUT),
+        ("decode.cuh", decode._LAYOUT),
         ("quantize.cuh", quantize._LAYOUT),
         ("activation.cuh", activation._LAYOUT),
     ],

@@ -13,7 +13,7 @@ import pytest
 from fp8_backend.errors import ArgumentError, DriverError, UnsupportedError
 from fp8_backend.kernels import driver, launcher, tensor_map
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.launcher import Kernel, ParamLayout
+from fp8_backend.kernels.launcher import Kernel, ParamLayout, PreparedLaunch
 from fp8_backend.kernels.tensor_map import encode_tiled
 
 SAXPY = KernelSpec("saxpy.cuh", "saxpy", (("OFFSET", 3),), Path(__file__).parent)
@@ -113,6 +113,22 @@ def test_launch_hands_over_every_argument() -> None:
     assert first.params == [*expected, struct.pack("<f", 0.5), struct.pack("<q", -(2**40))]
     assert first.addresses[0] % 64 == 0
     assert first.attributes == [(4, (2, 1, 1, *[0] * 13)), (6, (1, *[0] * 15))]
+
+
+def test_prepared_launch_changes_its_first_parameters_alone() -> None:
+    fake = Driver((128, 8, 4))
+    kernel = Kernel("test", FUNCTION, ParamLayout(("map", "u64", "i32")), launch=fake.function)
+    prepared = PreparedLaunch(kernel, (8, 2), 384, 1000, 2, (-7,), cluster=2)
+    kernel.launch((1, 1, 1), 32, 0, (bytes(128), 1, 1), 0)  # another launch of the kernel leaves the prepared one alone
+    description = bytes(range(128))
+    prepared(STREAM, description, 2**63 + 5)
+    prepared(7, description, 3)
+    _, first, second = fake.seen
+    assert first.params == [description, struct.pack("<Q", 2**63 + 5), struct.pack("<i", -7)]
+    assert second.params == [description, struct.pack("<Q", 3), struct.pack("<i", -7)]
+    assert (first.stream, second.stream) == (STREAM, 7)
+    assert (first.grid, first.block, first.shared_bytes) == ((8, 2, 1), (384, 1, 1), 1000)
+    assert first.attributes == second.attributes == [(4, (2, 1, 1, *[0] * 13)), (6, (1, *[0] * 15))]
 
 
 def test_attributes_follow_the_launch_and_not_the_one_before() -> None:

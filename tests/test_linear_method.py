@@ -28,7 +28,6 @@ from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import config as config_module
 from fp8_backend.integration import ops
 from fp8_backend.integration.config import DeepGemmFp8Config
-from fp8_backend.integration.linear import check_partition
 from fp8_backend.integration.moe import check_features
 from fp8_backend.kernels import layout
 from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize, relative_error
@@ -197,39 +196,6 @@ def test_bad_scales_are_refused_when_packing(value: float | None, words: str, co
     text = str(caught.value)
     assert f"model.layers.0.merged.weight_scale_inv{index} {words}" in text
     assert "finite and above 0" in text and "get the checkpoint again" in text
-
-
-def test_merged_width_is_refused_when_the_layer_is_built(config: DeepGemmFp8Config) -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        MergedColumnParallelLinear(
-            256, [192, 192], bias=False, quant_config=config, prefix="model.layers.0.gate_up_proj"
-        )
-    text = str(caught.value)
-    assert "model.layers.0.gate_up_proj: merged shard width 192 is not a multiple of 128" in text
-    assert "modules_to_not_convert" in text
-
-
-@pytest.mark.parametrize(
-    ("input_size", "k", "output_size", "widths", "words"),
-    [
-        (1536, 192, 4096, [4096], "input width 192 of one tensor-parallel rank is not a multiple of 128"),
-        (4096, 4096, 1536, [192], "shard width 192 is not a multiple of 128"),
-        (4096, 4096, 3072, [768, 96, 96], "merged shard width 96"),
-        (4096, 4096, 3072, [192, 192], "use a smaller --tensor-parallel-size"),
-    ],
-)
-def test_splits_through_a_block_are_refused(
-    input_size: int, k: int, output_size: int, widths: list[int], words: str
-) -> None:
-    with pytest.raises(UnsupportedError, match=words):
-        check_partition("model.layers.0.proj", input_size, k, output_size, widths)
-
-
-def test_partitions_that_end_on_blocks_are_accepted() -> None:
-    check_partition("fused_qkv_a_proj", 7168, 7168, 2112, [1536, 576])
-    check_partition("down_proj", 18432, 2304, 7168, [7168])
-    check_partition("gate_up_proj", 7168, 7168, 36864, [2304, 2304])
-    check_partition("one rank", 200, 200, 72, [72])
 
 
 def test_op_has_a_faithful_fake_and_compiles(config: DeepGemmFp8Config) -> None:

@@ -28,6 +28,7 @@ from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from fp8_backend.cli import main
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import config as config_module
+from fp8_backend.integration import plugin
 from fp8_backend.integration.config import DeepGemmFp8Config
 from fp8_backend.integration.plugin import NAME, register
 
@@ -117,6 +118,34 @@ def test_settings_enter_the_compile_key(monkeypatch: pytest.MonkeyPatch) -> None
     assert "FP8_BACKEND_CACHE_DIR" not in before
     monkeypatch.setenv("FP8_BACKEND_KERNELS", "reference")
     assert (before["FP8_BACKEND_KERNELS"], envs.compile_factors()["FP8_BACKEND_KERNELS"]) == ("auto", "reference")
+
+
+def test_toggles_and_upgrades_change_the_key_of_compiled_graphs(
+    pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is vLLM's own, of the graphs it stores and loads."""
+    from vllm.compilation.caching import aot_compile_hash_factors
+
+    config = start(pristine)
+
+    def key() -> list[str]:
+        return aot_compile_hash_factors(config)
+
+    before = key()
+    assert key() == before
+    for name, value in (
+        ("FP8_BACKEND_KERNELS", "reference"),
+        ("FP8_BACKEND_STRICT", "1"),
+        ("FP8_BACKEND_JIT", "forbid"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert key() != before, name
+    with monkeypatch.context() as changed:
+        changed.setenv("FP8_BACKEND_CACHE_DIR", "/elsewhere")
+        assert key() == before
+        changed.setattr(plugin, "ops_version", lambda: "another")
+        assert key() != before
 
 
 @pytest.mark.parametrize(
@@ -223,7 +252,9 @@ def test_other_gpu_is_served_by_vllm_with_one_warning(
     warnings = [line for line in caplog_vllm if "NVIDIA L40S" in line]
     assert len(warnings) == 1
     assert all(word in warnings[0] for word in ("8.9", "9.0", "Hopper", "vLLM's own FP8 path"))
-    assert quant_config.summary.line("cuda").startswith("0 of 3 linears use fp8_backend (cuda); 3 linears use vLLM's")
+    assert quant_config.summary.line("cuda").startswith(
+        "0 of 3 linears: fp8_backend sm90; fell back: 3 linears to vLLM's"
+    )
 
 
 def test_other_gpu_is_refused_when_strict(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,19 @@
 """Runs one vLLM engine in a process of its own and writes what it said as JSON.
 
 Usage: python tests/vllm_worker.py request.json answer.json
-The request holds `engine` (arguments of vllm.LLM) and `prompts` (lists of token ids).
+The request holds `engine` (arguments of vllm.LLM), `prompts` (lists of token ids) and, where asked for, `events`: what
+to do to the engine after the first answers, each followed by the same questions again.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(
         **{"enforce_eager": True, **request["engine"]},
@@ -23,16 +25,42 @@ def main() -> None:
         gpu_memory_utilization=0.05,  # of memory; on the CPU too, despite its name
         kv_cache_memory_bytes=1 << 28,
     )
-    prompts = [{"prompt_token_ids": tokens} for tokens in request["prompts"]]
-    scored = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=-1, ignore_eos=True))
-    answer = {
-        # One row of the whole vocabulary per prompt token but the first, which nothing predicts.
+    answer = ask(llm, request["prompts"])
+    answer["events"] = []
+    for event in request.get("events", []):
+        happen(llm, event)
+        answer["events"].append(ask(llm, request["prompts"]))
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Return the distribution at every prompt token but the first, which nothing predicts, and 16 greedy tokens."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=-1, ignore_eos=True)
+    scored = llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], parameters)
+    return {
         "logprobs": [
             [[row[token].logprob for token in sorted(row)] for row in output.prompt_logprobs[1:]] for output in scored
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in scored],
     }
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def happen(llm: Any, event: str) -> None:
+    """Reload the weights from where they came from, or sleep and wake up: level 2 forgets the weights."""
+    if event == "reload":
+        llm.collective_rpc("reload_weights")
+    elif event == "sleep 1":
+        llm.sleep(level=1)
+        llm.wake_up()
+    elif event == "sleep 2":
+        llm.sleep(level=2)
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+    else:
+        raise ValueError(event)
 
 
 if __name__ == "__main__":

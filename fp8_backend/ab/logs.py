@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # The plugin's line after loading.
-SUMMARY = re.compile(r"\d+ of \d+ linears.* use fp8_backend.*")
+SUMMARY = re.compile(r"\d+ of \d+ linears: fp8_backend .*")
 # Lines in which vLLM says what it chose, and whether it compiled and captured.
 SELECTION = re.compile(
     r"(Selected \S+ for|[Uu]sing .*(kernel|[Bb]ackend|MoE|GEMM)|vLLM's own FP8 path|torch\.compile (takes|took)|"

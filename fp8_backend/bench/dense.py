@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -148,7 +149,8 @@ def _gemm_arms(
 
     def deepgemm(copy: int) -> Callable[[], torch.Tensor]:
         b = weight.plain.codes[copy], weight.plain.scales[copy]
-        return lambda: peers.deepgemm_gemm(plan.deepgemm, a, b)
+        assert plan.deepgemm is not None
+        return partial(peers.deepgemm_gemm, plan.deepgemm, a, b)
 
     arms = {"our gemm": capture([ours(copy) for copy in range(count)])}
     if with_deepgemm:

@@ -6,6 +6,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ def run(present: dict[str, peers.Linear], failures: dict[str, list[str]]) -> Ite
         failures[f"op: {type(error).__name__}: {error}".splitlines()[0][:200]] = ["host"]
     for m in MS:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        row: dict[str, Any] = {"m": m, "n": n, "k": k, "function_us": host_us(lambda x=x: weight.linear(x, 0))}
+        row: dict[str, Any] = {"m": m, "n": n, "k": k, "function_us": host_us(partial(weight.linear, x, 0))}
         if op is not None:
-            row["op_us"] = host_us(lambda x=x: op(x, packed.codes, packed.scale, None, n))
+            row["op_us"] = host_us(partial(op, x, packed.codes, packed.scale, None, n))
         row["peers"] = {}
         for name, linear in present.items():
             if peers.why_not(name, m, n, k) is None and peers.try_call(linear, x, weight.plain)[0] is not None:

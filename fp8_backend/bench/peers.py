@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
 
 import torch
 
@@ -15,6 +16,7 @@ from fp8_backend.kernels.reference import BLOCK, align
 
 NAMES = ("deepgemm", "flashinfer", "cutlass", "triton", "cublaslt", "bf16")
 FP8_NAMES = NAMES[:-1]
+Product = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def deepgemm_gemm(
 def _quantiser() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     importlib.import_module("vllm._custom_ops")  # loads the ops of vllm._C
     module = importlib.import_module("vllm.model_executor.layers.quantization.utils.fp8_utils")
-    return module.per_token_group_quant_fp8
+    quantise: Callable[..., tuple[torch.Tensor, torch.Tensor]] = module.per_token_group_quant_fp8
+    return quantise
 
 
 def _deepgemm() -> Linear:
@@ -85,7 +88,7 @@ def _deepgemm() -> Linear:
 
 
 def _flashinfer() -> Linear:
-    gemm = importlib.import_module("flashinfer.gemm").fp8_blockscale_gemm_sm90
+    gemm: Product = importlib.import_module("flashinfer.gemm").fp8_blockscale_gemm_sm90
 
     def linear(x: torch.Tensor, weights: Weights, copy: int) -> torch.Tensor:
         return gemm(input=x, weight=weights.codes[copy], weight_scale=weights.scales[copy], out_dtype=torch.bfloat16)
@@ -97,23 +100,24 @@ def _cutlass() -> Linear:
     ops, quantise = importlib.import_module("vllm._custom_ops"), _quantiser()
     if not ops.cutlass_scaled_mm_supports_block_fp8(90):
         raise RuntimeError("this vLLM's CUTLASS has no block-scaled FP8 for sm_90")
+    multiply: Product = ops.cutlass_scaled_mm
 
     def linear(x: torch.Tensor, weights: Weights, copy: int) -> torch.Tensor:
         codes, scale = quantise(x, BLOCK, column_major_scales=True, use_ue8m0=False)
         b, scale_b = weights.codes[copy].T, weights.scales[copy].T
-        return ops.cutlass_scaled_mm(codes, b, out_dtype=torch.bfloat16, scale_a=scale, scale_b=scale_b)
+        return multiply(codes, b, out_dtype=torch.bfloat16, scale_a=scale, scale_b=scale_b)
 
     return linear
 
 
 def _triton() -> Linear:
     module = importlib.import_module("vllm.model_executor.layers.quantization.utils.fp8_utils")
-    quantise = _quantiser()
+    quantise, multiply = _quantiser(), cast(Product, module.w8a8_triton_block_scaled_mm)
 
     def linear(x: torch.Tensor, weights: Weights, copy: int) -> torch.Tensor:
         codes, scale = quantise(x, BLOCK, column_major_scales=False, use_ue8m0=False)
         b, scale_b = weights.codes[copy], weights.scales[copy]
-        return module.w8a8_triton_block_scaled_mm(codes, b, scale, scale_b, [BLOCK, BLOCK], torch.bfloat16)
+        return multiply(codes, b, scale, scale_b, [BLOCK, BLOCK], torch.bfloat16)
 
     return linear
 

@@ -35,7 +35,7 @@ def ratio(row: Row, names: Sequence[str] = NAMES) -> float | None:
 
 def tflops(row: Row, key: str) -> float:
     """Return the rate of a row's time in 1e12 operations a second."""
-    return 2 * row["m"] * row["n"] * row["k"] / row[key] / 1e6
+    return float(2 * row["m"] * row["n"] * row["k"] / row[key] / 1e6)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

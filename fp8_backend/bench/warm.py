@@ -50,7 +50,8 @@ def compile_peers(
         One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
     """
     names = [name for name in names if name in COMPILED_AT_CALL]
-    waiting, running, problems = list(shapes) if names else [], {}, []
+    waiting, problems = list(shapes) if names else [], []
+    running: dict[Shape, subprocess.Popen[str]] = {}
     end = time.monotonic() + limit_s
     try:
         while waiting or running:

@@ -63,6 +63,18 @@ def keep_from_amx_mla(layer: torch.nn.Module) -> None:
         layer.weight_block_size = None
 
 
+def unloaded_elements(layer: torch.nn.Module) -> int:
+    """Return how many elements of a layer a weight reload leaves as they were allocated; 0 outside a reload.
+
+    From 0.26 on a reload allocates each layer anew and packs it once all its tensors came, or, at the end, with those
+    that did: a tensor that is missing then leaves whatever the memory held, and vLLM says so at debug level alone.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.get_layerwise_info(layer)
+    return max(0, info.load_numel_total - info.load_numel) if info.can_load() else 0
+
+
 def hide_moe_from_compiler(layer: RoutedExperts, prefix: str, config: CompilationConfig) -> None:
     """Make torch.compile on a CPU take a whole MoE layer, its router included, as one opaque op, as vLLM does on GPUs.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from vllm.platforms import current_platform
 from fp8_backend import settings
 from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
+from fp8_backend.integration.hub import local_folder
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
@@ -127,10 +127,8 @@ class DeepGemmFp8Config(Fp8Config):
         backend = select_backend()
         if backend.name == "vllm" and settings.load().strict:
             raise UnsupportedError(f"{backend.reason}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
-        folder = Path(model_name)
-        # A name on a model hub and a folder that holds a config alone (--load-format dummy) have no files to check;
-        # scales are checked again when a layer is packed.
-        if any(folder.glob("*.safetensors*")):
+        # Where files are yet to be fetched, scales are checked when a layer is packed, as they are in any case.
+        if (folder := local_folder(model_name, revision)) is not None:
             checked = verify_checkpoint(folder)
             logger.info(
                 "checkpoint is complete: %s, %d FP8 weights (%.2f GB) in %d shards",

@@ -12,9 +12,10 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import BlockQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import replace_parameter
 
-from fp8_backend.errors import UnsupportedError
+from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import compat, ops, warmup
-from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.integration.scales import RefinedScaleParameter
+from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights import loader, partition
 
 if TYPE_CHECKING:
@@ -50,40 +51,55 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
     ) -> None:
         """Register `weight` [n, k] float8_e4m3fn and its scales [ceil(n / 128), ceil(k / 128)] float32.
 
-        The scales are called `weight_scale_inv`, or `weight_scale` where the checkpoint is of compressed-tensors.
+        The scales are called `weight_scale_inv`, or `weight_scale` where the checkpoint is of compressed-tensors. Where
+        merging or splitting the layer cuts through 128x128 blocks, their grid is finer until they are packed.
 
         Raises:
-            UnsupportedError: merging or splitting the layer cuts through a 128x128 block.
             CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid.
         """
-        check_partition(self.prefix, input_size, input_size_per_partition, output_size, output_partition_sizes)
         if self.config.backend_name == "cuda":
             # Here and not after loading: a kernel that is missing stops the start before gigabytes are read.
             warmup.warm_up_process(get_tensor_model_parallel_rank() == 0)
         n, k = sum(output_partition_sizes), input_size_per_partition
+        shard = partition.linear_shard(
+            input_size, k, output_size, output_partition_sizes, layer.tp_rank, row_copies(layer, output_partition_sizes)
+        )
+        layer.fp8_shard = shard
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = k  # read by MLA, which multiplies an identity of this size
         layer.output_size_per_partition = n
         layer.orig_dtype = params_dtype
-        layer.weight_block_size = [BLOCK, BLOCK]  # read by vLLM's loaders of merged layers' scales
+        # Read by vLLM's loaders of merged layers' scales.
+        layer.weight_block_size = [shard.rows_per_scale, shard.columns_per_scale]
         weight_loader: Callable[..., Any] | None = extra_weight_attrs.get("weight_loader")
         placement = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
         weight = ModelWeightParameter(data=torch.empty(n, k, dtype=torch.float8_e4m3fn), **placement)
-        scale = BlockQuantScaleParameter(
-            data=loader.unloaded_scale(ceil_div(n, BLOCK), ceil_div(k, BLOCK)), **placement
-        )
+        unloaded = loader.unloaded_scale(*shard.scale_shape)
+        if layer.weight_block_size == [BLOCK, BLOCK]:
+            scale = BlockQuantScaleParameter(data=unloaded, **placement)
+        else:
+            scale = RefinedScaleParameter(shard=shard, data=unloaded, **placement)
         layer.register_parameter("weight", weight)
         layer.register_parameter(self.config.scale_name, scale)
         self.config.summary.create("linear")
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace weight and scales by packed ones; the originals are freed before the next layer is packed."""
+        """Replace weight and scales by packed ones; the originals are freed before the next layer is packed.
+
+        Raises:
+            CheckpointError: a scale is not finite and above 0, or a weight reload brought only a part of the layer.
+        """
         if layer.weight.dim() == 3:  # vLLM calls again for layers that a weight update left alone
             return
+        if missing := compat.unloaded_elements(layer):
+            raise CheckpointError(
+                f"{self.prefix}: the weight reload left {missing} elements unset; expected every tensor of the layer; "
+                "restart the server with a complete checkpoint (fp8-backend inspect MODEL tells)"
+            )
         scale = getattr(layer, self.config.scale_name).data
         if self.dummy_weights:
             scale.abs_().clamp_min_(1e-6)
-        weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale)
+        weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale, layer.fp8_shard)
         replace_parameter(layer, "weight", weight)
         replace_parameter(layer, self.config.scale_name, scale)
         compat.keep_from_amx_mla(layer)
@@ -100,23 +116,35 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         Returns:
             [..., n] in x's dtype; in the model's dtype for float8 x.
         """
+        shard: partition.LinearShard = layer.fp8_shard
         scale = getattr(layer, self.config.scale_name)
-        y = ops.linear(x, layer.weight, scale, bias, layer.output_size_per_partition)
+        if shard.k_lead:
+            x = pad_front(x, shard.k_lead)
+        if shard.pads_rows and bias is not None:
+            bias = spread(bias, shard)
+        y = ops.linear(x, layer.weight, scale, bias, shard.padded_n)
+        if shard.pads_rows:
+            y = torch.cat([y[..., first:last] for first, last in shard.outputs], dim=-1)
         return y.to(layer.orig_dtype) if x.dtype == torch.float8_e4m3fn else y
 
 
-def check_partition(name: str, input_size: int, k: int, output_size: int, widths: list[int]) -> None:
-    """Refuse a layer whose parts do not start at a block boundary, since blocks would need two scales.
+def row_copies(layer: torch.nn.Module, widths: list[int]) -> list[int]:
+    """Return how many ranks hold the same rows of each projection: more than one for keys and values alone."""
+    return [1] + [getattr(layer, "num_kv_head_replicas", 1)] * (len(widths) - 1)
 
-    Args:
-        name: of the layer.
-        input_size: of the whole layer.
-        k: of this rank's part.
-        output_size: of the whole layer, all ranks and merged parts together.
-        widths: output widths on this rank, one per merged part.
 
-    Raises:
-        UnsupportedError: names layer, width, limit and next step.
-    """
-    if reason := partition.linear_reason(input_size, k, output_size, widths):
-        raise UnsupportedError(f"{name}: {reason}")
+def pad_front(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return x [..., k] behind so many zero columns; also for float8, which torch pads on no device."""
+    if x.dtype == torch.float8_e4m3fn:
+        return torch.nn.functional.pad(x.view(torch.uint8), (columns, 0)).view(x.dtype)
+    return torch.nn.functional.pad(x, (columns, 0))
+
+
+def spread(bias: torch.Tensor, shard: partition.LinearShard) -> torch.Tensor:
+    """Return a bias [n] at the rows of the padded weight, [padded_n]; zero elsewhere."""
+    padded = bias.new_zeros(shard.padded_n)
+    row = 0
+    for first, last in shard.outputs:
+        padded[first:last] = bias[row : row + last - first]
+        row += last - first
+    return padded

@@ -8,6 +8,7 @@ import torch
 from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from fp8_backend import counters
 from fp8_backend.kernels import gemm
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
@@ -20,6 +21,7 @@ _LIBRARY = Library("fp8_backend", "FRAGMENT")
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
 ) -> torch.Tensor:
+    counters.calls["linear"] += 1
     return gemm.fp8_linear(x, weight, scale, n, bias)
 
 
@@ -42,6 +44,7 @@ def _experts(
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
 ) -> None:
+    counters.calls["experts"] += 1
     fp8_experts(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input, out)
 
 

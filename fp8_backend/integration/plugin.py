@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8_backend import settings
@@ -27,8 +30,16 @@ def register() -> None:
         # vLLM hashes every variable it knows into the key of its torch.compile cache.
         name = settings.PREFIX + field.upper()
         envs.environment_variables.setdefault(name, lambda field=field: settings.value_or_none(field))
+    # A compiled graph calls our ops by name: one that was traced with other ops must not be loaded.
+    envs.environment_variables.setdefault("FP8_BACKEND_OPS", lambda: ops_version())
     if NAME not in quantization.QUANTIZATION_METHODS:
         quantization.register_quantization_config(NAME)(_registration())
+
+
+@functools.cache
+def ops_version() -> str:
+    """Return what tells the torch ops of this installation from those of another: a digest of their source."""
+    return hashlib.sha256(Path(__file__).with_name("ops.py").read_bytes()).hexdigest()[:16]
 
 
 def config_class() -> type[DeepGemmFp8Config]:

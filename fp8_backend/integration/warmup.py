@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-from fp8_backend.kernels import warmup
+from fp8_backend.kernels import cache, warmup
 from fp8_backend.progress import ProgressOnDemand
 
 logger = logging.getLogger("vllm.fp8_backend.integration.warmup")
@@ -29,6 +29,7 @@ def warm_up_process(speak: bool) -> warmup.WarmUp:
     with ProgressOnDemand("compiling fp8_backend", "kernels") if speak else nullcontext() as progress:
         done = warmup.warm_up(progress=progress)
     warmup.load_all()
+    cache.mark_ready()
     done = replace(done, seconds=time.monotonic() - start)
     if speak:
         logger.info("%s", done)

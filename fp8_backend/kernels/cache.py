@@ -20,18 +20,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8_backend import settings
+from fp8_backend import counters, settings
 from fp8_backend.errors import CacheError, CompileError
 from fp8_backend.kernels import cache_folder
 from fp8_backend.kernels.compiler import CompiledKernel, KernelSpec, cache_key, compile_kernel, read_sources
 
 _DIGEST_LINE = 65  # sha256 in hex and a newline
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger(f"vllm.{__name__}")  # only vLLM's own loggers reach the log of each of its processes
 _memory: dict[KernelSpec, CompiledKernel] = {}
 _locks: dict[KernelSpec, threading.Lock] = {}
 _warned: set[str] = set()
-_compiled: list[str] = []  # appending is atomic, adding to a counter is not
+_ready = threading.Event()  # set once this process serves: whatever it compiles then stalls a request
 
 
 def get(spec: KernelSpec) -> CompiledKernel:
@@ -61,9 +61,9 @@ def find(spec: KernelSpec) -> CompiledKernel | None:
     return kernel
 
 
-def compilations() -> int:
-    """Return how many kernels this process has compiled."""
-    return len(_compiled)
+def mark_ready() -> None:
+    """Say that this process has every kernel it should ever need: a compile is a fault from now on, and logged."""
+    _ready.set()
 
 
 def load_or_compile(spec: KernelSpec) -> CompiledKernel:
@@ -85,13 +85,25 @@ def load_or_compile(spec: KernelSpec) -> CompiledKernel:
             "FP8_BACKEND_JIT=forbid: unset it to compile the kernel, or set FP8_BACKEND_CACHE_DIR to a directory that "
             "this version filled"
         )
-    kernel = compile_kernel(spec, sources)
-    _compiled.append(spec.name)
+    kernel = _compile(spec, sources)
     if directory is not None:
         try:
             cache_folder.publish(directory, entry_name(spec, key), _encode(kernel, key))
         except OSError as error:
             _warn_once(f"kernel cache {directory}", str(error))
+    return kernel
+
+
+def _compile(spec: KernelSpec, sources: dict[str, bytes]) -> CompiledKernel:
+    if _ready.is_set():
+        counters.late_compiles.append(spec.name)
+        _log.warning(
+            "kernel %s was not made ready before serving and is compiled now, which stalls requests; FP8_BACKEND_JIT="
+            "forbid makes it an error; please report it",
+            spec.name,
+        )
+    kernel = compile_kernel(spec, sources)
+    counters.compiles.append(spec.name)
     return kernel
 
 

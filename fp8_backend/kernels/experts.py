@@ -10,6 +10,8 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
+from fp8_backend.kernels.experts_decode import MAX_PAIRS, experts_decode
+from fp8_backend.kernels.experts_prefill import experts_prefill
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK
 
@@ -29,7 +31,7 @@ def select_form(m: int, top_k: int, num_groups: int) -> Form:
         top_k: experts a token.
         num_groups: experts on this rank.
     """
-    few = m <= MAX_DECODE_TOKENS and m * top_k <= DECODE_ROWS_PER_EXPERT * num_groups
+    few = m <= MAX_DECODE_TOKENS and m * top_k <= min(MAX_PAIRS, DECODE_ROWS_PER_EXPERT * num_groups)
     return "decode" if few or m == 1 else "prefill"
 
 
@@ -143,11 +145,4 @@ def check_experts(
 
 def launch(form: Form, *arguments: torch.Tensor | bool | None) -> None:
     """Launch one form of the experts on a GPU; the arguments are not checked."""
-    if form == "decode":
-        from fp8_backend.kernels.experts_decode import experts_decode
-
-        experts_decode(*arguments)
-    else:
-        from fp8_backend.kernels.experts_prefill import experts_prefill
-
-        experts_prefill(*arguments)
+    (experts_decode if form == "decode" else experts_prefill)(*arguments)

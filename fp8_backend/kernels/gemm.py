@@ -23,9 +23,10 @@ from fp8_backend.kernels.problem import (
 )
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import encode_tiled
+from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
 
-_GEMM_LAYOUT = launcher.ParamLayout(("map", "map") + ("u64",) * 4 + ("i64",) + ("u32",) * 9)
+_GEMM_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 10)
+_NO_MAP = bytes(BYTES)
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,6 @@ class Weight:
         codes = layout.unpack_weight(self.codes, self.n, self.k) if self.packed else self.codes
         return codes, layout.unpack_scale(self.scale, self.n)
 
-    def tensor_map(self, box_rows: int) -> bytes:
-        """Return the map {128 bytes, rows, k-blocks} through which gemm.cuh fetches `box_rows` rows of one k-block."""
-        k_blocks = ceil_div(self.k, BLOCK)
-        if self.packed:
-            n_aligned = self.codes.shape[1]
-            strides, swizzle = (BLOCK, n_aligned * BLOCK), "none"
-            return encode_tiled(
-                self.codes.data_ptr(), (BLOCK, n_aligned, k_blocks), strides, (BLOCK, box_rows, 1), swizzle, 1
-            )
-        return _row_major_map(self.codes, self.n, k_blocks, box_rows)
-
 
 def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int) -> bytes:
     strides = (codes.stride(0), BLOCK)
@@ -77,11 +67,13 @@ def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
 @cache
 def machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
-    clusters = (
-        decode.kernel(DecodeConfig(8, True, split), device).max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
-        for split in (2, 4, 8)
-    )
-    return Machine(torch.cuda.get_device_properties(device).multi_processor_count, tuple(clusters))
+
+    def clusters(split: int) -> int:
+        kernel = decode.kernel(DecodeConfig(8, True, split), device)
+        return kernel.max_active_clusters(DECODE_THREADS, MAX_SHARED_BYTES, split)
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(multiprocessors, (clusters(2), clusters(4), clusters(8)))
 
 
 @lru_cache(maxsize=65536)
@@ -107,12 +99,20 @@ def launch_gemm(
 ) -> None:
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
     config, m, k_blocks = choice.config, codes.shape[0], ceil_div(weight.k, BLOCK)
-    store_16_bytes = (
-        out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and weight.n % 8 == 0
+    # A tile's outputs are laid where block_n / 64 stages of its own were.
+    mapped = (
+        out.element_size() == 2
+        and out.data_ptr() % 16 == 0
+        and out.stride(0) % 8 == 0
+        and k_blocks // choice.split >= config.block_n // 64
     )
     params = (
         _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
-        weight.tensor_map(config.block_n // config.cluster_m),
+        _NO_MAP
+        if weight.packed
+        else _row_major_map(weight.codes, weight.n, k_blocks, config.block_n // config.cluster_m),
+        encode_tiled(out.data_ptr(), (weight.n, m), (out.stride(0) * 2,), (64, 16), "128B", 2) if mapped else _NO_MAP,
+        weight.codes.data_ptr() if weight.packed else 0,
         scale_a.data_ptr(),
         weight.scale.data_ptr(),
         out.data_ptr(),
@@ -126,7 +126,8 @@ def launch_gemm(
         choice.strip,
         ELEMENT_TYPES[out.dtype],
         _bias_type(bias),
-        int(store_16_bytes),
+        int(mapped),
+        weight.codes.shape[1] if weight.packed else 0,
     )
     kernel(config, out.device.index).launch(
         (choice.grid, 1, 1),
@@ -134,7 +135,7 @@ def launch_gemm(
         config.shared_bytes,
         params,
         launcher.current_stream(out.device.index),
-        config.cluster,
+        choice.cluster,
         True,
     )
 

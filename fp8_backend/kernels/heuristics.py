@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fp8_backend.kernels.problem import (
-    MAX_DECODE_ROWS,
     MAX_DECODE_TOKENS,
     MAX_SHARED_BYTES,
     DecodeConfig,
@@ -20,16 +19,17 @@ TOKENS = (8, 16, 32, 64)
 SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
 HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
-# CTAs a multiprocessor and the shared memory of each: all of it, or half, the other half to the next kernel or a second CTA.
+# CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
 RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
 
 GEMM_CONFIGS = (
-    GemmConfig(64, 64, 1, 8),
-    GemmConfig(64, 128, 1, 8),
-    GemmConfig(128, 64, 2, 8),
-    GemmConfig(128, 128, 2, 6),
-    GemmConfig(128, 128, 2, 6, cluster_m=2),
+    GemmConfig(64, 64, 1, 5, split_k=True, ctas_per_sm=2),
+    GemmConfig(64, 128, 1, 8, split_k=True),
+    GemmConfig(128, 64, 2, 7, split_k=True),
+    GemmConfig(128, 128, 2, 5, split_k=True),
+    GemmConfig(128, 128, 2, 6, cluster_n=2),
+    GemmConfig(192, 128, 3, 5),
     GemmConfig(256, 128, 2, 4, cluster_m=2),
     GemmConfig(256, 128, 2, 4, cluster_n=2),
 )
@@ -59,11 +59,20 @@ class DecodeChoice:
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """A GEMM kernel, its grid, and how many cluster columns of tiles are walked before the next rows."""
+    """A GEMM kernel, its grid, and how many cluster columns of tiles are walked before the next rows.
+
+    split: CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
+    """
 
     config: GemmConfig
     strip: int
     grid: int
+    split: int = 1
+
+    @property
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return self.config.cluster * self.split
 
 
 def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
@@ -74,26 +83,34 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds on one H200. Each constant was fitted to the sweep in docs/kernel-notes.md; they rank
-# kernels within about 15 % and are not meant to predict.
-_LAUNCH_NS = 2000  # from the start of a kernel to its first product, and its end
-_QUANTISE_NS = 1500  # a quantisation kernel ahead of it
+# The cost model, in nanoseconds on one H200. Each constant was fitted to a sweep (docs/kernel-notes.md); they rank
+# kernels (the choice is within 5 % of the best one on average) and are not meant to predict.
+_LAUNCH_NS = 2350  # from the start of a kernel to its first product, and its end
 _STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
-_FILL_BYTES_PER_NS = 37  # what an SM gets from L2, weights on their way from memory included
-_DECODE_BLOCK_NS = 100  # one k-block through a CTA, however small
-_LATE_TOKENS_NS = 300  # a quantisation kernel ahead of a decode kernel, mostly behind the weights' way from memory
-_EXCHANGE_NS = 350  # sums to another CTA of the cluster
-_GROUP_NS = 230  # a half-warp quantises one group more than the four whose latencies overlap
+_FILL_BYTES_PER_NS = 54  # what an SM gets from L2, weights on their way from memory included
+_ROUND_TRIP_NS = 3400  # of a stage, from its release to new data in it, with all SMs at work
+_BLOCK_NS, _BLOCK_TOKEN_NS = 240, 2.6  # one k-block through a CTA, and more for each token
+_BLOCK_ROWS_TOKEN_NS = 30  # and for each where both math warpgroups multiply every k-block
+_SHARED_SM = 1.17  # how much longer a k-block takes beside another CTA
+_OVERLAP = (0.2, 0.3, 0.0)  # of the early stages, the part that arrives before the tokens, by residency
+_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 120, 40, 17  # sums to another CTA of the cluster
+_OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
+_GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
-# One k-block of a tile, with all SMs at work; the epilogue of a tile.
+_LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
+_QUANTISE_NS = 1500  # a quantisation kernel ahead of a GEMM
+_GEMM_LAUNCH_NS = 2000
+# One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
 _GEMM_NS = {
-    (64, 64, 1): (300, 400),
-    (64, 128, 1): (340, 500),
-    (128, 64, 1): (300, 400),
-    (128, 128, 1): (480, 700),
-    (128, 128, 2): (530, 700),
-    (256, 128, 2): (860, 1300),
+    (64, 64, 1): (370, 280, 2750),
+    (64, 128, 1): (330, 1110, 2820),
+    (128, 64, 1): (290, 860, 2790),
+    (128, 128, 1): (425, 1380, 3790),
+    (128, 128, 2): (437, 1300, 0),
+    (192, 128, 1): (560, 2120, 0),
+    (256, 128, 2): (733, 3030, 0),
 }
+_ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
@@ -102,12 +119,13 @@ def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]
 
     There is none for more than 64 tokens.
     """
-    for ctas, shared_bytes in RESIDENCIES:
-        yield from resident_choices(problem, ctas, shared_bytes)
+    for residency in range(len(RESIDENCIES)):
+        yield from resident_choices(problem, residency)
 
 
-def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iterator[tuple[float, DecodeChoice]]:
-    """Yield those with at most `ctas` CTAs a multiprocessor of at most `shared_bytes` of shared memory each."""
+def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[float, DecodeChoice]]:
+    """Yield those of one of `RESIDENCIES`."""
+    ctas, shared_bytes = RESIDENCIES[residency]
     if problem.m > MAX_DECODE_TOKENS:
         return
     tokens = next(t for t in TOKENS if t >= problem.m)
@@ -115,7 +133,7 @@ def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iter
         if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
         most = ctas * problem.machine.max_clusters(config.split)
-        for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
+        for rows in range(8, min(config.max_rows, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
             num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
             if not num_stages or (config.split > 1 and tiles > most):
@@ -124,36 +142,61 @@ def resident_choices(problem: GemmProblem, ctas: int, shared_bytes: int) -> Iter
             limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
             prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
             choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
-            yield _decode_ns(problem, choice), choice
+            yield _decode_ns(problem, choice, residency), choice
 
 
-def _decode_ns(problem: GemmProblem, choice: DecodeChoice) -> float:
-    config = choice.config
+def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> float:
+    config, rows, tokens, m = choice.config, choice.rows, choice.config.tokens, problem.m
+    ctas = RESIDENCIES[residency][0]
     blocks = ceil_div(problem.k_blocks, config.split)
-    rounds = ceil_div(ceil_div(problem.n, choice.rows) * config.split, choice.grid)
-    tokens = 0 if config.fused else config.tokens
-    bytes_a_block = max(choice.rows * BLOCK / _STREAM_BYTES_PER_NS, (choice.rows + tokens) * BLOCK / _FILL_BYTES_PER_NS)
-    stream = blocks * max(bytes_a_block, _DECODE_BLOCK_NS) * rounds
-    exchange = _EXCHANGE_NS + 50 * config.split if config.split > 1 else 0
+    rounds = ceil_div(ceil_div(problem.n, rows) * config.split, choice.grid)
+    both = tokens if rows > 64 else 0
+    block_ns = max(
+        rows * BLOCK / _STREAM_BYTES_PER_NS * ctas,
+        (rows + (0 if config.fused else tokens)) * BLOCK / _FILL_BYTES_PER_NS * ctas,
+        (_BLOCK_NS + _BLOCK_TOKEN_NS * tokens + _BLOCK_ROWS_TOKEN_NS * both) * (_SHARED_SM if ctas > 1 else 1),
+        _ROUND_TRIP_NS / choice.num_stages,
+    )
+    cost = _LAUNCH_NS + (rounds * blocks - _OVERLAP[residency] * min(blocks, choice.prefetch)) * block_ns
+    if config.split > 1:
+        cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
+    else:
+        cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
     if config.fused:
-        groups = ceil_div(problem.m * blocks, _HALF_WARPS)
-        return _LAUNCH_NS + stream + exchange + _GROUP_NS * max(0, groups - 4)
-    return _LAUNCH_NS + stream + exchange + _LATE_TOKENS_NS
+        return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
+    return cost + _LATE_TOKENS_NS + _LATE_GROUP_NS * m * problem.k_blocks
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
-    """Yield every GEMM kernel and its predicted cost in nanoseconds, without the quantisation of a."""
+    """Yield every way to solve the problem with a GEMM kernel and its predicted cost in nanoseconds.
+
+    The quantisation of a is left out.
+    """
     for config in GEMM_CONFIGS:
         tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
-        clusters = min(tiles_m * tiles_n, problem.machine.max_clusters(config.cluster))
-        block_ns, epilogue_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
-        block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
-        # With few rows of tiles the weights come from memory, not from L2.
-        block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m)
-        waves = ceil_div(tiles_m * tiles_n, clusters) if clusters else 0
-        cost = _LAUNCH_NS + waves * (problem.k_blocks * block_ns + epilogue_ns)
-        yield cost, GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster)
+        for split in SPLITS if config.split_k else (1,):
+            if split > max(1, problem.k_blocks // 2):
+                continue
+            most = problem.machine.max_clusters(config.cluster * split) * config.ctas_per_sm
+            clusters = min(tiles_m * tiles_n, most) if split == 1 else tiles_m * tiles_n
+            choice = GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster * split, split)
+            yield _gemm_ns(problem, choice, tiles_m, ceil_div(tiles_m * tiles_n, most)), choice
+
+
+def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
+    config, split = choice.config, choice.split
+    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    crowded = choice.grid > problem.machine.num_sms
+    if config.ctas_per_sm > 1 and not crowded:
+        block_ns *= _ALONE
+    block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
+    # With few rows of tiles the weights come from memory, not from L2.
+    share = config.ctas_per_sm if crowded else 1
+    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * share)
+    if split > 1:
+        tile_ns += split_ns + 50 * split
+    return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
 
 
 @lru_cache(maxsize=65536)

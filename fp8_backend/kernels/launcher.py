@@ -34,6 +34,9 @@ _ATTRIBUTE = struct.Struct("<I4x3I52x")
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _MAX_PORTABLE_CLUSTER = 8
 
+# A CUlaunchConfig, its address, the address and number of its attributes, and the attributes' memory.
+Prepared = tuple["ctypes.Array[ctypes.c_char]", int, int, int, "ctypes.Array[ctypes.c_char]"]
+
 
 @dataclass(frozen=True)
 class ParamLayout:
@@ -70,8 +73,8 @@ class _Buffers(threading.local):
         base = ctypes.addressof(self.memory) + start
         self.pointers = (ctypes.c_void_p * max(1, len(layout.offsets)))(*(base + offset for offset in layout.offsets))
         self.pointers_address = ctypes.addressof(self.pointers)
-        # (cluster, pdl) -> (config, its address, its attributes' address, their number, the attributes' memory)
-        self.configs: dict[tuple[int, bool], tuple[ctypes.Array, int, int, int, ctypes.Array]] = {}
+        # by (cluster, pdl)
+        self.configs: dict[tuple[int, bool], Prepared] = {}
 
 
 class Kernel:
@@ -141,7 +144,7 @@ class Kernel:
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
 
-    def configuration(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
+    def configuration(self, cluster: int, pdl: bool) -> Prepared:
         """Return a CUlaunchConfig, its address, its attributes' address and number, and the attributes' memory."""
         return self._buffers.configs.get((cluster, pdl)) or self._prepare(cluster, pdl)
 
@@ -163,7 +166,7 @@ class Kernel:
         )
         return clusters.value
 
-    def _prepare(self, cluster: int, pdl: bool) -> tuple[ctypes.Array, int, int, int, ctypes.Array]:
+    def _prepare(self, cluster: int, pdl: bool) -> Prepared:
         attributes = []
         if cluster > 1:
             attributes.append((_CLUSTER_DIMENSION, cluster, 1, 1))
@@ -187,9 +190,9 @@ class Kernel:
 
 
 class PreparedLaunch:
-    """One launch of a kernel, repeated with other pointers: grid, cluster and all other parameters stay.
+    """One launch of a kernel, repeated with other tensors: grid, cluster and all but the first parameters stay.
 
-    The kernel's first parameters are the u64 that change. One thread at a time may use it.
+    One thread at a time may use it.
     """
 
     def __init__(
@@ -198,44 +201,42 @@ class PreparedLaunch:
         grid: tuple[int, int],
         block: int,
         shared_bytes: int,
-        pointers: int,
+        changing: int,
         params: Sequence[int],
         cluster: int = 1,
     ) -> None:
-        """Prepare a dependent launch of a grid in x and y; `params` are those after the first `pointers` ones."""
-        assert set(kernel.layout.kinds[:pointers]) <= {"u64"}
-        self._kernel, self._grid, self._block, self._shared_bytes, self._cluster = (
-            kernel, grid, block, shared_bytes, cluster,
-        )  # fmt: skip
+        """Prepare a dependent launch of a grid in x and y; `params` are those behind the `changing` first ones."""
+        kinds = kernel.layout.kinds[:changing]
+        assert set(kinds) <= {"map", "u64"}
+        self._kernel = kernel
+        self._described = (
+            f"grid {grid}, block {block}, {shared_bytes} shared bytes, cluster {cluster}, pdl True, prepared"
+        )
         self._buffers = _Buffers(kernel.layout)
-        kernel.layout.packer.pack_into(self._buffers.params, 0, *(0,) * pointers, *params)
-        self._pack = struct.Struct(f"<{pointers}Q").pack_into
         self._params = self._buffers.params
-        prepared = kernel.configuration(cluster, True)
-        self._keep = prepared
+        empty: list[int | bytes] = [bytes(128) if kind == "map" else 0 for kind in kinds]
+        kernel.layout.packer.pack_into(self._params, 0, *empty, *params)
+        self._pack = ParamLayout(kinds).packer.pack_into
+        self._attributes = kernel.configuration(cluster, True)  # kept: the configuration points into its memory
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_address = ctypes.addressof(self._config)
-        _CONFIG.pack_into(self._config, 0, *grid, 1, block, 1, 1, shared_bytes, 0, *prepared[2:4])
+        _CONFIG.pack_into(self._config, 0, *grid, 1, block, 1, 1, shared_bytes, 0, *self._attributes[2:4])
         self._stream = 0
 
-    def __call__(self, stream: int, *pointers: int) -> None:
-        """Launch on a raw stream.
+    def __call__(self, stream: int, *params: int | bytes) -> None:
+        """Launch on a raw stream of the kernel's device, with the parameters that change.
 
         Raises:
             DriverError: the driver refused the launch, or an earlier kernel failed.
         """
-        self._pack(self._params, 0, *pointers)
+        self._pack(self._params, 0, *params)
         if stream != self._stream:
             _CONFIG_STREAM.pack_into(self._config, _CONFIG_STREAM_OFFSET, stream)
             self._stream = stream
-        kernel = self._kernel
-        kernel.submit(self._config_address, self._buffers.pointers_address, self.__str__)
+        self._kernel.submit(self._config_address, self._buffers.pointers_address, self._describe)
 
-    def __str__(self) -> str:
-        return (
-            f"grid {self._grid}, block {self._block}, {self._shared_bytes} shared bytes, cluster {self._cluster}, "
-            "pdl True"
-        )
+    def _describe(self) -> str:
+        return self._described
 
 
 _loaded: dict[tuple[KernelSpec, ParamLayout, int], Kernel] = {}

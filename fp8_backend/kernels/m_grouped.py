@@ -14,6 +14,8 @@ from fp8_backend.kernels.expert_weights import (
     pack_expert_scales,
     pack_experts,
 )
+from fp8_backend.kernels.grouped import launch_contiguous
+from fp8_backend.kernels.masked import launch_masked
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -53,8 +55,6 @@ def m_grouped_fp8_gemm_nt_contiguous(a: Pair, b: Pair, out: torch.Tensor, m_indi
         groups, scales = _plain(weight, scale_b, n, codes.shape[1])
         reference.m_grouped_contiguous(codes, scale_a, groups, scales, out, m_indices)
     elif out.numel():
-        from fp8_backend.kernels.grouped import launch_contiguous
-
         launch_contiguous(codes, reference.mn_major(scale_a), weight, scale_b, out, m_indices)
 
 
@@ -87,8 +87,6 @@ def m_grouped_fp8_gemm_nt_masked(a: Pair, b: Pair, out: torch.Tensor, masked_m: 
         groups, scales = _plain(weight, scale_b, n, codes.shape[2])
         reference.m_grouped_masked(codes, scale_a, groups, scales, out, masked_m)
     elif out.numel():
-        from fp8_backend.kernels.masked import launch_masked
-
         launch_masked(codes, mn_major_groups(scale_a), weight, scale_b, out, masked_m, expected_m)
 
 

@@ -50,7 +50,10 @@ class GemmProblem:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One compiled form of gemm.cuh: FP8 activations, any m."""
+    """One compiled form of gemm.cuh: FP8 activations, any m.
+
+    split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
+    """
 
     block_m: int
     block_n: int
@@ -58,10 +61,12 @@ class GemmConfig:
     num_stages: int
     cluster_m: int = 1
     cluster_n: int = 1
+    split_k: bool = False
+    ctas_per_sm: int = 1
 
     @property
     def cluster(self) -> int:
-        """CTAs of a cluster."""
+        """CTAs of a cluster that share operands."""
         return self.cluster_m * self.cluster_n
 
     @property
@@ -71,8 +76,10 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage."""
-        return self.num_stages * ((self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES)
+        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage; exchanged sums and their barrier."""
+        exchange = self.block_m * self.block_n * 4 + 8 if self.split_k else 0
+        stage = (self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES
+        return self.num_stages * stage + exchange
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
@@ -86,6 +93,8 @@ class GemmConfig:
                 ("NUM_STAGES", self.num_stages),
                 ("CLUSTER_M", self.cluster_m),
                 ("CLUSTER_N", self.cluster_n),
+                ("SPLIT_K", int(self.split_k)),
+                ("CTAS_PER_SM", self.ctas_per_sm),
             ),
         )
 
@@ -104,7 +113,12 @@ class DecodeConfig:
     @property
     def unroll(self) -> int:
         """k-blocks whose wgmma are in flight together; the least number of stages."""
-        return 4 if self.tokens == 8 else 2 if self.tokens == 16 else 1
+        return 2 if self.tokens == 64 else 4
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows of the weight that a CTA takes: from 32 tokens on its math warpgroups share the same 64."""
+        return 64 if self.tokens >= 32 else MAX_DECODE_ROWS
 
     def shared_bytes(self, rows: int, k_blocks: int, num_stages: int) -> int:
         """Return the dynamic shared memory of a CTA, laid out as decode.cuh says.
@@ -114,7 +128,7 @@ class DecodeConfig:
         weight = rows * BLOCK
         stage = weight + (0 if self.fused else self.tokens * BLOCK)
         resident = ceil_div(k_blocks, self.split) if self.fused else 0
-        slices, sources = (4, 2 * self.split) if rows <= 64 else (8, self.split)
+        slices, sources = (4, self.split * (1 if self.tokens >= 32 else 2)) if rows <= 64 else (8, self.split)
         exchange = ceil_div(slices * self.tokens // 8, self.split) * sources * 512
         scales = (resident if self.fused else num_stages) * self.tokens * 4
         laid_out = num_stages * (stage + _STAGE_EXTRA_BYTES) + resident * self.tokens * BLOCK + exchange + scales + 8

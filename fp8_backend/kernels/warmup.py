@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from fp8_backend import counters
 from fp8_backend.errors import CompileError
-from fp8_backend.kernels import activation, cache, experts_decode, heuristics, masked, quantize
+from fp8_backend.kernels import activation, cache, experts_decode, experts_prefill, heuristics, masked, quantize
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.problem import GemmConfig
 
 # The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
 LOCK_TIMEOUT_S = 120.0
 
-_EXPERTS = (experts_decode, masked)
+_EXPERTS = (experts_decode, experts_prefill, masked)
 
 Progress = Callable[[int, int], None]
 
@@ -58,13 +59,13 @@ def warm_up(
     Raises:
         CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; the message counts them.
     """
-    start, before = time.monotonic(), cache.compilations()
+    start, before = time.monotonic(), len(counters.compiles)
     specs = all_specs() if specs is None else specs
     if missing := _missing(specs):
         # Whoever had the lock before may have compiled them: `_compile` looks for each again.
         with cache.exclusive(lock_timeout_s):
             _compile(_missing(missing), progress)
-    return WarmUp(len(specs), cache.compilations() - before, time.monotonic() - start)
+    return WarmUp(len(specs), len(counters.compiles) - before, time.monotonic() - start)
 
 
 def load_all() -> None:

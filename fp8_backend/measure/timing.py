@@ -35,7 +35,7 @@ class Captured:
         self.graph.replay()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e3 / len(self.outputs)
+        return float(start.elapsed_time(end)) * 1e3 / len(self.outputs)
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> Captured:

@@ -20,8 +20,7 @@ FP8 = "F8_E4M3"
 # What converts to the kernels' float32 without rounding: DeepSeek stores F32, Qwen BF16 or F16; F8_E8M0 holds powers
 # of two.
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-# Layers that vLLM stacks along n into one, in this order. One grid of block scales covers the stack, so every layer but
-# the last must end on a block boundary.
+# Layers that vLLM stacks along n into one, in this order: one method serves the stack, so all are FP8 or none is.
 MERGED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -84,7 +83,7 @@ def check_headers(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
             "serve it without --quantization deepgemm_fp8"
         )
     _check_weights(checkpoint, fp8, fp8_format)
-    _check_merged_widths(checkpoint, fp8)
+    _check_merged_dtypes(checkpoint, fp8)
 
 
 def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_format: Fp8Format) -> None:
@@ -131,7 +130,7 @@ def _check_scale_form(name: str, weight: TensorInfo, scale_name: str, scale: Ten
         )
 
 
-def _check_merged_widths(checkpoint: Checkpoint, fp8: dict[str, TensorInfo]) -> None:
+def _check_merged_dtypes(checkpoint: Checkpoint, fp8: dict[str, TensorInfo]) -> None:
     for group in MERGED:
         for first in [name for name in checkpoint.info if name.endswith(f".{group[0]}.weight")]:
             stem = first.removesuffix(f"{group[0]}.weight")
@@ -139,13 +138,6 @@ def _check_merged_widths(checkpoint: Checkpoint, fp8: dict[str, TensorInfo]) -> 
             if len({name in fp8 for name in members}) > 1:
                 dtypes = ", ".join(f"{name} {checkpoint.info[name].dtype}" for name in members)
                 raise CheckpointError(f"{dtypes}: merged into one layer by vLLM; expected one dtype; re-export")
-            for name in members[:-1]:
-                width = checkpoint.info[name].shape[0]
-                if name in fp8 and width % BLOCK:
-                    raise CheckpointError(
-                        f"{name}: {width} rows, merged by vLLM before {members[-1]}; expected a multiple of {BLOCK} so "
-                        "that block scales line up; serve this model without --quantization deepgemm_fp8"
-                    )
 
 
 def _check_scale_values(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:

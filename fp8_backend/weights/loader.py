@@ -6,6 +6,10 @@ import torch
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels import layout
+from fp8_backend.kernels.reference import BLOCK
+from fp8_backend.weights.partition import LinearShard
+
+PADDED_AT_ONCE = 16  # k-blocks; bounds the copy that padding needs to 2048 columns of one layer
 
 
 def unloaded_scale(*shape: int) -> torch.Tensor:
@@ -36,13 +40,27 @@ def check_scale(layer: str, tensor: str, scale: torch.Tensor) -> None:
     )
 
 
-def pack_linear(layer: str, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def refine_scale(scale: torch.Tensor, dim: int, per_scale: int) -> torch.Tensor:
+    """Return a checkpoint's scales on a finer grid: each repeated for the 128 / per_scale parts of its block.
+
+    Args:
+        scale: [.., blocks, ..], any dtype scales are stored in; they become float32, exactly.
+        dim: along which blocks are cut.
+        per_scale: rows or columns of the weight that share a scale of the result; divides 128.
+    """
+    return scale.float().repeat_interleave(BLOCK // per_scale, dim)
+
+
+def pack_linear(
+    layer: str, weight: torch.Tensor, scale: torch.Tensor, shard: LinearShard
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a linear's weight and scales in the kernels' layout, once their scales are checked.
 
     Args:
         layer: its name, for errors.
-        weight: [n, k] float8_e4m3fn.
-        scale: [ceil(n / 128), ceil(k / 128)] float32.
+        weight: [shard.n, shard.k] float8_e4m3fn.
+        scale: shard.scale_shape float32.
+        shard: what this rank holds; n and k below are `shard.padded_n` and `shard.padded_k`.
 
     Returns:
         weight: [ceil(k / 128), align(n, 8), 128] float8_e4m3fn.
@@ -52,5 +70,25 @@ def pack_linear(layer: str, weight: torch.Tensor, scale: torch.Tensor) -> tuple[
         CheckpointError: see `check_scale`.
     """
     check_scale(layer, "weight_scale_inv", scale)
-    n, k = weight.shape
-    return layout.pack_weight(weight), layout.pack_scale(scale, n, k)
+    n, k = shard.padded_n, shard.padded_k
+    rows = torch.tensor(shard.scale_rows(), device=scale.device)
+    columns = torch.tensor(shard.scale_columns(), device=scale.device)
+    packed_scale = layout.pack_scale(scale[rows[:, None], columns[None, :]], n, k)
+    if (n, k) == (shard.n, shard.k) and n % layout.ROW_ALIGNMENT == 0 and k % BLOCK == 0:
+        return layout.pack_weight(weight), packed_scale
+    packed = torch.empty(layout.packed_weight_shape(n, k), dtype=weight.dtype, device=weight.device)
+    for first in range(0, len(packed), PADDED_AT_ONCE):
+        blocks = packed[first : first + PADDED_AT_ONCE]
+        blocks.copy_(layout.pack_weight(_padded(weight, shard, first * BLOCK, len(blocks) * BLOCK)))
+    return layout.complete(packed), packed_scale
+
+
+def _padded(weight: torch.Tensor, shard: LinearShard, start: int, size: int) -> torch.Tensor:
+    """Return columns [start, start + size) of the padded weight; those beyond its end are zero."""
+    padded = torch.zeros(shard.padded_n, size, dtype=torch.uint8, device=weight.device)
+    held = weight.view(torch.uint8)[:, max(start - shard.k_lead, 0) : start - shard.k_lead + size]
+    column, row = max(shard.k_lead - start, 0), 0
+    for first, last in shard.outputs:
+        padded[first:last, column : column + held.shape[1]] = held[row : row + last - first]
+        row += last - first
+    return padded.view(weight.dtype)

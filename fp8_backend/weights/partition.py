@@ -1,41 +1,136 @@
-"""Which parts of a layer the kernels can take: pure arithmetic on widths, before any tensor exists."""
+"""What one tensor-parallel rank holds of a layer, and how it is put back on the checkpoint's grid of 128x128 blocks.
+
+A rank's part may begin and end inside a block. Its scales are then loaded on a finer grid, in which every boundary of
+the part is one of the grid (`rows_per_scale`, `columns_per_scale`: 64, 32, ... 1), and packing pads the part with zero
+codes until its blocks are the checkpoint's own again, for which kernels need one scale a 128x128 block:
+
+- rows: each projection gets `lead` zero rows in front and, but for the last, zero rows behind up to a boundary. Their
+  outputs are dropped.
+- columns: `k_lead` zero columns in front. Activations are padded likewise, so that their groups of 128 are those of the
+  unsplit layer; the part of a group that lies on another rank is quantised there, with a scale of its own.
+
+Zero codes add exactly nothing, so a rank's product is that of its own codes and the checkpoint's own scales. All of
+this is arithmetic on widths: no tensor, no vLLM.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fp8_backend.kernels.reference import BLOCK, align
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 
-def linear_reason(input_size: int, k: int, output_size: int, widths: list[int]) -> str | None:
-    """Return why a linear's part on one rank cannot be served, or None: a part must start at a block boundary.
+@dataclass(frozen=True)
+class Span:
+    """Rows or columns [start, start + size) of one projection of the checkpoint."""
+
+    start: int
+    size: int
+
+    @property
+    def lead(self) -> int:
+        """Rows or columns between the last block boundary and the first one held: as many zeros go in front."""
+        return self.start % BLOCK
+
+
+@dataclass(frozen=True)
+class LinearShard:
+    """One rank's part of a linear: projections stacked along n, each a span of its own, and one span of k."""
+
+    rows: tuple[Span, ...]
+    columns: Span
+    rows_per_scale: int  # of the grid on which scales are loaded; divides 128 and every boundary between spans
+    columns_per_scale: int
+
+    @property
+    def n(self) -> int:
+        """Rows held, without padding."""
+        return sum(span.size for span in self.rows)
+
+    @property
+    def k(self) -> int:
+        """Columns held, without padding."""
+        return self.columns.size
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of the scales as they are loaded."""
+        return ceil_div(self.n, self.rows_per_scale), ceil_div(self.k, self.columns_per_scale)
+
+    @property
+    def outputs(self) -> tuple[tuple[int, int], ...]:
+        """Where each projection's rows [first, last) lie once padded."""
+        places, end = [], 0
+        for span in self.rows:
+            first = align(end, BLOCK) + span.lead
+            end = first + span.size
+            places.append((first, end))
+        return tuple(places)
+
+    @property
+    def padded_n(self) -> int:
+        """Rows of the weight that is packed."""
+        return self.outputs[-1][1]
+
+    @property
+    def k_lead(self) -> int:
+        """Zero columns in front of weight and activations."""
+        return self.columns.lead
+
+    @property
+    def padded_k(self) -> int:
+        """Columns of the weight that is packed."""
+        return self.k_lead + self.k
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether outputs lie elsewhere than the rows they belong to."""
+        return self.padded_n != self.n
+
+    def scale_rows(self) -> list[int]:
+        """Return, for each 128 rows of the padded weight, the row of the loaded scales that holds theirs."""
+        loaded, taken = 0, []
+        for span in self.rows:
+            for block in range(ceil_div(span.lead + span.size, BLOCK)):
+                taken.append((loaded + max(block * BLOCK - span.lead, 0)) // self.rows_per_scale)
+            loaded += span.size
+        return taken
+
+    def scale_columns(self) -> list[int]:
+        """Return, for each 128 columns of the padded weight, the column of the loaded scales that holds theirs."""
+        blocks = range(ceil_div(self.padded_k, BLOCK))
+        return [max(block * BLOCK - self.k_lead, 0) // self.columns_per_scale for block in blocks]
+
+
+def linear_shard(
+    input_size: int, k: int, output_size: int, widths: Sequence[int], rank: int = 0, copies: Sequence[int] = ()
+) -> LinearShard:
+    """Return one rank's part of a linear.
 
     Args:
-        input_size: of the whole layer.
-        k: of this rank's part.
-        output_size: of the whole layer, all ranks and merged parts together.
-        widths: output widths on this rank, one per merged part.
+        input_size: columns of the whole layer.
+        k: columns on one rank.
+        output_size: rows of the whole layer, all ranks and projections together, copies counted.
+        widths: rows on one rank, one number per projection.
+        rank: which part.
+        copies: ranks that hold the same rows, one number per projection (key and value heads, where ranks outnumber
+            them); 1 each by default.
     """
-    if k != input_size and k % BLOCK:
-        return (
-            f"input width {k} of one tensor-parallel rank is not a multiple of {BLOCK} ({input_size} / "
-            f"{input_size // k} ranks); use a smaller --tensor-parallel-size"
-        )
-    split = sum(widths) != output_size
-    # The last part of an unsplit layer starts at a boundary if the others do: DeepSeek-V3 merges 1536 + 576.
-    for width in widths if split else widths[:-1]:
-        if width % BLOCK:
-            kind = "merged shard width" if len(widths) > 1 else "shard width"
-            step = (
-                "use a smaller --tensor-parallel-size"
-                if split and width * (output_size // sum(widths)) % BLOCK == 0
-                else "requantise the model with these layers in modules_to_not_convert"
-            )
-            return (
-                f"{kind} {width} is not a multiple of {BLOCK} (widths on one rank: {widths}), so one 128x128 block "
-                f"would need two scales; {step}"
-            )
-    return None
+    is_split = sum(widths) != output_size
+    copies = copies or [1] * len(widths)
+    rows = tuple(
+        Span(rank // shared * width if is_split else 0, width) for width, shared in zip(widths, copies, strict=True)
+    )
+    columns = Span(rank * k if k != input_size else 0, k)
+    # The last projection of an unsplit layer ends the grid and need not end on a boundary.
+    return LinearShard(
+        rows,
+        columns,
+        rows_per_scale=math.gcd(BLOCK, *(widths if is_split else widths[:-1])),
+        columns_per_scale=BLOCK if k == input_size else math.gcd(BLOCK, k),
+    )
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,14 @@ def _check_offsets(file_name: str, ordered: dict[str, TensorInfo], data_bytes: i
                 "the header is corrupt: fetch the file again"
             )
         position = tensor.end
-    if position != data_bytes:
-        what = "truncated" if position > data_bytes else "longer than its tensors"
+    if position > data_bytes:
+        name, cut = next((name, tensor) for name, tensor in ordered.items() if tensor.end > data_bytes)
         raise CheckpointError(
-            f"{file_name}: {data_bytes} bytes of tensor data; the header asks for {position}; the file is {what}: "
-            "fetch it again"
+            f"{file_name}: {data_bytes} bytes of tensor data; the header asks for {position}: tensor {name!r}, bytes "
+            f"{cut.begin} to {cut.end}, is the first that is not whole; the file is truncated: fetch it again"
+        )
+    if position < data_bytes:
+        raise CheckpointError(
+            f"{file_name}: {data_bytes} bytes of tensor data; the header asks for {position}; the file is longer than "
+            "its tensors: fetch it again"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fp8_backend.weights import partition
+from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.checkpoint import FP8, MERGED
 from fp8_backend.weights.files import Checkpoint
 
@@ -28,6 +28,7 @@ COLUMN = frozenset(
 )
 ROW = frozenset(("o_proj", "down_proj", "w2"))
 REPLICATED = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "wq_b", "wk", "eh_proj"))
+FUSED = frozenset(("qkv_proj", "gate_up_proj"))  # stored as one tensor of several projections
 QKV = MERGED[0]
 
 
@@ -69,21 +70,17 @@ def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
     last = layer.members[-1]
     if layer.is_expert:
         return _split_expert(layer, tp)
+    if last in FUSED and (why := _cut_fused(layer, tp, config)):
+        return why
     if tp == 1 or last in REPLICATED:
-        return partition.linear_reason(layer.k, layer.k, sum(layer.widths), list(layer.widths))
+        return None
     if last in ROW:
-        return _indivisible("input width", layer.k, tp) or partition.linear_reason(
-            layer.k, layer.k // tp, sum(layer.widths), list(layer.widths)
-        )
+        return _indivisible("input width", layer.k, tp)
     if last not in COLUMN:
         return f"unknown projection {last!r}: how vLLM splits it over {tp} ranks is not known here; try it at --tp 1"
     if layer.members == QKV:
-        return _split_qkv(layer, tp, config)
-    for width in layer.widths:
-        if why := _indivisible("output width", width, tp):
-            return why
-    widths = [width // tp for width in layer.widths]
-    return partition.linear_reason(layer.k, layer.k, sum(layer.widths), widths)
+        return _split_qkv(tp, config)
+    return next((why for width in layer.widths if (why := _indivisible("output width", width, tp))), None)
 
 
 def _split_expert(layer: Layer, tp: int) -> str | None:
@@ -91,18 +88,38 @@ def _split_expert(layer: Layer, tp: int) -> str | None:
     return _indivisible("intermediate size", layer.k if layer.members[-1] in ROW else layer.widths[0], tp)
 
 
-def _split_qkv(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+def _split_qkv(tp: int, config: dict[str, Any]) -> str | None:
     """Split as vLLM's QKVParallelLinear does: by heads, copying key and value heads where ranks outnumber them."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
+    heads, kv_heads = _head_counts(config)
     if type(heads) is not int or type(kv_heads) is not int or min(heads, kv_heads) < 1:
         return f"config.json: {heads!r} attention heads and {kv_heads!r} key heads; expected whole numbers above 0"
     if heads % tp or max(kv_heads, tp) % min(kv_heads, tp):
         return f"{heads} attention heads and {kv_heads} key heads do not divide by {tp} ranks: vLLM itself refuses"
-    kv_parts = min(kv_heads, tp)
-    widths = [layer.widths[0] // tp, layer.widths[1] // kv_parts, layer.widths[2] // kv_parts]
-    # Copies count in vLLM's output size, so that a split layer is told from a whole one by the same rule.
-    return partition.linear_reason(layer.k, layer.k, sum(widths) * tp, widths)
+    return None
+
+
+def _head_counts(config: dict[str, Any]) -> tuple[Any, Any]:
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    return text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
+
+
+def _cut_fused(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+    """Return why a rank gets no exact part: vLLM takes such scales apart by itself, at block boundaries alone."""
+    width, parts = layer.widths[0], [layer.widths[0] // 2]
+    if layer.members[0] == "qkv_proj":
+        if why := _split_qkv(tp, config):
+            return why
+        heads, kv_heads = _head_counts(config)
+        head = width // (heads + 2 * kv_heads)
+        parts = [heads * head, kv_heads * head * max(1, tp // kv_heads)]
+    cut = next((part // tp for part in parts if part // tp % BLOCK), None)
+    if cut is None:
+        return None
+    return (
+        f"stored as one tensor, of which a rank gets a part of {cut} rows, not a multiple of {BLOCK}; store its "
+        "projections as tensors of their own, or use another --tensor-parallel-size"
+    )
 
 
 def _indivisible(what: str, width: int, tp: int) -> str | None:

@@ -1,35 +1,44 @@
 // Dense FP8 GEMM with block scales: out[m, n] = sum over k-blocks of (a[m, kb] . b[n, kb]) * scale_a[m, kb] * scale_b[n / 128, kb] (+ bias).
 //
 // Persistent CTAs walk output tiles of BLOCK_M x BLOCK_N. Warp roles:
-//   warpgroup 0      producer. Lane 0 of warp 0 fetches, per stage, the tiles of a and b by tensor copies and the scales of a by a bulk
-//                    copy; the other warps idle (a warpgroup is the unit that can give registers away).
-//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64, each SPLITS pieces of MMA_N columns.
+//   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches, per stage, the tile of a, the tile of b (tensor copies), and the
+//                    scales (bulk copies); the other warp idles (a warpgroup is the unit that can give registers away).
+//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns.
 // Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
 // this CTA's producer writes). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
 // because the FP8 accumulator keeps fewer bits than fp32.
 //
 // The math warpgroups take turns to issue wgmma (named barriers 1..W: own threads wait, the predecessor's arrive), so that one promotes
-// while another's wgmma runs. Left alone they fall into step, and the tensor core idles while both promote: 1400 clocks a k-block of
-// 256 x 128, in turns 1300 (docs/kernel-notes.md; the tensor core alone would need 1024).
+// while another's wgmma runs (docs/kernel-notes.md).
+//
+// 16-bit outputs leave through the copy engine while the next tile is computed. A math warpgroup lays them where its own rows of a were
+// in the last stages of the tile (64 columns of 16 bits a stage), which nobody else reads, and releases those stages a k-block later,
+// when the engine has read them.
 //
 // Clusters: CLUSTER_M CTAs with the same columns fetch one slice of b each and multicast it; CLUSTER_N CTAs with the same rows
-// do so with a. Both operands come through 3D maps {128 bytes of k, rows, k-blocks}, so that row-major tensors (swizzled by the copy) and packed ones
-// (swizzled in memory) look alike. Out-of-range rows arrive as zeros.
+// do so with a. Without either, SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA
+// sends its sums to the CTA that owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
+//
+// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. A packed b
+// is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "wgmma.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
-constexpr u32 kMmaN = BLOCK_N < 128 ? BLOCK_N : 128;
-constexpr u32 kSplits = BLOCK_N / kMmaN;
-constexpr u32 kSlices = kWaves * kSplits;
+constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
 constexpr u32 kCluster = CLUSTER_M * CLUSTER_N;
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
+constexpr u32 kNoProduct = 0xfff0dead;                 // a NaN that no multiplication gives
+constexpr u32 kHeld = BLOCK_N / 64;                    // stages at the end of a tile whose a makes room for outputs
+constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
-static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % kMmaN == 0, "tiles are whole wgmma slices");
-static_assert(128 % kMmaN == 0, "a slice of columns must not straddle two scale blocks");
+static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 64 == 0, "tiles are whole wgmma slices");
+static_assert(BLOCK_N <= 128, "a slice of columns must not straddle two scale blocks");
+static_assert(kHeld < NUM_STAGES, "a stage must be left for the next tile");
+static_assert(!SPLIT_K || kCluster == 1, "a cluster shares either operands or k");
 static_assert(BLOCK_M % (8 * CLUSTER_N) == 0 && BLOCK_N % (8 * CLUSTER_M) == 0, "multicast slices are whole swizzle periods");
 
 struct Tile {
@@ -46,22 +55,6 @@ DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 rank) {
     return {(cluster_m * CLUSTER_M + rank % CLUSTER_M) * BLOCK_M, (cluster_n * CLUSTER_N + rank / CLUSTER_M) * BLOCK_N};
 }
 
-// Transposes 4x4 words among the 4 lanes of a quad: afterwards word p of lane q is what word q of lane p was.
-DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
-#pragma unroll
-    for (u32 distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = lane & distance;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            if (i & distance) continue;
-            const u32 sent = upper ? words[i] : words[i + distance];
-            const u32 received = __shfl_xor_sync(0xffffffffu, sent, distance);
-            if (upper) words[i] = received;
-            else words[i + distance] = received;
-        }
-    }
-}
-
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(const Tile& tile, u32 scale_b_stride) { return min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
@@ -69,67 +62,85 @@ struct Output {
     void* data;
     const void* bias;
     i64 stride;
-    u32 m, n, type, bias_type, vectorised;  // vectorised: 16-bit elements, rows and base 16-byte aligned, n % 8 == 0
+    u32 m, n, type, bias_type;
 
-    // Writes a 64 x kMmaN slice; lane's accumulators as wgmma leaves them, row = first row of this warp's 16.
-    DEVICE void write(float (&sum)[kMmaN / 2], u32 row, u32 column, u32 lane) const {
-        if (bias != nullptr) {
+    // Adds the bias to a 64 x BLOCK_N slice of accumulators as wgmma leaves them.
+    DEVICE void add_bias(float (&sum)[BLOCK_N / 2], u32 column, u32 lane) const {
 #pragma unroll
-            for (u32 i = 0; i < kMmaN / 2; ++i) {
-                const u32 c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                if (c < n) sum[i] += load_element(bias, c, bias_type);
-            }
+        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
+            const u32 c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (c < n) sum[i] += load_element(bias, c, bias_type);
         }
-        // With 32 columns at hand each lane gathers 8 neighbours from its quad and stores 16 bytes; a quad writes 64 contiguous bytes.
-        constexpr bool kQuads = kMmaN % 32 == 0;
-        if (kQuads && vectorised) {
+    }
+
+    // Writes a slice; row = first row of this warp's 16.
+    DEVICE void write(const float (&sum)[BLOCK_N / 2], u32 row, u32 column, u32 lane) const {
 #pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-                const u32 r = row + lane / 4 + half * 8;
-#pragma unroll
-                for (u32 j = 0; j < kMmaN / 32; ++j) {
-                    u32 words[4];
-#pragma unroll
-                    for (u32 g = 0; g < 4; ++g) {
-                        const u32 i = (j * 4 + g) * 4 + half * 2;
-                        words[g] = pack_elements(sum[i], sum[i + 1], type);
-                    }
-                    transpose_quad(words, lane);
-                    const u32 c = column + j * 32 + lane % 4 * 8;
-                    if (r < m && c < n)
-                        *reinterpret_cast<uint4*>(static_cast<u16*>(data) + r * stride + c) = {words[0], words[1], words[2], words[3]};
-                }
-            }
-            return;
-        }
-#pragma unroll
-        for (u32 i = 0; i < kMmaN / 2; ++i) {
+        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
             const u32 r = row + lane / 4 + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (r < m && c < n) store_element(data, r * stride + c, type, sum[i]);
         }
     }
+
+    // Writes two neighbours of a row; paired: they are 4-byte aligned 16-bit elements.
+    DEVICE void write_pair(float first, float second, u32 row, u32 column, bool paired) const {
+        if (row >= m || column >= n) return;
+        const i64 at = row * stride + column;
+        if (bias != nullptr) first += load_element(bias, column, bias_type);
+        if (bias != nullptr && column + 1 < n) second += load_element(bias, column + 1, bias_type);
+        if (paired && column + 1 < n) {
+            *reinterpret_cast<u32*>(static_cast<u16*>(data) + at) = pack_elements(first, second, type);
+            return;
+        }
+        store_element(data, at, type, first);
+        if (column + 1 < n) store_element(data, at + 1, type, second);
+    }
 };
 
-extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), 1)
-gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const float* __restrict__ scale_a,
-     const float* __restrict__ scale_b, void* __restrict__ out, const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks,
-     u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 vectorised) {
+// Lays 16 rows x 64 columns of a warp's accumulators into 128-byte rows, swizzled as the copy engine expects. The target is a multiple
+// of 1024 bytes away from a swizzle period.
+template <bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
+    const u32 row = lane % 16, row_address = target + row * 128;
+#pragma unroll
+    for (u32 q = 0; q < 4; ++q) {  // 16 columns: two groups of 8
+        u32 words[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
+            words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
+        }
+        store_matrices(row_address + ((q * 2 + lane / 16) ^ row % 8) * 16, words);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_PER_SM)
+gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
+     const u8* __restrict__ packed_b, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out,
+     const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 mapped_out,
+     u32 n_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 scales = tiles + NUM_STAGES * kStageBytes;
     const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
-    const u32 warpgroup = threadIdx.x / 128, rank = kCluster > 1 ? cluster_rank() : 0;
+    const u32 exchange = empty + NUM_STAGES * 8, exchanged = exchange + BLOCK_M * BLOCK_N * 4;  // of SPLIT_K kernels
+    const u32 warpgroup = threadIdx.x / 128, split = SPLIT_K ? cluster_size() : 1;
+    const u32 cluster_rank_or_0 = kCluster > 1 || SPLIT_K ? cluster_rank() : 0;
+    const u32 rank = kCluster > 1 ? cluster_rank_or_0 : 0, split_rank = SPLIT_K ? cluster_rank_or_0 : 0;
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
-        prefetch_map(&map_b);
+        if (!packed_b) prefetch_map(&map_b);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
         }
+        if (split > 1) {
+            barrier_init(exchanged, 1);
+            barrier_expect(exchanged, kGroups * kGroupBytes);
+        }
         barrier_init_fence();
     }
-    if (kCluster > 1) {
+    if (kCluster > 1 || split > 1) {
         cluster_arrive();
         cluster_wait();
     } else {
@@ -138,14 +149,16 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     launch_next_kernel();
 
     const u32 tiles_m = ceil_div(m, u32(BLOCK_M * CLUSTER_M)), tiles_n = ceil_div(n, u32(BLOCK_N * CLUSTER_N));
-    const u32 first_tile = blockIdx.x / kCluster, tile_step = gridDim.x / kCluster, num_tiles = tiles_m * tiles_n;
+    const u32 ctas_per_tile = kCluster * split;
+    const u32 first_tile = blockIdx.x / ctas_per_tile, tile_step = gridDim.x / ctas_per_tile, num_tiles = tiles_m * tiles_n;
+    const u32 first_block = k_blocks * split_rank / split, end_block = k_blocks * (split_rank + 1) / split;
     Ring ring;
 
     if (warpgroup == 0) {
         if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kProducers && elect_lane()) {
-            wait_for_previous_kernel();
+            if (producer != 1 || !packed_b) wait_for_previous_kernel();
             const u32 rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
             u16 ranks_a = 0, ranks_b = 0;
             for (u32 i = 0; i < CLUSTER_N; ++i) ranks_a |= 1 << (rank_m + CLUSTER_M * i);
@@ -154,9 +167,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
+                // Rows of a packed b: of the tile, and those that this CTA fetches. What lies past them stays as it is: no output needs it.
+                const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
+                const u32 own_rows_b = rows_b > offset_b ? min(u32(BLOCK_N / CLUSTER_M), rows_b - offset_b) : 0;
                 const float* tile_scale_a = scale_a + tile.m;
                 const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
-                for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (producer == 0) {
@@ -166,8 +182,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
                     } else if (producer == 1) {
                         const u32 target = tiles + s * kStageBytes + kBytesA + offset_b * kBlockK;
-                        barrier_expect(bar, kBytesB);
-                        if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
+                        barrier_expect(bar, packed_b ? rows_b * kBlockK : kBytesB);
+                        if (packed_b) {
+                            const u8* source = packed_b + (static_cast<i64>(kb) * n_aligned + tile.n + offset_b) * kBlockK;
+                            if (CLUSTER_M > 1 && own_rows_b) bulk_copy_multicast(target, source, own_rows_b * kBlockK, bar, ranks_b);
+                            else if (own_rows_b) bulk_copy(target, source, own_rows_b * kBlockK, bar);
+                        } else if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
                         else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
                     } else {
                         const u32 target = scales + s * kStageScaleBytes;
@@ -183,7 +203,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (MATH_WARPGROUPS == 3) take_registers<160>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
         const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
-        const Output output{out, bias, out_stride, m, n, out_type, bias_type, vectorised};
+        const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         // Waits for this warpgroup's turn to issue wgmma, and hands the turn on.
         auto take_turn = [&] {
             if (MATH_WARPGROUPS > 1) named_barrier(warpgroup, 256);
@@ -191,61 +211,127 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         auto pass_turn = [&] {
             if (MATH_WARPGROUPS > 1) named_barrier_arrive(warpgroup % MATH_WARPGROUPS + 1, 256);
         };
+        auto release = [&](u32 s) {
+            if (kCluster == 1) {
+                if (lane == 0) barrier_arrive(empty + 8 * s);
+            } else {
+                if (lane < CLUSTER_N) barrier_arrive_peer(empty + 8 * s, rank_m + CLUSTER_M * lane);
+                else if (lane < CLUSTER_N + CLUSTER_M && lane - CLUSTER_N != rank_m)
+                    barrier_arrive_peer(empty + 8 * s, lane - CLUSTER_N + CLUSTER_M * rank_n);
+            }
+        };
+        // The stage `back` stages before the one the ring stands at.
+        auto stage_before = [&](u32 back) { return ring.stage >= back ? ring.stage - back : ring.stage + NUM_STAGES - back; };
+        const bool stores_by_copy = mapped_out && split == 1;
         if (warpgroup == MATH_WARPGROUPS) pass_turn();
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
             const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
-            float sum[kSlices][kMmaN / 2];
+            const u32 first_held = stores_by_copy ? end_block - kHeld : end_block;
+            float sum[kWaves][BLOCK_N / 2];
 #pragma unroll
-            for (u32 slice = 0; slice < kSlices; ++slice)
+            for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
-                for (u32 i = 0; i < kMmaN / 2; ++i) sum[slice][i] = 0.f;
-            for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
+            for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
                 const u32 s = ring.stage, a = tiles + s * kStageBytes, b = a + kBytesA;
                 const float* stage_scales = reinterpret_cast<const float*>(shared + NUM_STAGES * kStageBytes + s * kStageScaleBytes);
                 barrier_wait(full + 8 * s, ring.parity);
 #pragma unroll
-                for (u32 slice = 0; slice < kSlices; ++slice) {
-                    const u32 wave = slice / kSplits, split = slice % kSplits;
+                for (u32 wave = 0; wave < kWaves; ++wave) {
                     const u32 row = row_in_tile + wave * 64;
                     const u64 descriptor_a = matrix_descriptor(a + row * kBlockK);
-                    const u64 descriptor_b = matrix_descriptor(b + split * kMmaN * kBlockK);
-                    float partial[kMmaN / 2];
+                    const u64 descriptor_b = matrix_descriptor(b);
+                    float partial[BLOCK_N / 2];
                     take_turn();
                     fence_registers(partial);
                     wgmma_fence();
 #pragma unroll
                     for (u32 i = 0; i < kBlockK / 32; ++i)
-                        Wgmma<kMmaN>::multiply(partial, descriptor_a + 2 * i, descriptor_b + 2 * i, i > 0);
+                        Wgmma<BLOCK_N>::multiply(partial, descriptor_a + 2 * i, descriptor_b + 2 * i, i > 0);
                     wgmma_commit();
                     pass_turn();
-                    const float block_scale_b = stage_scales[BLOCK_M + tile_scale_b + split];
+                    const float block_scale_b = stage_scales[BLOCK_M + tile_scale_b];
                     const float low = stage_scales[row + warp * 16 + lane / 4] * block_scale_b;
                     const float high = stage_scales[row + warp * 16 + lane / 4 + 8] * block_scale_b;
                     wgmma_wait<0>();
                     fence_registers(partial);
-                    if (slice == kSlices - 1) {  // nothing reads this stage any more
-                        if (kCluster == 1) {
-                            if (lane == 0) barrier_arrive(empty + 8 * s);
-                        } else {
-                            if (lane < CLUSTER_N) barrier_arrive_peer(empty + 8 * s, rank_m + CLUSTER_M * lane);
-                            else if (lane < CLUSTER_N + CLUSTER_M && lane - CLUSTER_N != rank_m)
-                                barrier_arrive_peer(empty + 8 * s, lane - CLUSTER_N + CLUSTER_M * rank_n);
+                    if (wave == kWaves - 1) {
+                        // Nothing reads this stage any more. An arrival does not wait for loads of scales under way; a comparison does.
+                        const bool seen = (__float_as_uint(low) & __float_as_uint(high)) != kNoProduct;
+                        __syncwarp();
+                        if (seen && kb < first_held) release(s);
+                        if (stores_by_copy && kb == first_block && t != first_tile) {  // nor do stores read those of the last tile's end
+                            if (lane == 0) bulk_wait_read();
+                            __syncwarp();
+#pragma unroll
+                            for (u32 j = 0; j < kHeld; ++j) release(stage_before(kHeld - j));
                         }
                     }
 #pragma unroll
-                    for (u32 i = 0; i < kMmaN / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
-                    fence_registers(sum[slice]);  // promote before the next turn is taken, not while it is held
+                    for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high) * partial[i];
+                    fence_registers(sum[wave]);  // promote before the next turn is taken, not while it is held
                 }
             }
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
+            if (SPLIT_K && split > 1) {
+                const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
+                u32 owner = 0, place = 0;
 #pragma unroll
-            for (u32 slice = 0; slice < kSlices; ++slice) {
-                const u32 row = tile.m + row_in_tile + slice / kSplits * 64 + warp * 16;
-                output.write(sum[slice], row, tile.n + slice % kSplits * kMmaN, lane);
+                for (u32 g = 0; g < kGroups; ++g) {
+                    const float* group = &sum[g / (BLOCK_N / 8)][g % (BLOCK_N / 8) * 4];
+                    const u32 target = exchange + (split_rank * owned + place) * kGroupBytes + slot;
+                    store_async(map_to_rank(target, owner), {group[0], group[1], group[2], group[3]}, map_to_rank(exchanged, owner));
+                    if (++place == owned) {
+                        ++owner;
+                        place = 0;
+                    }
+                }
+                barrier_wait(exchanged, 0);
+                for (u32 g = 0; g < owned; ++g) {
+                    float4 total = {0.f, 0.f, 0.f, 0.f};
+                    for (u32 r = 0; r < split; ++r) {
+                        const float4 part =
+                            *reinterpret_cast<const float4*>(shared + (exchange - tiles) + (r * owned + g) * kGroupBytes + slot);
+                        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+                    }
+                    const u32 group = split_rank * owned + g;
+                    const u32 row = tile.m + row_in_tile + group / (BLOCK_N / 8) * 64 + warp * 16 + lane / 4;
+                    const u32 column = tile.n + group % (BLOCK_N / 8) * 8 + lane % 4 * 2;
+                    output.write_pair(total.x, total.y, row, column, mapped_out);
+                    output.write_pair(total.z, total.w, row + 8, column, mapped_out);
+                }
+                break;  // one tile a cluster: the exchange is used once
+            }
+#pragma unroll
+            for (u32 wave = 0; wave < kWaves; ++wave)
+                if (bias != nullptr) output.add_bias(sum[wave], tile.n, lane);
+            if (stores_by_copy) {
+                named_barrier(4 + warpgroup, 128);  // all its warps' wgmma have read a
+#pragma unroll
+                for (u32 j = 0; j < kHeld; ++j) {
+                    const u32 room = tiles + stage_before(kHeld - j) * kStageBytes + (row_in_tile + warp * 16) * kBlockK;
+#pragma unroll
+                    for (u32 wave = 0; wave < kWaves; ++wave) {
+                        if (out_type == kBf16) lay_out<true>(sum[wave] + j * 32, room + wave * 64 * kBlockK, lane);
+                        else lay_out<false>(sum[wave] + j * 32, room + wave * 64 * kBlockK, lane);
+                    }
+                    fence_async_shared();
+                    __syncwarp();
+                    if (lane == 0)
+#pragma unroll
+                        for (u32 wave = 0; wave < kWaves; ++wave)
+                            tensor_store(&map_out, room + wave * 64 * kBlockK, tile.n + j * 64, tile.m + row_in_tile + wave * 64 + warp * 16);
+                }
+                if (lane == 0) bulk_commit();
+            } else {
+#pragma unroll
+                for (u32 wave = 0; wave < kWaves; ++wave)
+                    output.write(sum[wave], tile.m + row_in_tile + wave * 64 + warp * 16, tile.n, lane);
             }
         }
+        if (stores_by_copy && lane == 0) bulk_wait();
     }
     if (MATH_WARPGROUPS > 1 && warpgroup == 1) named_barrier(1, 256);  // the last turn that was passed
     if (kCluster > 1) {  // a peer may still arrive at this CTA's barriers

@@ -50,6 +50,25 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
+// Shared-memory loads that stay where and in the order they are written. They complete in that order.
+DEVICE float load_shared(u32 address) {
+    float value;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+DEVICE float2 load_shared_pair(u32 address) {
+    float2 value;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+    return value;
+}
+// Arrives once `seen` has been loaded, whatever it is: an arrival does not wait for loads under way (measured: with two CTAs on a
+// multiprocessor, data was overwritten between the load's issue and its execution). Both branches arrive; the predicate waits.
+DEVICE void barrier_arrive_after(u32 barrier, float seen) {
+    asm volatile(
+        "{ .reg .pred p; setp.num.f32 p, %1, %1; @p mbarrier.arrive.shared::cta.b64 _, [%0]; @!p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
+            barrier),
+        "f"(seen) : "memory");
+}
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Ordinary writes to shared memory become visible to wgmma and to bulk copies.
@@ -61,6 +80,11 @@ DEVICE u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+DEVICE u32 cluster_size() {
+    u32 size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
 }
 // Says that this CTA runs, and nothing about memory.
 DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -87,6 +111,11 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
+DEVICE void bulk_copy_multicast(u32 target, const void* source, u32 bytes, u32 barrier, u16 ranks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier), "h"(ranks) : "memory");
+}
 DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
@@ -98,6 +127,14 @@ DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y
         " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks) : "memory");
 }
+// Writes a box to global memory, what lies outside of the tensor left out; what this thread has issued ends together, at its bulk_commit.
+DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source), "r"(x), "r"(y)
+                 : "memory");
+}
+DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }  // the sources may be written again
+DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // ---- warps -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,13 @@ template <u32 kCount> DEVICE void fence_registers(float (&d)[kCount]) {
     for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Stores four 8x8 matrices of 16-bit elements, laid out over the warp as accumulators are; lane l gives the address of row l % 8 of
+// matrix l / 8.
+DEVICE void store_matrices(u32 address, const u32 (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3]) : "memory");
+}
+
 template <u32 kN> struct Wgmma;
 
 template <> struct Wgmma<8> {

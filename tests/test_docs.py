@@ -1,0 +1,169 @@
+"""Every command in README.md and docs/ is run; what needs a GPU, a server or minutes is parsed by its own parser.
+
+A command is a line of a fenced `sh` block, or of an indented block that starts with a program known here. A program or
+argument that nobody has taken care of fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from demo.architectures import SIZES
+from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+from fp8_backend import settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("make", "pip", "vllm", "fp8-backend", "python", ".venv/bin/python", ".venv/bin/pre-commit", "export")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
+# Runs a program with the arguments given, up to the moment at which its parser has accepted them.
+PARSE = """
+import argparse, runpy, sys
+parse = argparse.ArgumentParser.parse_args
+def accept(*arguments, **named):
+    parse(*arguments, **named)
+    print("ACCEPTED")
+    sys.exit(0)
+argparse.ArgumentParser.parse_args = accept
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__")
+"""
+# These run for real. The others measure on a GPU, or serve until they are stopped.
+RUN = {"doctor", "cache", "inspect", "quantize", "dequantize"}
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        text = page.read_text()
+        blocks = [body for language, body in FENCE.findall(text) if language in ("sh", "console")]
+        for block in INDENTED.findall(FENCE.sub("", text)):
+            if block.split()[0] in PROGRAMS:
+                blocks.append(block)
+        for block in blocks:
+            for line in block.splitlines():
+                if line.strip():
+                    yield str(page.relative_to(ROOT)), line.strip()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Real files for the names that stand for files of the reader: MODEL is FP8, SRC is bf16 for quantize."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_checkpoint(folder / "fp8", "qwen3", replace(SIZES["qwen3", "demo"], layers=1))
+    dequantize_checkpoint(folder / "fp8", folder / "bf16")
+    return {"MODEL": str(folder / "fp8"), "SRC": str(folder / "bf16"), "FP8": str(folder / "fp8")}
+
+
+def environment(assignments: list[str], cache: Path) -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FP8_BACKEND_")}
+    given = dict(assignment.split("=", 1) for assignment in assignments)
+    settings.load(given)  # a page must not name a setting that does not exist
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return {**environ, **given, "PYTHONPATH": path, "FP8_BACKEND_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+def accepted(module: str, arguments: list[str], environ: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, module, *arguments], capture_output=True, text=True, timeout=120, env=environ
+    )
+    # --help is answered before the parser returns.
+    assert done.returncode == 0 and ("ACCEPTED" in done.stdout or "--help" in arguments), done.stderr[-2000:]
+
+
+def our_command(arguments: list[str], environ: dict[str, str], places: dict[str, str], folder: Path) -> None:
+    if arguments[0] not in RUN:
+        accepted("fp8_backend.cli", arguments, environ)
+        return
+    source = places["FP8"] if arguments[0] == "dequantize" else places["SRC"]
+    names = {**places, "SRC": source, "OUT": str(folder / "out"), "8": "2"}  # the small model splits over two ranks
+    command = [sys.executable, "-m", "fp8_backend.cli", *(names.get(argument, argument) for argument in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ, cwd=folder)
+    # The doctor may find something to do on the machine of the tests; that it says so is what is documented.
+    assert done.returncode == 0 or (arguments == ["doctor"] and done.returncode == 1), done.stdout + done.stderr
+
+
+def pip_command(arguments: list[str]) -> None:
+    """Installing is what tests/test_package.py does; here, that a page asks for what exists."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    action, what = arguments
+    name, _, extra = what.partition("[")
+    assert (action, name) in (("install", "."), ("install", project["name"]), ("uninstall", project["name"]))
+    assert not extra or extra.removesuffix("]") in project["optional-dependencies"]
+
+
+@pytest.mark.parametrize(("line", "page"), {line: page for page, line in commands()}.items())
+def test_command(page: str, line: str, places: dict[str, str], tmp_path: Path, warm_cache: Path) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "export":
+        environment(words[1:], warm_cache)
+        return
+    given = [word for word in words if re.match(r"[A-Z_0-9]+=", word)]
+    program, *arguments = [word for word in words if word not in given]
+    environ = environment(given, warm_cache)
+    match program:
+        case "make":
+            subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        case "pip":
+            pip_command(arguments)
+        case "fp8-backend":
+            our_command(arguments, environ, places, tmp_path)
+        case "vllm":
+            pytest.importorskip("vllm", reason="needs vLLM; vllm is not installed")
+            accepted("vllm.entrypoints.cli.main", [places.get(word, word) for word in arguments], environ)
+        case "python" | ".venv/bin/python" if arguments[:2] == ["-m", "pytest"]:
+            assert arguments[2].startswith("tests/") and (ROOT / arguments[2]).exists()
+        case "python" | ".venv/bin/python" if arguments == ["-m", "build"]:
+            pass  # run by tests/test_package.py
+        case "python" | ".venv/bin/python" if arguments[0] == "-m":
+            accepted(arguments[1], arguments[2:], environ)
+        case ".venv/bin/pre-commit":
+            assert arguments == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
+        case _:
+            pytest.fail(f"{page}: nobody runs or parses {line!r}; teach this test to")
+
+
+def test_every_page_with_commands_was_read() -> None:
+    assert {page for page, _ in commands()} >= {"README.md", "docs/serving.md", "docs/ab.md", "docs/contributing.md"}
+
+
+def test_settings_page_is_what_the_settings_say() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == settings.page(), "python -m fp8_backend.settings"
+
+
+def test_every_setting_is_in_the_table_with_its_default_first() -> None:
+    rows = [line for line in settings.table().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(settings.Settings.model_fields)
+    for row in rows:
+        name, value = re.match(r"\| `(\w+)` \| (?:`(\w+)`|a path)", row).groups()  # type: ignore[union-attr]
+        assert value is None or settings.load({name: value}) == settings.Settings.model_construct(
+            **{**settings.Settings().model_dump()}
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_named_on_a_page_exist(page: Path) -> None:
+    known = {settings.PREFIX + field.upper() for field in settings.Settings.model_fields}
+    assert set(re.findall(r"FP8_BACKEND_[A-Z_]+[A-Z]", page.read_text())) <= known
+
+
+def test_changelog_starts_with_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    heading = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert heading is not None and heading[1] == version

@@ -1,0 +1,131 @@
+"""vLLM's weight reload on one packed layer, and which folder of a named model is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM; vllm is not installed")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.model_loader.reload import layerwise
+
+from fp8_backend.errors import CheckpointError
+from fp8_backend.integration import config as config_module
+from fp8_backend.integration import hub
+from fp8_backend.integration.config import DeepGemmFp8Config
+from fp8_backend.quantize import written_config
+
+
+@pytest.fixture(autouse=True)
+def vllm_config(one_rank: VllmConfig) -> Iterator[None]:
+    config_module.select_backend.cache_clear()
+    with set_current_vllm_config(one_rank):
+        yield
+
+
+def part(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(192, 256, generator=generator).to(torch.float8_e4m3fn), torch.rand(2, 2, generator=generator) + 1
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A model of one loaded and packed layer whose two parts meet within a block."""
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    layer = MergedColumnParallelLinear(
+        256, [192, 192], bias=False, quant_config=config, prefix="gate_up", params_dtype=torch.bfloat16
+    )
+    model = torch.nn.Sequential(layer)
+    layerwise.record_metadata_for_reloading(model)
+    load(layer, {0: part(0), 1: part(1)})
+    layer.quant_method.process_weights_after_loading(layer)
+    return model
+
+
+def load(layer: Any, parts: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for index, (codes, scale) in parts.items():
+        layer.weight.weight_loader(layer.weight, codes, index)
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, index)
+
+
+def packed_bytes(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.weight.view(torch.uint8).clone(), layer.weight_scale_inv.data.clone()
+
+
+def test_reload_fills_the_same_memory(model: torch.nn.Module) -> None:
+    layer, places = model[0], [parameter.data_ptr() for parameter in model.parameters()]
+    before = packed_bytes(layer)
+    layerwise.initialize_layerwise_reload(model)
+    load(layer, {0: part(2), 1: part(3)})
+    layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
+    assert not torch.equal(packed_bytes(layer)[0], before[0])
+    layerwise.initialize_layerwise_reload(model)
+    load(layer, {1: part(1), 0: part(0)})
+    layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
+    assert all(map(torch.equal, packed_bytes(layer), before))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places  # captured graphs read them there
+
+
+def test_reload_of_a_part_is_refused(model: torch.nn.Module) -> None:
+    layerwise.initialize_layerwise_reload(model)
+    load(model[0], {0: part(2)})
+    with pytest.raises(CheckpointError, match="gate_up: the weight reload left 49158 elements unset"):
+        layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
+
+
+def test_reload_of_nothing_keeps_the_weights(model: torch.nn.Module) -> None:
+    before = packed_bytes(model[0])
+    layerwise.initialize_layerwise_reload(model)
+    layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.bfloat16))
+    assert all(map(torch.equal, packed_bytes(model[0]), before))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache as huggingface_hub lays it out, with one model of two shards, the second yet to come."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_text("{}")
+    weight_map = {"x": "model-1.safetensors", "y": "model-2.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (snapshot / "model-1.safetensors").touch()
+    return snapshot
+
+
+def test_a_named_model_is_checked_once_all_of_it_is_in_the_cache(cache: Path) -> None:
+    assert hub.local_folder("some/model", None) is None
+    (cache / "model-2.safetensors").touch()
+    assert hub.local_folder("some/model", None) == cache
+    assert hub.local_folder("some/model", "a" * 40) == cache
+    assert hub.local_folder("some/model", "other-branch") is None
+    assert hub.local_folder("other/model", None) is None
+    (cache / "model.safetensors.index.json").unlink()
+    assert hub.local_folder("some/model", None) is None
+    (cache / "model.safetensors").touch()
+    assert hub.local_folder("some/model", None) == cache
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/model", "/no/such/folder", "a/b/c", "--"])
+def test_other_names_are_left_to_vllm(cache: Path, name: str) -> None:
+    assert hub.local_folder(name, None) is None
+
+
+def test_a_broken_model_in_the_cache_is_refused_by_name(cache: Path) -> None:
+    (cache / "model-2.safetensors").touch()
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    (cache / "config.json").write_text(json.dumps({"quantization_config": written_config("fp8", "float32", [])}))
+    with pytest.raises(CheckpointError, match="model-1.safetensors"):
+        config.maybe_update_config("some/model")
