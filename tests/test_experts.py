@@ -11,7 +11,7 @@ from fp8_backend.kernels import layout
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales, pack_expert_scales, pack_experts
 from fp8_backend.kernels.experts import select_form
 from fp8_backend.kernels.reference import BLOCK, dequantize, fp8_experts, relative_error
-from fp8_backend.weights.experts import load_part
+from fp8_backend.weights.experts import clear_padding, load_part
 from fp8_backend.weights.partition import ExpertPart
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 192, 256, 2
@@ -170,8 +170,9 @@ def test_parts_within_blocks_add_up_to_the_whole(intermediate: int, ranks: int) 
 
     def parts(number: int, of: int) -> torch.Tensor:
         part = ExpertPart(number * (intermediate // of), intermediate // of)
-        codes = {"w13": torch.zeros(EXPERTS, 2 * part.padded, HIDDEN), "w2": torch.zeros(EXPERTS, HIDDEN, part.padded)}
-        codes = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in codes.items()}
+        shapes = {"w13": (EXPERTS, 2 * part.padded, HIDDEN), "w2": (EXPERTS, HIDDEN, part.padded)}
+        codes = {name: torch.full(shape, float("nan")).to(torch.float8_e4m3fn) for name, shape in shapes.items()}
+        clear_padding(codes["w13"], codes["w2"], part)
         scale = {
             "w13": torch.full((EXPERTS, 2 * part.padded // BLOCK, 2), float("nan")),
             "w2": torch.full((EXPERTS, 2, part.padded // BLOCK), float("nan")),

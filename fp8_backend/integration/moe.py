@@ -71,13 +71,12 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             warmup.warm_up_process(get_tensor_model_parallel_rank() == 0)
         rows = intermediate_size_per_partition
         part = ExpertPart(self.moe.tp_rank * rows, rows)
+        layer.fp8_part = part
         layer.num_experts = num_experts
         layer.orig_dtype = params_dtype
         layer.weight_block_size = [BLOCK, BLOCK]
         for name, n, k in (("w13", 2 * part.padded, hidden_size), ("w2", hidden_size, part.padded)):
-            # Rows of other ranks in a block we share are never loaded: they must be zero.
-            create = torch.empty if part.padded == part.rows else torch.zeros
-            weight = create(num_experts, n, k, dtype=torch.float8_e4m3fn)
+            weight = torch.empty(num_experts, n, k, dtype=torch.float8_e4m3fn)
             scale = loader.unloaded_scale(num_experts, ceil_div(n, BLOCK), ceil_div(k, BLOCK))
             block = {"quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
             for suffix, data, attributes in (("weight", weight, {}), (self.config.scale_name, scale, block)):
@@ -93,6 +92,8 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         """Replace weights and scales by packed ones, expert by expert, and make the layer opaque to the compiler."""
         if layer.w13_weight.dim() == 4:  # vLLM calls again for layers that a weight update left alone
             return
+        # Rows of other ranks in a block that is shared are never loaded, not even where a reload allocates anew.
+        experts.clear_padding(layer.w13_weight.data, layer.w2_weight.data, layer.fp8_part)
         for name in ("w13", "w2"):
             scale_name = f"{name}_{self.config.scale_name}"
             scale = getattr(layer, scale_name).data

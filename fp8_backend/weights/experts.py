@@ -40,6 +40,23 @@ def load_part(
     target.copy_(source)
 
 
+def clear_padding(w13: torch.Tensor, w2: torch.Tensor, part: ExpertPart) -> None:
+    """Set the rows of w13 and the columns of w2 that no tensor of the checkpoint fills to zero codes, in place.
+
+    Args:
+        w13: [experts, 2 * padded, hidden] float8_e4m3fn.
+        w2: [experts, hidden, padded] float8_e4m3fn.
+        part: what is filled.
+    """
+    first, last = part.offset, part.offset + part.rows
+    for half in w13.view(torch.uint8).chunk(2, dim=1):
+        half[:, :first] = 0
+        half[:, last:] = 0
+    columns = w2.view(torch.uint8)
+    columns[:, :, :first] = 0
+    columns[:, :, last:] = 0
+
+
 def part_loader(local_expert: Callable[[int], int], part: ExpertPart, rows_per_element: int) -> WeightLoader:
     """Return a parameter's weight loader that cuts within blocks, which vLLM's own cannot.
 

@@ -8,11 +8,6 @@
 constexpr u32 kThreads = 1024, kTileRows = 128;
 constexpr u32 kBand = 16;  // tiles of rows that share a tile of weights before the next one is taken: 16 x 8 tiles fill the GPU
 
-DEVICE u32 cluster_size() {
-    u32 size;
-    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-    return size;
-}
 DEVICE u32 load_remote(u32 address) {
     u32 value;
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
