@@ -68,11 +68,11 @@ def timed_packing() -> Iterator[list[float]]:
         synchronize()
         seconds.append(time.perf_counter() - began)
 
-    Method.process_weights_after_loading = timed
+    Method.process_weights_after_loading = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        Method.process_weights_after_loading = original
+        Method.process_weights_after_loading = original  # type: ignore[method-assign]
 
 
 def synchronize() -> None:

@@ -13,6 +13,7 @@ from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked
 
+Weights = tuple[torch.Tensor, torch.Tensor]  # codes and scales of all groups
 SHAPE = MoeShape("odd", 5, 384, 128, 2)
 # Tokens of each form: those that change the kernel, and a partial tile behind a full one.
 TOKENS: dict[experts.Form, tuple[int, ...]] = {"decode": (1, 3, 7, 13, 40), "prefill": (3, 70, 300)}
@@ -54,24 +55,24 @@ def _experts(layer: RandomExperts, form: experts.Form, tokens: int, on_input: bo
     return name
 
 
-def _contiguous(counts: tuple[int, ...], plain: tuple, packed: tuple) -> str:
+def _contiguous(counts: tuple[int, ...], plain: Weights, packed: Weights) -> str:
     m_indices = torch.tensor([group for group, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
     a = reference.per_token_group_quant(torch.randn(len(m_indices), K))
     truth, out = torch.zeros(len(m_indices), N), torch.full((len(m_indices), N), float("nan"))
-    reference.m_grouped_contiguous(*a, *plain, truth, m_indices)
+    reference.m_grouped_contiguous(*a, plain[0], plain[1], truth, m_indices)
     out = out.to(torch.bfloat16).cuda()
     m_grouped_fp8_gemm_nt_contiguous((a[0].cuda(), _on_gpu(a[1])), packed, out, m_indices.cuda())
     assert reference.relative_error(out.cpu(), truth) < LIMIT, counts
     return f"contiguous {counts}"
 
 
-def _masked(expected_m: int, counts: tuple[int, ...], plain: tuple, packed: tuple) -> str:
+def _masked(expected_m: int, counts: tuple[int, ...], plain: Weights, packed: Weights) -> str:
     hidden = torch.randn(4, 70, 2 * K).to(torch.bfloat16)
     masked_m = torch.tensor(counts, dtype=torch.int32)
     a = masked_silu_mul_quant(hidden.cuda(), masked_m.cuda())
     codes, scale = (tensor.cpu() for tensor in a)
     truth = torch.zeros(4, 70, N)
-    reference.m_grouped_masked(codes, scale, *plain, truth, masked_m)
+    reference.m_grouped_masked(codes, scale, plain[0], plain[1], truth, masked_m)
     out = torch.full((4, 70, N), float("nan")).to(torch.bfloat16).cuda()
     m_grouped_fp8_gemm_nt_masked(a, packed, out, masked_m.cuda(), expected_m)
     for group, rows in enumerate(counts):

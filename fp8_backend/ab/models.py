@@ -8,7 +8,7 @@ from typing import Any
 
 from fp8_backend.errors import CheckpointError
 
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "attention_bias": False,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8_backend.bench import moe, moe_grouped, moe_report
-from fp8_backend.bench.moe_peers import parse_peers
+from fp8_backend.bench.moe_peers import NAMES, parse_peers
 from fp8_backend.bench.moe_shapes import ALL_TOKENS, parse_models, parse_routings
 from fp8_backend.bench.report import ratio
 from fp8_backend.bench.shapes import parse_ms
@@ -78,7 +78,7 @@ def _measure(
 
 
 def _moe_line(row: Row) -> str:
-    best = ratio(row, moe.NAMES)
+    best = ratio(row, NAMES)
     tail = f", best peer / ours {best:.2f}" if best else ""
     return f"{row['model']} {row['tokens']} {row['routing']} {row['us']:.1f} us{tail}"
 

@@ -22,7 +22,7 @@ FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 
 def _triton(shape: MoeShape) -> MoePeer:
     importlib.import_module("vllm._custom_ops")
-    fused_experts = importlib.import_module(f"{FUSED_MOE}.fused_moe").fused_experts_impl
+    fused_experts: Callable[..., torch.Tensor] = importlib.import_module(f"{FUSED_MOE}.fused_moe").fused_experts_impl
 
     def run(x: torch.Tensor, routed: Routed, layer: Experts) -> torch.Tensor:
         return fused_experts(
@@ -96,7 +96,7 @@ def _deepgemm(shape: MoeShape) -> MoePeer:
 
 
 def _flashinfer(shape: MoeShape) -> MoePeer:
-    fused_moe = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
+    fused_moe: Callable[..., list[torch.Tensor]] = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
     swapped: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def run(x: torch.Tensor, routed: Routed, layer: Experts) -> torch.Tensor:

@@ -98,11 +98,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
     lines.append(
         f"verified: {len(rows) - len(wrong)} of {len(rows)} cells" + (f"; WRONG: {'; '.join(wrong)}" if wrong else "")
     )
-    lost = sorted((found, _cell(row)) for row in rows if (found := ratio(row, NAMES)) is not None and found < 1)
-    lines.append(
-        f"cells under 1.0: {len(lost)}, of which {sum(found < CELL_LIMIT for found, _ in lost)} by more than 3 %"
-    )
-    return lines + [f"  {cell}: {found:.2f}" for found, cell in lost]
+    lost = sorted((of, _cell(row)) for row in rows if (of := ratio(row, NAMES)) is not None and of < 1)
+    lines.append(f"cells under 1.0: {len(lost)}, of which {sum(of < CELL_LIMIT for of, _ in lost)} by more than 3 %")
+    return lines + [f"  {cell}: {of:.2f}" for of, cell in lost]
 
 
 def _skew_lines(rows: Sequence[Row]) -> list[str]:

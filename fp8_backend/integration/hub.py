@@ -29,7 +29,7 @@ def local_folder(model: str, revision: str | None) -> Path | None:
     if os.path.isabs(model):
         return None
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         config = try_to_load_from_cache(model, "config.json", revision=revision)

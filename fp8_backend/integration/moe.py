@@ -85,7 +85,9 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
                 set_weight_attrs(parameter, {**extra_weight_attrs, **attributes})
                 if part.padded != part.rows:
                     local = layer._map_global_expert_id_to_local_expert_id
-                    parameter.weight_loader = experts.part_loader(local, part, 1 if data is weight else BLOCK)
+                    parameter.weight_loader = experts.part_loader(  # type: ignore[attr-defined]
+                        local, part, 1 if data is weight else BLOCK
+                    )
         self.config.summary.create("MoE layer")
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -143,6 +143,6 @@ def check_experts(
         raise ArgumentError(f"out: got {out.dtype} of strides {out.stride()}; expected contiguous {x.dtype}, as x is")
 
 
-def launch(form: Form, *arguments: torch.Tensor | bool | None) -> None:
-    """Launch one form of the experts on a GPU; the arguments are not checked."""
+def launch(form: Form, *arguments: Any) -> None:
+    """Launch one form of the experts on a GPU; the arguments, those of both forms, are not checked."""
     (experts_decode if form == "decode" else experts_prefill)(*arguments)

@@ -266,7 +266,7 @@ def _launch_up(
     (m, hidden), (num_groups, k_blocks, n_13, _), device = x.shape, w13.shape, x.device.index
     pairs, fused = m * top_k, plan.up.fused
     ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs)
-    params = (*source, w13.data_ptr(), scale_13.data_ptr(), h, *routing)
+    params: tuple[int, ...] = (*source, w13.data_ptr(), scale_13.data_ptr(), h, *routing)
     params += (x.stride(0) if fused else k_blocks * BLOCK, align(m, 4), w13.stride(0), scale_13.stride(0))
     params += (pairs, top_k, num_groups, n_13 // 2, hidden, k_blocks, scale_13.stride(1))
     params += (UP_TILE_GROUPS, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[x.dtype])
@@ -287,7 +287,7 @@ def _launch_down(
     (m, hidden), (num_groups, k_blocks, n_aligned, _), device = out.shape, w2.shape, out.device.index
     pairs, rows = m * top_k, down_rows(hidden, num_sms(device))
     ring_bytes = plan.down.ring_bytes(plan.down_shared_bytes, num_groups, m, pairs, rows)
-    params = (*source, w2.data_ptr(), scale_2.data_ptr(), out.data_ptr(), *routing)
+    params: tuple[int, ...] = (*source, w2.data_ptr(), scale_2.data_ptr(), out.data_ptr(), *routing)
     params += (w2.stride(0), scale_2.stride(0), align(pairs, 4), m, top_k, num_groups, hidden, n_aligned, k_blocks)
     params += (scale_2.stride(1), rows, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[out.dtype])
     grid, stream = min(num_sms(device), ceil_div(hidden, rows)), launcher.current_stream(device)

@@ -186,10 +186,9 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
     config, split = choice.config, choice.split
-    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    tile_block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
     crowded = choice.grid > problem.machine.num_sms
-    if config.ctas_per_sm > 1 and not crowded:
-        block_ns *= _ALONE
+    block_ns = tile_block_ns * (_ALONE if config.ctas_per_sm > 1 and not crowded else 1.0)
     block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
     # With few rows of tiles the weights come from memory, not from L2.
     share = config.ctas_per_sm if crowded else 1

@@ -60,7 +60,8 @@ def launch_masked(
     assert scale_a.stride(1) == 1 and most_units <= MAX_UNITS, f"{num_groups} groups of {max_m} rows"
     box_rows = min(_UNIT_ROWS, align(max_m, 8))
     dims, box = (BLOCK, num_groups * max_m, k_blocks), (BLOCK, box_rows, 1)
-    params = (encode_tiled(a.data_ptr(), dims, (k, BLOCK), box, "128B", 1), scale_a.data_ptr(), weight.data_ptr())
+    map_a = encode_tiled(a.data_ptr(), dims, (k, BLOCK), box, "128B", 1)
+    params: tuple[int | bytes, ...] = (map_a, scale_a.data_ptr(), weight.data_ptr())
     params += (scale_b.data_ptr(), out.data_ptr(), masked_m.data_ptr(), scale_a.stride(0), scale_a.stride(2))
     params += (weight.stride(0), scale_b.stride(0), num_groups, most_units, max_m, n, n_aligned, k_blocks)
     taken = BARRIER_BYTES + units_bytes(num_groups, 0, most_units)
