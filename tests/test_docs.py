@@ -60,7 +60,7 @@ def commands() -> Iterator[tuple[str, str]]:
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Real files for the names that stand for files of the reader: MODEL is FP8, SRC is bf16 for quantize."""
     folder = tmp_path_factory.mktemp("docs")
-    write_checkpoint(folder / "fp8", "qwen3", replace(SIZES["qwen3", "demo"], layers=1))
+    write_checkpoint(folder / "fp8", "qwen3", replace(SIZES["qwen3", "demo"], layers=2))
     dequantize_checkpoint(folder / "fp8", folder / "bf16")
     return {"MODEL": str(folder / "fp8"), "SRC": str(folder / "bf16"), "FP8": str(folder / "fp8")}
 
