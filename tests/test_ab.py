@@ -165,12 +165,18 @@ def test_arms(stock: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest
         assert "quantization_config" not in config and "bf16 twin" in found.default_text
 
 
-def test_a_config_alone_gets_dummy_weights_and_no_kl(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_config_alone_gets_dummy_weights_and_no_kl(
+    stock: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "stock_fp8_runs", lambda: stock)
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     found = setup.prepare(tmp_path, None, tmp_path / "scratch")
     request = command.request_for(_arguments(tmp_path), found)
     assert request.scored == []
     assert setup.engine_arguments(found, "ours", request)["load_format"] == "dummy"
+    default = json.loads((found.default_model / "config.json").read_text())
+    assert ("quantization_config" in default) is stock
 
 
 def test_page_and_chart(tmp_path: Path) -> None:

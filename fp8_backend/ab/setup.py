@@ -52,17 +52,23 @@ def prepare(model: Path, kv_gib: float | None, scratch: Path) -> Setup:
     config = json.loads((model / "config.json").read_text())
     read_format(config)
     on_gpu, stock = torch.cuda.is_available(), stock_fp8_runs()
+    has_weights = any(model.glob("*.safetensors"))
     default_model, text = model, "vLLM's own FP8 path, no --quantization"
     if not stock:
         default_model, text = scratch / "twin", "the bf16 twin: vLLM's own FP8 linears need AMX tiles on a CPU"
-        dequantize_checkpoint(model, default_model)
+        if has_weights:
+            dequantize_checkpoint(model, default_model)
+        else:
+            default_model.mkdir(parents=True)
+            plain = {key: value for key, value in config.items() if key != "quantization_config"}
+            (default_model / "config.json").write_text(json.dumps(plain))
     kv_gib = kv_gib if kv_gib is not None else (8.0 if on_gpu else 0.25)
     return Setup(
         model=model,
         default_model=default_model,
         default_text=text,
         default_is_fp8=stock,
-        has_weights=any(model.glob("*.safetensors")),
+        has_weights=has_weights,
         vocab=config["vocab_size"],
         max_model_len=min(MAX_MODEL_LEN, config.get("max_position_embeddings", MAX_MODEL_LEN)),
         kv_bytes=int(kv_gib * 2**30),
