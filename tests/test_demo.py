@@ -115,6 +115,8 @@ def test_interrupted_demo_leaves_no_process(number: signal.Signals, tmp_path: Pa
     write_checkpoint(tmp_path / "fp8", "qwen3", replace(SIZES["qwen3", "demo"], layers=1))
     dequantize_checkpoint(tmp_path / "fp8", tmp_path / "bf16")
     program = (
+        # A shell that runs the tests in the background has them ignore SIGINT, and their children with them.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys\nfrom pathlib import Path\nfrom demo import run\nfrom demo.server import Server\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "def serve():\n"
