@@ -36,21 +36,18 @@ template <u32 kCount> DEVICE void multiply(Sums& sum, const Stages& stages, u32 
     wgmma_commit();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        const float* scales = stages.block_scales(stage, u);
-        of_weight[u][0] = scales[ROWS + scale_low], of_weight[u][1] = scales[ROWS + scale_high];
+        const u32 scales = smem_address(stages.block_scales(stage, u));
+        of_weight[u][0] = load_shared(scales + (ROWS + scale_low) * 4), of_weight[u][1] = load_shared(scales + (ROWS + scale_high) * 4);
 #pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = load_shared_pair(scales + (j * 8 + lane % 4 * 2) * 4);
     }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(partial[u]);
-        fence_registers(of_weight[u]);
-#pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) asm volatile("" : "+f"(of_rows[u][j].x), "+f"(of_rows[u][j].y)::"memory");
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(stages.empty + 8 * stage);
+    if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
 #pragma unroll

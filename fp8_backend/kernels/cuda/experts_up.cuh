@@ -78,23 +78,20 @@ DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 second_offs
     wgmma_commit();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
-        const float* scales = stages.block_scales(stage, u);
-        of_weight[u][0] = scales[ROWS + index.first_low], of_weight[u][1] = scales[ROWS + index.first_high];
-        of_weight[u][2] = scales[ROWS + index.second_low], of_weight[u][3] = scales[ROWS + index.second_high];
+        const u32 scales = smem_address(stages.block_scales(stage, u));
+        of_weight[u][0] = load_shared(scales + (ROWS + index.first_low) * 4), of_weight[u][1] = load_shared(scales + (ROWS + index.first_high) * 4);
+        of_weight[u][2] = load_shared(scales + (ROWS + index.second_low) * 4), of_weight[u][3] = load_shared(scales + (ROWS + index.second_high) * 4);
 #pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+        for (u32 j = 0; j < ROWS / 8; ++j) of_rows[u][j] = load_shared_pair(scales + (j * 8 + lane % 4 * 2) * 4);
     }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         fence_registers(first[u]);
         fence_registers(second[u]);
-        fence_registers(of_weight[u]);
-#pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j) asm volatile("" : "+f"(of_rows[u][j].x), "+f"(of_rows[u][j].y)::"memory");
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(stages.empty + 8 * stage);
+    if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
 #pragma unroll

@@ -280,7 +280,7 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                     fence_registers(partial);
                     if (slice == 1 || narrow) {  // nothing reads this stage any more
                         __syncwarp();
-                        if (lane == 0) barrier_arrive(empty + 8 * s);
+                        if (lane == 0) barrier_arrive_after(empty + 8 * s, low + high);
                     }
 #pragma unroll
                     for (u32 i = 0; i < 64; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];

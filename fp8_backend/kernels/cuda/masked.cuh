@@ -106,9 +106,8 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
                 float scale[2] = {scales[low] * scales[ROWS], scales[low + 8] * scales[ROWS]};
                 wgmma_wait<0>();
                 fence_registers(partial);
-                fence_registers(scale);
                 __syncwarp();
-                if (lane == 0) barrier_arrive(stages.empty + 8 * ring.stage);
+                if (lane == 0) barrier_arrive_after(stages.empty + 8 * ring.stage, scale[0] + scale[1]);
 #pragma unroll
                 for (u32 j = 0; j < 16; ++j) {
                     sum[4 * j] += scale[0] * partial[4 * j];
