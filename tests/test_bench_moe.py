@@ -11,6 +11,7 @@ import torch
 from fp8_backend import cli
 from fp8_backend.bench import moe, moe_grouped, moe_operands, moe_peers, moe_report, moe_shapes
 from fp8_backend.bench.moe_shapes import MODELS, MoeShape
+from fp8_backend.bench.peers import parse_peers
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels.reference import relative_error
 
@@ -50,7 +51,7 @@ def test_layers_are_those_of_the_models() -> None:
         (["--model", "8,256,128,9"], "top_k at most experts"),
         (["--tokens", "0"], "--tokens 0: expected numbers above 0"),
         (["--routing", "odd"], "--routing odd: unknown; give some of balanced, zipf, same"),
-        (["--peers", "bf16"], "--peers bf16: unknown; with --moe give auto, none or some of triton"),
+        (["--peers", "bf16"], "--peers bf16: unknown; give auto, none or some of triton"),
         pytest.param([], "needs a Hopper GPU", marks=needs_no_gpu),
         pytest.param(["--grouped"], "needs a Hopper GPU", marks=needs_no_gpu),
     ],
@@ -105,9 +106,9 @@ def test_absent_peers_are_named_with_a_reason() -> None:
     present, absent = moe_peers.load(moe_peers.NAMES, SMALL)
     assert "cutlass" in absent and "flashinfer" in absent["flashinfer"]
     assert present.keys() | absent.keys() == set(moe_peers.NAMES)
-    assert moe_peers.parse_peers("deepgemm,triton") == ("triton", "deepgemm")
+    assert parse_peers("deepgemm,triton", moe_peers.NAMES) == ("triton", "deepgemm")
     with pytest.raises(ArgumentError):
-        moe_peers.parse_peers("auto,triton")
+        parse_peers("auto,triton", moe_peers.NAMES)
 
 
 def test_grouped_cells() -> None:

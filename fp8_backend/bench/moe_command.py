@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fp8_backend.bench import moe, moe_grouped, moe_report
-from fp8_backend.bench.moe_peers import NAMES, parse_peers
+from fp8_backend.bench.moe_peers import NAMES
 from fp8_backend.bench.moe_shapes import ALL_TOKENS, parse_models, parse_routings
+from fp8_backend.bench.peers import parse_peers
 from fp8_backend.bench.report import ratio
 from fp8_backend.bench.shapes import parse_ms
 from fp8_backend.errors import Fp8BackendError
@@ -34,7 +35,7 @@ def plan_of(arguments: argparse.Namespace) -> moe.Plan:
         parse_models(arguments.model),
         parse_ms(arguments.tokens, ALL_TOKENS, "--tokens"),
         parse_routings(arguments.routing),
-        parse_peers(arguments.peers),
+        parse_peers(arguments.peers, NAMES),
     )
 
 

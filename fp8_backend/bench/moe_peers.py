@@ -11,7 +11,6 @@ import torch
 from fp8_backend.bench.moe_operands import Experts, Routed
 from fp8_backend.bench.moe_shapes import MoeShape
 from fp8_backend.bench.peers import reason_of
-from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels.reference import BLOCK
 
 NAMES = ("triton", "deepgemm", "flashinfer", "cutlass")
@@ -128,20 +127,6 @@ _BUILDERS: dict[str, Callable[[MoeShape], MoePeer]] = {
     "flashinfer": _flashinfer,
     "cutlass": _cutlass,
 }
-
-
-def parse_peers(text: str) -> tuple[str, ...]:
-    """Return the names of the peers asked for: auto (all), none, or names, comma-separated.
-
-    Raises:
-        ArgumentError: an unknown name.
-    """
-    if text in ("auto", "none"):
-        return NAMES if text == "auto" else ()
-    for name in text.split(","):
-        if name not in NAMES:
-            raise ArgumentError(f"--peers {name}: unknown; with --moe give auto, none or some of {', '.join(NAMES)}")
-    return tuple(name for name in NAMES if name in text.split(","))
 
 
 def load(names: Sequence[str], shape: MoeShape) -> tuple[dict[str, MoePeer], dict[str, str]]:

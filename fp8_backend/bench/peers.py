@@ -147,18 +147,18 @@ _BUILDERS: dict[str, Callable[[], Linear]] = {
 }
 
 
-def parse_peers(text: str) -> tuple[str, ...]:
-    """Return the names of the peers asked for: auto (all), none, or names, comma-separated.
+def parse_peers(text: str, names: Sequence[str] = NAMES) -> tuple[str, ...]:
+    """Return which of `names` are asked for: auto (all), none, or some, comma-separated.
 
     Raises:
         ArgumentError: an unknown name.
     """
     if text in ("auto", "none"):
-        return NAMES if text == "auto" else ()
+        return tuple(names) if text == "auto" else ()
     for name in text.split(","):
-        if name not in NAMES:
-            raise ArgumentError(f"--peers {name}: unknown; give auto, none or some of {', '.join(NAMES)}")
-    return tuple(name for name in NAMES if name in text.split(","))
+        if name not in names:
+            raise ArgumentError(f"--peers {name}: unknown; give auto, none or some of {', '.join(names)}")
+    return tuple(name for name in names if name in text.split(","))
 
 
 def load(names: Sequence[str]) -> tuple[dict[str, Linear], dict[str, str]]:
