@@ -190,11 +190,11 @@ def test_experts_against_the_reference(case, on_input, monkeypatch):
         token, expert = pair // top_k, int(local_ids.flatten()[pair])
         router = weights.flatten()[pair]
         one = x[token : token + 1].float() * (router if on_input else 1)
-        gate, up = reference._quantised_linear(one, w13[expert], scale_13[expert]).chunk(2, dim=1)
+        gate, up = reference._quantised_linear(one, w13[expert], scale_13[expert], torch.float32).chunk(2, dim=1)
         expected_h[row] = (torch.nn.functional.silu(gate) * up)[0]
         # From h as it came out: a code that rounds to the other side, because the tensor core sums with fewer bits than
         # float32, is no error of the second GEMM.
-        part = reference._quantised_linear(h[row : row + 1], w2[expert], scale_2[expert])[0]
+        part = reference._quantised_linear(h[row : row + 1], w2[expert], scale_2[expert], torch.float32)[0]
         expected[token] += part * (1 if on_input else router)
     assert reference.relative_error(h, expected_h) < 1e-3
     assert reference.relative_error(results[0], expected) < 0.0025

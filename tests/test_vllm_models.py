@@ -85,7 +85,8 @@ def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str]) -> Answ
     request, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
     request.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS, "events": events}))
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parent.parent)}
+    path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     if arguments.get("tensor_parallel_size") == 2:
         # Two ranks on one NUMA node: vLLM wants to be told their cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
