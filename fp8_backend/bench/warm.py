@@ -27,7 +27,7 @@ def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine) -
     problems = [GemmProblem(m, n, k, machine) for n, k in shapes for m in ms]
     configs = {heuristics.select(problem).config for problem in problems}
     configs |= {heuristics.select_gemm(problem).config for problem in problems}
-    specs = [quantize.SPEC, stream.SPEC, *(config.spec() for config in configs)]
+    specs = [*quantize.SPECS.values(), stream.SPEC, *(config.spec() for config in configs)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(cache.get, specs))
     return len(specs)

@@ -32,6 +32,8 @@ GEMM_CONFIGS = (
     GemmConfig(192, 128, 3, 5),
     GemmConfig(256, 128, 2, 4, cluster_m=2),
     GemmConfig(256, 128, 2, 4, cluster_n=2),
+    GemmConfig(128, 256, 2, 4, cluster_m=2),
+    GemmConfig(128, 256, 2, 4, cluster_n=2),
 )
 DECODE_CONFIGS = tuple(
     DecodeConfig(tokens, fused, split)
@@ -109,6 +111,7 @@ _GEMM_NS = {
     (128, 128, 2): (437, 1300, 0),
     (192, 128, 1): (560, 2120, 0),
     (256, 128, 2): (733, 3030, 0),
+    (128, 256, 2): (733, 3030, 0),
 }
 _ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a

@@ -38,7 +38,12 @@ class WarmUp:
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that serving can need."""
     experts = (spec for module in _EXPERTS for spec in module.all_specs())
-    return (*(config.spec() for config in heuristics.all_configs()), quantize.SPEC, activation.SPEC, *experts)
+    return (
+        *(config.spec() for config in heuristics.all_configs()),
+        *quantize.SPECS.values(),
+        activation.SPEC,
+        *experts,
+    )
 
 
 def warm_up(
@@ -85,7 +90,8 @@ def load_all() -> None:
             gemm.kernel(config, device)
         else:
             decode.kernel(config, device)
-    quantize.kernel(device)
+    for rows in quantize.SPECS:
+        quantize.kernel(rows, device)
     activation.kernel(device)
     for module in _EXPERTS:
         module.load_all()

@@ -50,6 +50,13 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
+// Whether the phase is over, without waiting.
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
 // Shared-memory loads that stay where and in the order they are written. They complete in that order.
 DEVICE float load_shared(u32 address) {
     float value;
