@@ -104,9 +104,9 @@ def initialize() -> None:
     parallel_state.initialize_model_parallel()
 
 
-def measure(model: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the rows of a model, and the arms that this machine cannot run with vLLM's reason."""
-    arms, rows, absent = [], [], {}
+def measure(model: str, rounds: int, absent: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a model; note in `absent` the arms that this machine cannot run, with vLLM's reason."""
+    arms = []
     for arm in ARMS:
         try:
             load_once(model, arm)
@@ -116,9 +116,7 @@ def measure(model: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, st
             print(f"{arm} left out: {absent[arm]}")
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else arms[::-1]:
-            rows.append(load_once(model, arm))
-            print(rows[-1], flush=True)
-    return rows, absent
+            yield load_once(model, arm)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -153,12 +151,14 @@ def main() -> None:
     env: dict[str, Any] = {**environment(arguments.commit), "absent": {}}
     rows: list[dict[str, Any]] = []
     for model in arguments.models:
-        of_model, absent = measure(model, arguments.rounds)
-        rows += of_model
-        env["absent"] |= absent
+        of_model = []
+        for row in measure(model, arguments.rounds, env["absent"]):
+            of_model.append(row)
+            rows.append(row)
+            print(row, flush=True)
+            if arguments.json:
+                write_json(arguments.json, {"env": env, "rows": rows})
         print(summary(of_model), flush=True)
-        if arguments.json:
-            write_json(arguments.json, {"env": env, "rows": rows})
 
 
 if __name__ == "__main__":

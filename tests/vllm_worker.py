@@ -2,8 +2,8 @@
 
 Usage: python tests/vllm_worker.py request.json answer.json
 The request holds `engine` (arguments of vllm.LLM), `prompts` (lists of token ids) and, where asked for, `events`: what
-to do to the engine after the first answers, each followed by the same questions again; or `refused`, a folder that it must
-not reload from.
+to do to the engine after the first answers, each followed by the same questions again; or `refused`, a folder that
+it must not reload from.
 """
 
 import json
