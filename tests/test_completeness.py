@@ -76,6 +76,10 @@ def narrow(tensors: Tensors) -> None:
         ("qwen3", without(f"{MLP}.up_proj"), rf"{MLP}\.up_proj\.weight: absent, and {MLP} has down_proj, gate_proj"),
         ("qwen3", without("lm_head."), r"lm_head\.weight: absent, and config\.json: tie_word_embeddings is false"),
         ("qwen3", narrow, rf"{MLP}: gate_proj \[768, 512\], up_proj \[768, 512\], down_proj \[256, 768\]; expected"),
+        ("qwen3", without("model.embed_tokens."), "the model's embedding: absent"),
+        ("qwen3", without("model.norm."), "the model's last norm: absent"),
+        ("qwen3", without("model.layers.0.input_layernorm"), r"model\.layers\.0\.input_layernorm\.weight: absent"),
+        ("qwen3_moe", without("model.layers.0.mlp.gate."), r"model\.layers\.0\.mlp\.gate\.weight: absent"),
         ("qwen3_moe", without(f"{EXPERTS}.7."), rf"{EXPERTS}\.7: no tensor; 7 of 8 experts are there"),
         ("qwen3_moe", without(f"{EXPERTS}.2.down_proj"), rf"{EXPERTS}\.2\.down_proj\.weight: absent"),
     ],
@@ -130,6 +134,14 @@ def test_names_of_files(folder: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"in 'weights\.bin'; expected a file of the same folder, \*\.safetensors"
     ):
+        verify_checkpoint(folder)
+
+
+def test_file_that_vllm_would_load_instead(folder: Path) -> None:
+    save_file({"norm.weight": torch.ones(1)}, folder / "old.safetensors")  # not in the index: nobody reads it
+    verify_checkpoint(folder)
+    save_file({"norm.weight": torch.ones(1)}, folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="consolidated.safetensors: Mistral's own format"):
         verify_checkpoint(folder)
 
 

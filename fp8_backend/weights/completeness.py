@@ -16,13 +16,14 @@ GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Check that no layer, expert, part of a gated MLP or output embedding is missing, and that MLPs' shapes agree.
+    """Check that no layer, expert, part of a gated MLP, norm, router or embedding is missing, and MLPs' shapes agree.
 
     Raises:
         CheckpointError: names what is missing or disagrees.
     """
-    for problem in (*_layers(checkpoint), *_experts(checkpoint), *_gated(checkpoint), *_head(checkpoint)):
-        raise CheckpointError(problem)
+    for check in (_layers, _experts, _gated, _beside, _outside):
+        for problem in check(checkpoint):
+            raise CheckpointError(problem)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +80,32 @@ def _gated(checkpoint: Checkpoint) -> Iterator[str]:
                 yield f"{stem}: {said}; expected gate and up of one shape and down of its transpose; export again"
 
 
-def _head(checkpoint: Checkpoint) -> Iterator[str]:
+def _beside(checkpoint: Checkpoint) -> Iterator[str]:
+    """What stands in one layer of the decoder, under the same name, stands in all: norms, and routers of experts."""
+    stems: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in checkpoint.info:
+        if found := re.match(r"((?:.*\.)?layers)\.(\d+)\.(.*)", name):
+            stems[found[1]][found[2]].add(found[3])
+    for stem, layers in stems.items():
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            yield from _lacking(stem, norm, layers)
+        with_experts = {layer: names for layer, names in layers.items() if any(".experts." in name for name in names)}
+        yield from _lacking(stem, "mlp.gate.weight", with_experts)
+
+
+def _lacking(stem: str, name: str, layers: dict[str, set[str]]) -> Iterator[str]:
+    if any(name in names for names in layers.values()):
+        yield from (f"{stem}.{layer}.{name}: absent; {FETCH}" for layer, names in layers.items() if name not in names)
+
+
+def _outside(checkpoint: Checkpoint) -> Iterator[str]:
+    """Embeddings, last norm and output embeddings of a language model, under any of the names in use."""
+    if not checkpoint.architecture.endswith("ForCausalLM"):
+        return
+    outside = [name for name in checkpoint.info if not re.search(r"(^|\.)(layers|h)\.\d", name)]
+    for what, names in (("embedding", "embed|wte"), ("last norm", "norm|ln_f")):
+        if not any(re.search(names, name) for name in outside):
+            yield f"the model's {what}: absent; no tensor outside of the layers is called {names}; {FETCH}"
     ties = [config.get("tie_word_embeddings") for config in (checkpoint.config, _text_config(checkpoint.config))]
-    is_language_model = checkpoint.architecture.endswith("ForCausalLM")
-    if is_language_model and False in ties and True not in ties:
-        if not any(re.search(r"head|output|embed_out", name) for name in checkpoint.info):
-            yield f"lm_head.weight: absent, and config.json: tie_word_embeddings is false; {FETCH}"
+    if False in ties and True not in ties and not any(re.search(r"head|output|embed_out", name) for name in outside):
+        yield f"lm_head.weight: absent, and config.json: tie_word_embeddings is false; {FETCH}"

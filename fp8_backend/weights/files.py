@@ -89,6 +89,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the shards vLLM would load, and the index's weight_map (empty where there is no index)."""
+    for file in folder.glob(f"consolidated*{SUFFIX}"):
+        raise CheckpointError(
+            f"{file.name}: Mistral's own format, which vLLM loads in place of the other shards; expected none; move it "
+            "out of the folder"
+        )
     if not (folder / INDEX).exists():
         shards = sorted(folder.glob(f"*{SUFFIX}"))
         if not shards:
