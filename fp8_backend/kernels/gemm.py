@@ -99,13 +99,7 @@ def launch_gemm(
 ) -> None:
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
     config, m, k_blocks = choice.config, codes.shape[0], ceil_div(weight.k, BLOCK)
-    # The outputs of a tile's last 128 columns are laid where stages of its own were, 64 columns in each.
-    mapped = (
-        out.element_size() == 2
-        and out.data_ptr() % 16 == 0
-        and out.stride(0) % 8 == 0
-        and k_blocks // choice.split >= min(config.block_n, 128) // 64
-    )
+    mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
     params = (
         _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
         _NO_MAP
