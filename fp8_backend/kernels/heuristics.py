@@ -28,8 +28,6 @@ GEMM_CONFIGS = (
     GemmConfig(64, 128, 1, 8, split_k=True),
     GemmConfig(128, 64, 2, 7, split_k=True),
     GemmConfig(128, 128, 2, 5, split_k=True),
-    GemmConfig(128, 128, 2, 5, cluster_n=2),
-    GemmConfig(192, 128, 3, 4),
     GemmConfig(192, 128, 3, 4, cluster_n=2),
     GemmConfig(256, 128, 2, 3, cluster_m=2),
     GemmConfig(256, 128, 2, 3, cluster_n=2),
@@ -99,20 +97,18 @@ _OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
 _GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
-_QUANTISE_NS = 1500  # a quantisation kernel ahead of a GEMM
-_GEMM_LAUNCH_NS = 2000
+_QUANTISE_NS = 1980  # a quantisation kernel ahead of a GEMM
+_GEMM_LAUNCH_NS = 1520
 # One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
 _GEMM_NS = {
-    (64, 64, 1): (370, 280, 2750),
-    (64, 128, 1): (330, 1110, 2820),
-    (128, 64, 1): (290, 860, 2790),
-    (128, 128, 1): (425, 1380, 3790),
-    (128, 128, 2): (437, 1300, 0),
-    (192, 128, 1): (560, 2120, 0),
-    (192, 128, 2): (560, 2120, 0),
-    (256, 128, 2): (733, 3030, 0),
+    (64, 64, 1): (365, 490, 2280),
+    (64, 128, 1): (293, 875, 4120),
+    (128, 64, 1): (308, 750, 2540),
+    (128, 128, 1): (420, 760, 4980),
+    (192, 128, 2): (568, 1790, 0),
+    (256, 128, 2): (759, 2090, 0),
 }
-_ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
+_ALONE = 0.69  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
