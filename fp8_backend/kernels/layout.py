@@ -31,18 +31,24 @@ def packed_scale_shape(n: int, k: int) -> tuple[int, int]:
     return ceil_div(k, BLOCK), align(ceil_div(n, BLOCK), SCALE_ALIGNMENT) + SCALES_FETCHED - SCALE_ALIGNMENT
 
 
+def _word(device: torch.device) -> torch.dtype:
+    """Return the dtype as which codes are moved: on a CPU 16 bytes at once, three times as fast as 8."""
+    return torch.complex128 if device.type == "cpu" else torch.int64
+
+
 def _swizzled(words: torch.Tensor) -> torch.Tensor:
     """Exchange the 16-byte chunks of each row: chunk c of row r goes to c ^ (r % 8); doing it twice undoes it.
 
     Args:
-        words: [k_blocks, n, 16] int64, n % 8 == 0, any strides; bytes would take a CPU three times as long.
+        words: [k_blocks, n, 128 / size of a word], n % 8 == 0, any strides.
 
     Returns:
         The same shape, contiguous.
     """
     c = torch.arange(8, device=words.device)
     index = c[:, None] ^ c[None, :]  # of one period of rows, repeated without being stored
-    chunks = words.unflatten(1, (-1, ROW_ALIGNMENT)).unflatten(3, (8, 2))
+    _, n, width = words.shape
+    chunks = words.unflatten(1, (n // ROW_ALIGNMENT, ROW_ALIGNMENT)).unflatten(3, (8, width // 8))
     return torch.gather(chunks, 3, index[None, None, :, :, None].expand(chunks.shape)).view(words.shape)
 
 
@@ -68,9 +74,10 @@ def arrange_weight(weight: torch.Tensor) -> torch.Tensor:
     source = weight.view(torch.uint8)
     if (n_aligned, k_blocks * BLOCK) != (n, k):
         source = torch.nn.functional.pad(source, (0, k_blocks * BLOCK - k, 0, n_aligned - n))
-    elif not source.is_contiguous() or source.storage_offset() % 8:
-        source = source.clone(memory_format=torch.contiguous_format)  # so that it can be viewed as 8-byte words
-    words = source.view(torch.int64).view(n_aligned, k_blocks, 16).transpose(0, 1)
+    elif not source.is_contiguous() or source.storage_offset() % 16:
+        source = source.clone(memory_format=torch.contiguous_format)  # so that it can be viewed as words
+    word = _word(source.device)
+    words = source.view(word).view(n_aligned, k_blocks, BLOCK // word.itemsize).transpose(0, 1)
     return _swizzled(words).view(torch.float8_e4m3fn)
 
 
@@ -87,8 +94,9 @@ def unpack_weight(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
             "use pack_weight"
         )
     k_blocks, n_aligned, _ = packed.shape
-    words = packed.view(torch.int64).view(k_blocks, n_aligned, 16)
-    rows = _swizzled(words).transpose(0, 1).reshape(n_aligned, k_blocks * 16).view(torch.uint8)
+    word = _word(packed.device)
+    words = packed.view(word).view(k_blocks, n_aligned, BLOCK // word.itemsize)
+    rows = _swizzled(words).transpose(0, 1).flatten(1).view(torch.uint8)
     return rows[:n, :k].contiguous().view(torch.float8_e4m3fn)
 
 

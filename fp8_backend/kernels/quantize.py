@@ -102,4 +102,5 @@ def prepare_tiles(x: torch.Tensor, tile_rows: int) -> launcher.PreparedLaunch:
     Its pointers: x; codes [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written; scales
     [ceil(k / 128), align(m, 4)] float32.
     """
-    return launcher.PreparedLaunch(kernel(1, x.device.index), _grid(*x.shape, 1), _THREADS, 0, 3, _shape(x, tile_rows))
+    grid = _grid(x.shape[0], x.shape[1], 1)
+    return launcher.PreparedLaunch(kernel(1, x.device.index), grid, _THREADS, 0, 3, _shape(x, tile_rows))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.weights.completeness import check_complete
 from fp8_backend.weights.files import Checkpoint, open_checkpoint, read_config
 from fp8_backend.weights.formats import Fp8Format, read_format
 from fp8_backend.weights.safetensors_header import TensorInfo
@@ -20,6 +21,8 @@ FP8 = "F8_E4M3"
 # What converts to the kernels' float32 without rounding: DeepSeek stores F32, Qwen BF16 or F16; F8_E8M0 holds powers
 # of two.
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+# What other formats keep beside a weight.
+FOREIGN_SCALES = ("weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
 # Layers that vLLM stacks along n into one, in this order: one method serves the stack, so all are FP8 or none is.
 MERGED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -84,6 +87,7 @@ def check_headers(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
         )
     _check_weights(checkpoint, fp8, fp8_format)
     _check_merged_dtypes(checkpoint, fp8)
+    check_complete(checkpoint)
 
 
 def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_format: Fp8Format) -> None:
@@ -96,6 +100,19 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
                 "fetch the missing tensor or re-export the checkpoint"
             )
         _check_scale_form(name, weight, scale_name, scale)
+        module = name.rpartition(".")[0]
+        if fp8_format.lists(module):
+            raise CheckpointError(
+                f"{name}: {FP8}, and config.json lists {module} as not quantised; expected one of both; take it off "
+                "the list, or re-export the checkpoint"
+            )
+        # Nothing of vLLM's layers has such a name: it ends with a bare KeyError.
+        for other in FOREIGN_SCALES:
+            if (extra := name.removesuffix("weight") + other) != scale_name and extra in checkpoint.info:
+                raise CheckpointError(
+                    f"{extra}: beside {scale_name}; expected that one alone, activations being scaled as they come; "
+                    "re-export the checkpoint"
+                )
     fp8_patterns = {re.sub(r"\d+", "*", name) for name in fp8}
     for name, info in checkpoint.info.items():
         weight_name = fp8_format.weight_name(name)

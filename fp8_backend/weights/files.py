@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from fp8_backend.errors import CheckpointError
 from fp8_backend.weights.safetensors_header import TensorInfo, read_header
 
-INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+INDEX = f"model{SUFFIX}.index.json"
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the shards vLLM would load, and the index's weight_map (empty where there is no index)."""
+    for file in folder.glob(f"consolidated*{SUFFIX}"):
+        raise CheckpointError(
+            f"{file.name}: Mistral's own format, which vLLM loads in place of the other shards; expected none; move it "
+            "out of the folder"
+        )
     if not (folder / INDEX).exists():
-        shards = sorted(folder.glob("*.safetensors"))
+        shards = sorted(folder.glob(f"*{SUFFIX}"))
         if not shards:
-            raise CheckpointError(f"{folder}: holds no *.safetensors file; fetch the weights")
+            raise CheckpointError(f"{folder}: holds no *{SUFFIX} file; fetch the weights")
+        _check_siblings(shards)
         return shards, {}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -100,9 +108,10 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     homes: dict[str, str] = {}  # one file's name -> the first tensor in it
     for tensor, shard in weight_map.items():
         # The index comes with the download: a name must not lead out of the folder.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(SUFFIX):
             raise CheckpointError(
-                f"{INDEX}: {tensor} is in {shard!r}; expected a file of the same folder; fetch it again"
+                f"{INDEX}: {tensor} is in {shard!r}; expected a file of the same folder, *{SUFFIX}, as vLLM loads no "
+                "other; fetch it again"
             )
         homes.setdefault(shard, tensor)
     for shard, tensor in homes.items():
@@ -111,6 +120,19 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
                 f"{shard[:100]}: absent, and the index places {tensor} in it; fetch the missing shard"
             )
     return sorted(folder / shard for shard in homes), weight_map
+
+
+def _check_siblings(shards: list[Path]) -> None:
+    """Check shards without an index: all files, and as many as their names say."""
+    names = {shard.name for shard in shards}
+    for shard in shards:
+        if not _is_file(shard):
+            raise CheckpointError(f"{shard.name}: not a file, or a link to none; expected a shard; fetch it")
+        if not (numbered := re.fullmatch(rf"(.*-)(\d{{5}})(-of-(\d{{5}}){re.escape(SUFFIX)})", shard.name)):
+            continue
+        for number in range(1, int(numbered[4]) + 1):
+            if (sibling := f"{numbered[1]}{number:05d}{numbered[3]}") not in names:
+                raise CheckpointError(f"{sibling}: absent, and {shard.name} is there; fetch the missing shard")
 
 
 def _is_file(path: Path) -> bool:

@@ -45,6 +45,10 @@ class Fp8Format:
             return None
         return tensor.removesuffix(suffix)
 
+    def lists(self, module: str) -> bool:
+        """Return whether the config names this very module as unquantised, as vLLM reads it."""
+        return module in self.skipped if self.method == "fp8" else is_listed(module, self.skipped)
+
     def is_skipped(self, tensor: str) -> bool:
         """Return whether the config leaves the module of a tensor unquantised."""
         module = tensor.rpartition(".")[0]

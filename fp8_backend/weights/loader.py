@@ -9,7 +9,7 @@ from fp8_backend.kernels import layout
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.partition import LinearShard
 
-CODES_AT_ONCE = 1 << 24  # bytes; bounds the copy that looking for NaN needs
+CODES_AT_ONCE = 1 << 26  # bytes; bounds the copy that looking for NaN needs
 PADDED_AT_ONCE = 16  # k-blocks; bounds the copy that padding needs to 2048 columns of one layer
 
 

@@ -52,7 +52,10 @@ def read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """Return what `read_header` does, and the byte of the file where the tensors begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise CheckpointError(f"{path.name}: a pointer of Git LFS, not its file; run `git lfs pull`")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
                 f"{path.name}: header of {length} bytes in a file of {size}; the limit is {MAX_HEADER_BYTES} and what "
