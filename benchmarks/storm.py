@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--url", help="of a running server; by default one is started with a generated model")
     parser.add_argument("--model", help="the name it serves; with --url")
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--deadline", type=float, metavar="S", help="the storm ends earlier, this long after the start")
     parser.add_argument("--streams", type=int, default=200, help="at once")
     parser.add_argument("--max-tokens", type=int, default=64, help="most tokens of one answer")
     parser.add_argument("--vocab", type=int, default=1000, help="token ids of prompts are below this")
@@ -229,10 +230,14 @@ def main() -> None:
         parser.error("--url and --model belong together")
     stop_children_on_signals()
     options.log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
     try:
         with served(options) as (url, model, server):
             before = stream(url, model, PROMPT, FIXED_TOKENS)
-            storm = Storm(url, model, options.streams, options.minutes * 60, options.vocab, options.max_tokens)
+            seconds = options.minutes * 60
+            if options.deadline:
+                seconds = max(1.0, min(seconds, options.deadline - (time.monotonic() - start)))
+            storm = Storm(url, model, options.streams, seconds, options.vocab, options.max_tokens)
             storm.run()
             after = stream(url, model, PROMPT, FIXED_TOKENS)
             # Read before it is stopped, on which vLLM writes tracebacks.
@@ -241,7 +246,11 @@ def main() -> None:
         sys.exit(f"the server failed: {error}")
     row, problems = examine(storm, before, after)
     problems += faults
-    row = {"model": f"{options.architecture} {options.size}" if server else model, "minutes": options.minutes, **row}
+    row = {
+        "model": f"{options.architecture} {options.size}" if server else model,
+        "minutes": round(seconds / 60, 2),
+        **row,
+    }
     if server is not None:
         log = options.log.read_text(errors="replace")
         row |= {"start_s": round(server.started_s, 1), "kernels": kernels_ready(log), "counters": COUNTERS.findall(log)}
