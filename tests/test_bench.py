@@ -172,6 +172,7 @@ def test_table_marks_lost_and_wrong_cells() -> None:
 def test_summary_judges_against_the_figures() -> None:
     text = "\n".join(report.summary(ROWS))
     assert "decode: 2 cells, geometric mean of best FP8 peer / ours 1.470 (to be >= 1.7: MISSED)" in text
+    assert "smallest of any peer / ours, BF16 too: 0.917 (to be >= 0.97: MISSED) at m=64 4096x7168" in text
     assert "ours / stream floor: geometric mean 1.039 (to be <= 1.0: MISSED)" in text
     assert "middle: 1 cells, geometric mean of best FP8 peer / ours 1.200 (to be >= 1.2: holds)" in text
     assert "verified: 4 of 5 cells; WRONG: m=8192 4096x7168" in text
@@ -180,6 +181,13 @@ def test_summary_judges_against_the_figures() -> None:
     assert "m=64 4096x7168: 0.92 against bf16" in text
     assert "GEMM alone: best" in text and "TFLOPS at m=8192" in text
     assert report.summary([row(1, 1.0)])[0] == "decode: 1 cells, no FP8 peer ran"
+
+
+def test_cost_of_batch_invariant_mode_is_a_line_of_its_regime() -> None:
+    slow = {"us": 18.0, "rel_err": 0.002, "bitwise": True, "verified": True}
+    text = "\n".join(report.summary([ROWS[0] | {"batch_invariant": slow}, ROWS[1] | {"batch_invariant": slow}]))
+    assert "batch-invariant / ours: geometric mean 1.73, largest 2.00 at m=1 4096x7168" in text
+    assert "batch-invariant" not in "\n".join(report.summary(ROWS))
 
 
 def test_host_line_judges_the_op() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Generic, TypeVar
 
 import torch
 
 from fp8_backend import settings
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import decode, gemm_plan, heuristics, launcher, layout, reference
+from fp8_backend.kernels import decode, heuristics, launcher, layout, reference
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
-from fp8_backend.kernels.gemm_plan import GemmPlan
+from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
@@ -26,6 +27,7 @@ from fp8_backend.kernels.problem import (
 from fp8_backend.kernels.quantize import per_token_group_quant, rows_of
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 
+Plan = TypeVar("Plan")
 MAX_PLANS = 4096  # of a thread, 10 KB each: a prefill may have any m
 
 
@@ -75,6 +77,22 @@ def _batch_invariant() -> bool:
     return settings.load().resolved_batch_invariant()
 
 
+class _Prepared(threading.local, Generic[Plan]):
+    """What each thread has prepared, by what distinguishes the tensors of its calls; the oldest make room."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[object, Plan] = {}
+
+    def add(self, key: object, plan: Plan) -> None:
+        if len(self.by_key) >= MAX_PLANS:
+            del self.by_key[next(iter(self.by_key))]
+        self.by_key[key] = plan
+
+
+_plans: _Prepared[DecodePlan | GemmPlan] = _Prepared()
+_launches: _Prepared[GemmLaunch] = _Prepared()
+
+
 def launch_gemm(
     choice: GemmChoice,
     codes: torch.Tensor,
@@ -84,8 +102,13 @@ def launch_gemm(
     bias: torch.Tensor | None,
 ) -> None:
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
-    rows = None if weight.packed else weight.codes
-    launch = gemm_plan.GemmLaunch(choice, weight.k, codes.stride(0), rows, out, bias)
+    stride, rows = codes.stride(0), None if weight.packed else weight.codes
+    types = out.dtype, None if bias is None else bias.dtype
+    key = (choice, weight.k, stride, rows is None or rows.stride(0), out.shape, out.stride(), out.get_device(), types)
+    key += (out.data_ptr() % 16,)
+    if (launch := _launches.by_key.get(key)) is None:
+        launch = GemmLaunch(choice, weight.k, stride, rows, out, bias)
+        _launches.add(key, launch)
     stream = launcher.current_stream(out.device.index)
     launch(stream, codes.data_ptr(), scale_a.data_ptr(), weight.codes, weight.scale, out, bias)
 
@@ -121,21 +144,6 @@ def fp8_linear(
     out = x.new_empty((*x.shape[:-1], n))
     plan(x, weight, scale, out, bias)
     return out
-
-
-class _Plans(threading.local):
-    """Each thread's plans, by what distinguishes the tensors of their calls; the oldest make room."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[object, DecodePlan | GemmPlan] = {}
-
-    def add(self, key: object, plan: DecodePlan | GemmPlan) -> None:
-        if len(self.by_key) >= MAX_PLANS:
-            del self.by_key[next(iter(self.by_key))]
-        self.by_key[key] = plan
-
-
-_plans = _Plans()
 
 
 def _checked_linear(
