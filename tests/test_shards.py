@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8_backend.errors import CheckpointError
+from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.kernels import gemm, layout
 from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize, relative_error
 from fp8_backend.weights import loader
@@ -122,6 +122,19 @@ def test_one_part_of_a_refined_grid_may_be_missing() -> None:
         loader.pack_linear("layer", codes, fine, shard)
 
 
+@pytest.mark.parametrize("shape", [(384, 128), (3, 5), (0, 128)])
+def test_codes_that_are_nan_are_refused_and_no_others(shape: tuple[int, int]) -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    numbers = every[(every & 0x7F) != 0x7F]
+    codes = numbers.repeat(1 + shape[0] * shape[1] // len(numbers))[: shape[0] * shape[1]].reshape(shape)
+    loader.check_codes("layer", "weight", codes.view(torch.float8_e4m3fn))
+    for nan in (0x7F, 0xFF) if shape[0] else ():
+        bad = codes.clone()
+        bad[-1, 1] = bad[-1, -1] = nan
+        with pytest.raises(CheckpointError, match=rf"layer.weight\[{shape[0] - 1}, 1\] is nan; .*\(2 of"):
+            loader.check_codes("layer", "weight", bad.view(torch.float8_e4m3fn))
+
+
 vllm = pytest.importorskip("vllm", reason="needs vLLM; vllm is not installed")
 
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
@@ -183,6 +196,9 @@ def build(kind: str, config: DeepGemmFp8Config) -> tuple[LinearBase, Parts]:
             layer = QKVParallelLinear(256, 64, 24, 6 if layer_ranks() == 3 else 4, bias=True, **common)
             kv = 64 * layer.total_num_kv_heads
             return layer, {"q": part(24 * 64, 256, 5), "k": part(kv, 256, 6), "v": part(kv, 256, 7)}
+        case "merged whole":
+            layer = MergedColumnParallelLinear(256, [768, 768], bias=False, **common)
+            return layer, {0: part(768, 256, 3), 1: part(768, 256, 4)}
     raise AssertionError(kind)
 
 
@@ -198,6 +214,36 @@ def load(layer: LinearBase, parts: Parts) -> None:
             (layer.weight, getattr(layer, layer.quant_method.config.scale_name)), tensors, strict=True
         ):
             parameter.weight_loader(parameter, tensor, *(() if shard is None else (shard,)))
+
+
+def stored_as_one(parts: Parts) -> Parts:
+    """Return the parts of a layer as the one tensor that some checkpoints hold."""
+    codes, scales = zip(*parts.values(), strict=True)
+    return {None: (torch.cat([each.view(torch.uint8) for each in codes]).view(codes[0].dtype), torch.cat(scales))}
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("kind", ["merged whole", "qkv"])
+def test_projections_stored_as_one_tensor_are_cut_as_apart(kind: str, ranks: int) -> None:
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    for rank in range(ranks):
+        packed = []
+        for form in (dict, stored_as_one):
+            with rank_of(rank, ranks), DEVICE:
+                layer, parts = build(kind, config)
+                load(layer, form(parts))
+            layer.quant_method.process_weights_after_loading(layer)
+            packed.append((layer.weight.view(torch.uint8), layer.weight_scale_inv))
+        assert all(map(torch.equal, *packed))
+
+
+def test_projections_that_meet_within_a_block_of_one_tensor_are_refused() -> None:
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    with DEVICE:
+        layer, parts = build("merged", config)
+        whole = {None: (stored_as_one(parts)[None][0], torch.ones(9, 2))}
+        with pytest.raises(UnsupportedError, match=r"layers.0.merged: .* meet at row 576, within a block of 128"):
+            load(layer, whole)
 
 
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])

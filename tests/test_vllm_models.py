@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from fp8_backend.weights.files import INDEX
 
 pytestmark = pytest.mark.vllm
 
@@ -34,6 +37,7 @@ QUANTIZED = {
 }
 # Widths that merging, and splitting over 2 ranks, cut within 128x128 blocks: q 384 / k 128 / v 128 and gate, up 576.
 UNEVEN = {"head_dim": 64, "heads": 6, "kv_heads": 2, "intermediate": 576}
+MISSING = "model.layers.2.mlp.experts.3.down_proj.weight"  # 512 x 256 codes
 ON_CPU = not torch.cuda.is_available()
 
 
@@ -42,6 +46,7 @@ class Answer(NamedTuple):
     tokens: list[list[int]]
     log: str
     events: list[torch.Tensor] = []  # logprobs again, after each
+    refusal: str | None = None
 
 
 Engine = Callable[..., Answer]
@@ -68,29 +73,45 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
             else:
                 changes = {"uneven": UNEVEN, "cut": {"moe_intermediate": 384}}.get(kind, {})
                 write_checkpoint(folder, architecture, replace(SIZES[architecture, "demo"], **changes))
+            if kind == "part":
+                drop_tensor(folder, MISSING)
         return folder
 
-    def run(architecture: str, kind: str = "fp8", events: Sequence[str] = (), **arguments: Any) -> Answer:
+    def run(
+        architecture: str, kind: str = "fp8", events: Sequence[str] = (), refused: str | None = None, **arguments: Any
+    ) -> Answer:
+        """Kind "part": what "fp8" is, but for one expert's codes."""
         flag = {} if kind.endswith("bf16") else FLAG
         arguments = {"model": str(checkpoint(architecture, kind)), **flag, **arguments}
-        key = json.dumps([arguments, events], sort_keys=True)
+        folder = str(checkpoint(architecture, refused)) if refused else None
+        key = json.dumps([arguments, events, folder], sort_keys=True)
         if key not in answers:
-            answers[key] = _run(root, arguments, events)
+            answers[key] = _run(root, arguments, events, folder)
         return answers[key]
 
     return run
 
 
-def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str]) -> Answer:
+def drop_tensor(folder: Path, name: str) -> None:
+    """Take a tensor out of a checkpoint and its index."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = folder / index["weight_map"].pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str], refused: str | None) -> Answer:
     request, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
-    request.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS, "events": events}))
+    request.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS, "events": events, "refused": refused}))
     path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     if arguments.get("tensor_parallel_size") == 2:
         # Two ranks on one NUMA node: vLLM wants to be told their cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    if events:
+    if events or refused:
         # In one process all prompts are there before the first step, so batches, and rounding, are alike each time.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run(
@@ -103,7 +124,8 @@ def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str]) -> Answ
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     said = json.loads(answer.read_text())
-    return Answer(_rows(said), said["tokens"], log, [_rows(event) for event in said["events"]])
+    events = [_rows(event) for event in said["events"]]
+    return Answer(_rows(said), said["tokens"], log, events, said.get("refusal"))
 
 
 def _rows(said: dict[str, Any]) -> torch.Tensor:
@@ -185,6 +207,12 @@ def test_reloaded_weights_give_the_same_answers(engine: Engine, architecture: st
     assert len(answer.events) == 2
     for again in answer.events:
         assert torch.equal(again, answer.logprobs)
+
+
+def test_a_reload_of_some_experts_is_refused(engine: Engine) -> None:
+    answer = engine("qwen3_moe", refused="part")
+    assert "model.layers.2.mlp.experts" in answer.refusal
+    assert "the weight reload left 131072 elements unset" in answer.refusal
 
 
 @pytest.mark.gpu

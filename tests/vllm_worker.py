@@ -2,7 +2,8 @@
 
 Usage: python tests/vllm_worker.py request.json answer.json
 The request holds `engine` (arguments of vllm.LLM), `prompts` (lists of token ids) and, where asked for, `events`: what
-to do to the engine after the first answers, each followed by the same questions again.
+to do to the engine after the first answers, each followed by the same questions again; or `refused`, a folder that
+it must not reload from.
 """
 
 import json
@@ -30,6 +31,8 @@ def main() -> None:
     for event in request.get("events", []):
         happen(llm, event)
         answer["events"].append(ask(llm, request["prompts"]))
+    if folder := request.get("refused"):
+        answer["refusal"] = refusal(llm, folder)
     Path(sys.argv[2]).write_text(json.dumps(answer))
 
 
@@ -45,6 +48,15 @@ def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in scored],
     }
+
+
+def refusal(llm: Any, folder: str) -> str:
+    """Return why weights are not reloaded from a folder."""
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    except Exception as error:  # of any type, in any process
+        return str(error)
+    raise SystemExit(f"{folder} was reloaded")
 
 
 def happen(llm: Any, event: str) -> None:

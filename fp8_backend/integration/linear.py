@@ -14,7 +14,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import compat, ops, warmup
-from fp8_backend.integration.scales import RefinedScaleParameter
+from fp8_backend.integration.scales import refining_loader
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights import loader, partition
 
@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 def loads_dummy_weights() -> bool:
     """Return whether vLLM fills parameters with noise instead of reading a checkpoint (`--load-format dummy`)."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def check_reload(layer: torch.nn.Module, prefix: str, padding: int = 0) -> None:
+    """Refuse a weight reload that brought only a part of a layer.
+
+    Args:
+        layer: about to be packed.
+        prefix: its name, for the error.
+        padding: elements of its parameters that no checkpoint fills.
+
+    Raises:
+        CheckpointError: says how much is missing.
+    """
+    if (missing := compat.unloaded_elements(layer) - padding) > 0:
+        raise CheckpointError(
+            f"{prefix}: the weight reload left {missing} elements unset; expected every tensor of the layer; "
+            "restart the server with a complete checkpoint (fp8-backend inspect MODEL tells)"
+        )
 
 
 # Not a subclass of vLLM's Fp8LinearMethod: that one fails where no stock kernel fits, and other parts of vLLM take its
@@ -74,11 +92,9 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         weight_loader: Callable[..., Any] | None = extra_weight_attrs.get("weight_loader")
         placement = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
         weight = ModelWeightParameter(data=torch.empty(n, k, dtype=torch.float8_e4m3fn), **placement)
-        unloaded = loader.unloaded_scale(*shard.scale_shape)
-        if layer.weight_block_size == [BLOCK, BLOCK]:
-            scale = BlockQuantScaleParameter(data=unloaded, **placement)
-        else:
-            scale = RefinedScaleParameter(shard=shard, data=unloaded, **placement)
+        if layer.weight_block_size != [BLOCK, BLOCK]:
+            placement["weight_loader"] = refining_loader(weight_loader, shard, self.prefix)
+        scale = BlockQuantScaleParameter(data=loader.unloaded_scale(*shard.scale_shape), **placement)
         layer.register_parameter("weight", weight)
         layer.register_parameter(self.config.scale_name, scale)
         self.config.summary.create("linear")
@@ -87,15 +103,12 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         """Replace weight and scales by packed ones; the originals are freed before the next layer is packed.
 
         Raises:
-            CheckpointError: a scale is not finite and above 0, or a weight reload brought only a part of the layer.
+            CheckpointError: a scale is not finite and above 0, a code is NaN, or a weight reload brought only a part of
+                the layer.
         """
         if layer.weight.dim() == 3:  # vLLM calls again for layers that a weight update left alone
             return
-        if missing := compat.unloaded_elements(layer):
-            raise CheckpointError(
-                f"{self.prefix}: the weight reload left {missing} elements unset; expected every tensor of the layer; "
-                "restart the server with a complete checkpoint (fp8-backend inspect MODEL tells)"
-            )
+        check_reload(layer, self.prefix)
         scale = getattr(layer, self.config.scale_name).data
         if self.dummy_weights:
             scale.abs_().clamp_min_(1e-6)

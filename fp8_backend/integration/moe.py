@@ -18,7 +18,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import compat, ops, warmup
-from fp8_backend.integration.linear import loads_dummy_weights
+from fp8_backend.integration.linear import check_reload, loads_dummy_weights
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.weights import experts, loader
 from fp8_backend.weights.partition import ExpertPart
@@ -91,9 +91,15 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
         self.config.summary.create("MoE layer")
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Replace weights and scales by packed ones, expert by expert, and make the layer opaque to the compiler."""
+        """Replace weights and scales by packed ones, expert by expert, and make the layer opaque to the compiler.
+
+        Raises:
+            CheckpointError: as a linear's does.
+        """
         if layer.w13_weight.dim() == 4:  # vLLM calls again for layers that a weight update left alone
             return
+        experts_held, hidden, padded = layer.w2_weight.shape
+        check_reload(layer, self.prefix, 3 * experts_held * hidden * (padded - layer.fp8_part.rows))
         # Rows of other ranks in a block that is shared are never loaded, not even where a reload allocates anew.
         experts.clear_padding(layer.w13_weight.data, layer.w2_weight.data, layer.fp8_part)
         for name in ("w13", "w2"):

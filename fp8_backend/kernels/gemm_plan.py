@@ -47,13 +47,7 @@ class GemmLaunch:
         is packed.
         """
         config, (m, n), k_blocks = choice.config, out.shape, ceil_div(k, BLOCK)
-        # The outputs of a tile's last 128 columns are laid where stages of its own were, 64 columns in each.
-        mapped = (
-            out.element_size() == 2
-            and out.data_ptr() % 16 == 0
-            and out.stride(0) % 8 == 0
-            and k_blocks // choice.split >= min(config.block_n, 128) // 64
-        )
+        mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
         self._a = _row_major_map(code_stride, m, k_blocks, config.block_m // config.cluster_n)
         self._b = None
         if rows is not None:

@@ -28,12 +28,11 @@ GEMM_CONFIGS = (
     GemmConfig(64, 128, 1, 8, split_k=True),
     GemmConfig(128, 64, 2, 7, split_k=True),
     GemmConfig(128, 128, 2, 5, split_k=True),
-    GemmConfig(128, 128, 2, 6, cluster_n=2),
-    GemmConfig(192, 128, 3, 5),
-    GemmConfig(256, 128, 2, 4, cluster_m=2),
-    GemmConfig(256, 128, 2, 4, cluster_n=2),
-    GemmConfig(128, 256, 2, 4, cluster_m=2),
-    GemmConfig(128, 256, 2, 4, cluster_n=2),
+    GemmConfig(128, 128, 2, 5, cluster_n=2),
+    GemmConfig(192, 128, 3, 4),
+    GemmConfig(192, 128, 3, 4, cluster_n=2),
+    GemmConfig(256, 128, 2, 3, cluster_m=2),
+    GemmConfig(256, 128, 2, 3, cluster_n=2),
 )
 DECODE_CONFIGS = tuple(
     DecodeConfig(tokens, fused, split)
@@ -110,8 +109,8 @@ _GEMM_NS = {
     (128, 128, 1): (425, 1380, 3790),
     (128, 128, 2): (437, 1300, 0),
     (192, 128, 1): (560, 2120, 0),
+    (192, 128, 2): (560, 2120, 0),
     (256, 128, 2): (733, 3030, 0),
-    (128, 256, 2): (733, 3030, 0),
 }
 _ALONE = 0.6  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
 _SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a

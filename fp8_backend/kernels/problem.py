@@ -76,14 +76,10 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, scales and two barriers a stage; exchanged sums and their barrier.
-
-        Tiles wider than 128 columns also have room for the outputs of the first 128.
-        """
-        exchange = self.block_m * self.block_n * 4 + 8 if self.split_k else 0
-        staging = self.block_m * 128 * 2 if self.block_n > 128 else 0
+        """Dynamic shared memory of a CTA: tiles, scales, two barriers a stage; outputs or exchanged sums, a barrier."""
+        room = self.block_m * self.block_n * (4 if self.split_k else 2)
         stage = (self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES
-        return self.num_stages * stage + staging + exchange
+        return self.num_stages * stage + room + 8
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""

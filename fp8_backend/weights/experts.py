@@ -89,7 +89,7 @@ def part_loader(local_expert: Callable[[int], int], part: ExpertPart, rows_per_e
 
 
 def pack_experts(layer: str, name: str, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weights and scales of a layer's experts in the kernels' layout, once their scales are checked.
+    """Return the weights and scales of a layer's experts in the kernels' layout, once both are checked.
 
     Args:
         layer: its name, for errors.
@@ -102,8 +102,9 @@ def pack_experts(layer: str, name: str, weight: torch.Tensor, scale: torch.Tenso
         scale: [num_groups, ceil(k / 128), align(ceil(n / 128), 4) + 4] float32.
 
     Raises:
-        CheckpointError: see `loader.check_scale`.
+        CheckpointError: see `loader.check_scale` and `loader.check_codes`.
     """
     loader.check_scale(layer, name, scale)
+    loader.check_codes(layer, f"{name.partition('_')[0]}_weight", weight)
     _, n, k = weight.shape
     return expert_weights.pack_experts(weight), expert_weights.pack_expert_scales(scale, n, k)

@@ -9,6 +9,7 @@ from fp8_backend.kernels import layout
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.partition import LinearShard
 
+CODES_AT_ONCE = 1 << 24  # bytes; bounds the copy that looking for NaN needs
 PADDED_AT_ONCE = 16  # k-blocks; bounds the copy that padding needs to 2048 columns of one layer
 
 
@@ -40,6 +41,37 @@ def check_scale(layer: str, tensor: str, scale: torch.Tensor) -> None:
     )
 
 
+def check_codes(layer: str, tensor: str, weight: torch.Tensor) -> None:
+    """Refuse codes that are NaN, 0x7f with either sign: one makes every answer NaN that it has a part in.
+
+    Args:
+        layer: name of the layer in the model.
+        tensor: name of the weight in the layer.
+        weight: any shape, float8_e4m3fn, on any device.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    codes = weight.view(torch.uint8).reshape(-1)
+    pieces = codes.split(CODES_AT_ONCE)
+    if not pieces or not torch.stack([_holds_nan(piece) for piece in pieces]).any():
+        return
+    bad = (codes & 0x7F) == 0x7F
+    index = torch.unravel_index(bad.nonzero()[0, 0], weight.shape)
+    raise CheckpointError(
+        f"{layer}.{tensor}{[int(each) for each in index]} is nan; a code must be a number ({int(bad.sum())} of "
+        f"{codes.numel()} are not); get the checkpoint again (fp8-backend inspect MODEL --deep names the file)"
+    )
+
+
+def _holds_nan(codes: torch.Tensor) -> torch.Tensor:
+    """Return whether uint8 codes hold 0x7f or 0xff, 8 at once: adding 1 carries into the sign of no other code."""
+    if codes.numel() % 8 or codes.storage_offset() % 8:
+        return ((codes & 0x7F) == 0x7F).any()
+    words = codes.view(torch.int64) & 0x7F7F7F7F7F7F7F7F
+    return words.add_(0x0101010101010101).bitwise_and_(-0x7F7F7F7F7F7F7F80).any()
+
+
 def refine_scale(scale: torch.Tensor, dim: int, per_scale: int) -> torch.Tensor:
     """Return a checkpoint's scales on a finer grid: each repeated for the 128 / per_scale parts of its block.
 
@@ -67,9 +99,10 @@ def pack_linear(
         scale: [ceil(k / 128), align(ceil(n / 128), 4) + 4] float32.
 
     Raises:
-        CheckpointError: see `check_scale`.
+        CheckpointError: see `check_scale` and `check_codes`.
     """
     check_scale(layer, "weight_scale_inv", scale)
+    check_codes(layer, "weight", weight)
     n, k = shard.padded_n, shard.padded_k
     rows = torch.tensor(shard.scale_rows(), device=scale.device)
     columns = torch.tensor(shard.scale_columns(), device=scale.device)

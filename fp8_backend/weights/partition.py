@@ -43,6 +43,7 @@ class LinearShard:
     columns: Span
     rows_per_scale: int  # of the grid on which scales are loaded; divides 128 and every boundary between spans
     columns_per_scale: int
+    whole_widths: tuple[int, ...]  # rows of each projection on all ranks together
 
     @property
     def n(self) -> int:
@@ -118,7 +119,8 @@ def linear_shard(
         copies: ranks that hold the same rows, one number per projection (key and value heads, where ranks outnumber
             them); 1 each by default.
     """
-    is_split = sum(widths) != output_size
+    ranks = output_size // sum(widths)
+    is_split = ranks > 1
     copies = copies or [1] * len(widths)
     rows = tuple(
         Span(rank // shared * width if is_split else 0, width) for width, shared in zip(widths, copies, strict=True)
@@ -130,6 +132,7 @@ def linear_shard(
         columns,
         rows_per_scale=math.gcd(BLOCK, *(widths if is_split else widths[:-1])),
         columns_per_scale=BLOCK if k == input_size else math.gcd(BLOCK, k),
+        whole_widths=tuple(width * ranks // shared for width, shared in zip(widths, copies, strict=True)),
     )
 
 

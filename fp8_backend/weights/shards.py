@@ -70,8 +70,8 @@ def reason(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
     last = layer.members[-1]
     if layer.is_expert:
         return _split_expert(layer, tp)
-    if last in FUSED and (why := _cut_fused(layer, tp, config)):
-        return why
+    if last in FUSED:
+        return _split_fused(layer, tp, config)
     if tp == 1 or last in REPLICATED:
         return None
     if last in ROW:
@@ -104,21 +104,23 @@ def _head_counts(config: dict[str, Any]) -> tuple[Any, Any]:
     return text.get("num_attention_heads"), text.get("num_key_value_heads", text.get("num_attention_heads"))
 
 
-def _cut_fused(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
-    """Return why a rank gets no exact part: vLLM takes such scales apart by itself, at block boundaries alone."""
-    width, parts = layer.widths[0], [layer.widths[0] // 2]
+def _split_fused(layer: Layer, tp: int, config: dict[str, Any]) -> str | None:
+    """Split one tensor of several projections; where they meet within a block, its scale belongs to both."""
+    seams = [layer.widths[0] // 2]
     if layer.members[0] == "qkv_proj":
         if why := _split_qkv(tp, config):
             return why
         heads, kv_heads = _head_counts(config)
-        head = width // (heads + 2 * kv_heads)
-        parts = [heads * head, kv_heads * head * max(1, tp // kv_heads)]
-    cut = next((part // tp for part in parts if part // tp % BLOCK), None)
+        head = layer.widths[0] // (heads + 2 * kv_heads)
+        seams = [heads * head, (heads + kv_heads) * head]
+    elif why := _indivisible("output width", seams[0], tp):
+        return why
+    cut = next((row for row in seams if row % BLOCK), None)
     if cut is None:
         return None
     return (
-        f"stored as one tensor, of which a rank gets a part of {cut} rows, not a multiple of {BLOCK}; store its "
-        "projections as tensors of their own, or use another --tensor-parallel-size"
+        f"stored as one tensor whose projections meet at row {cut}, within a block of {BLOCK}; store its projections "
+        "as tensors of their own"
     )
 
 

@@ -3,19 +3,17 @@
 // Persistent CTAs walk output tiles of BLOCK_M x BLOCK_N. Warp roles:
 //   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches, per stage, the tile of a, the tile of b (tensor copies), and the
 //                    scales (bulk copies); the other warp idles (a warpgroup is the unit that can give registers away).
-//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: one slice of 64 rows and up to 128 columns, or two, below or beside each other.
+//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns.
 // Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
 // this CTA's producer writes). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
 // because the FP8 accumulator keeps fewer bits than fp32.
 //
-// What bounds this kernel is shared memory, 128 bytes a clock: a slice takes 256 clocks of the tensor core, for which it reads 16 KiB of b
-// and 8 KiB of a, and copies write 12 KiB beside it, 144 bytes a clock. Slices beside each other (tiles of 128 x 256) read a once, into
-// registers: 125 bytes. What a warpgroup does between two products is kept short, descriptors in uniform registers above all; turns
-// between the warpgroups lose (docs/kernel-notes.md).
+// The time from a product's end to the warpgroup's next one decides, so little is done between them: descriptors stay in uniform registers,
+// a stage is released by one comparison and its arrivals, the next stage's barrier is asked for before the promotion. Two warpgroups hide
+// most of it, three all of it. What lost is in docs/kernel-notes.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time.
 //
-// 16-bit outputs leave through the copy engine while the next tile is computed. A math warpgroup lays them where its own rows of a were
-// in the last stages of the tile (64 columns of 16 bits a stage), which nobody else reads, and releases those stages a k-block later,
-// when the engine has read them. Of two slices beside each other the first has a room of its own.
+// 16-bit outputs leave through the copy engine while the next tile is computed, from a room of their own: were it the last stages of the
+// tile, their next data would be late.
 //
 // Clusters: CLUSTER_M CTAs with the same columns fetch one slice of b each and multicast it; CLUSTER_N CTAs with the same rows
 // do so with a. Without either, SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA
@@ -25,30 +23,21 @@
 // is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "wgmma.cuh"
 
-constexpr u32 kSliceN = BLOCK_N < 128 ? BLOCK_N : 128;
-constexpr u32 kSlicesM = BLOCK_M / (64 * MATH_WARPGROUPS), kSlicesN = BLOCK_N / kSliceN, kSlices = kSlicesM * kSlicesN;
-constexpr bool kRegisterA = kSlicesN > 1;           // slices that share rows of a read them once
-constexpr u32 kGroups = kSlicesM * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
-constexpr u32 kStagingBytes = kSlicesN > 1 ? BLOCK_M * 128 * 2 : 0;  // room for the outputs of all slices but the last
+constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
+constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
+constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
 constexpr u32 kCluster = CLUSTER_M * CLUSTER_N;
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
-constexpr u32 kHeld = kSliceN / 64;                   // stages at the end of a tile whose a makes room for outputs
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 64 == 0, "tiles are whole wgmma slices");
-static_assert(kSlices == 1 || kSlices == 2, "two slices of sums fit the registers");
-static_assert(kHeld < NUM_STAGES, "a stage must be left for the next tile");
+static_assert(BLOCK_N <= 128, "a slice of columns must not straddle two scale blocks");
 static_assert(!SPLIT_K || kCluster == 1, "a cluster shares either operands or k");
 static_assert(BLOCK_M % (8 * CLUSTER_N) == 0 && BLOCK_N % (8 * CLUSTER_M) == 0, "multicast slices are whole swizzle periods");
-
-template <u32 kCount> DEVICE void multiply(float (&partial)[kCount], const u32 (&codes_a)[4], u64 a, u64 b, u32 accumulate) {
-    if constexpr (kRegisterA && kCount == 64) Wgmma<128>::multiply(partial, codes_a, b, accumulate);
-    else Wgmma<2 * kCount>::multiply(partial, a, b, accumulate);
-}
 
 // Releases a stage: arrives once both values have been loaded, whatever they are (ptx.cuh, barrier_arrive_after).
 DEVICE void release_after(u32 barrier, float first, float second, bool arrives) {
@@ -88,18 +77,18 @@ struct Output {
     u32 m, n, type, bias_type;
 
     // Adds the bias to a 64 x BLOCK_N slice of accumulators as wgmma leaves them.
-    DEVICE void add_bias(float (&sum)[kSliceN / 2], u32 column, u32 lane) const {
+    DEVICE void add_bias(float (&sum)[BLOCK_N / 2], u32 column, u32 lane) const {
 #pragma unroll
-        for (u32 i = 0; i < kSliceN / 2; ++i) {
+        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
             const u32 c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (c < n) sum[i] += load_element(bias, c, bias_type);
         }
     }
 
     // Writes a slice; row = first row of this warp's 16.
-    DEVICE void write(const float (&sum)[kSliceN / 2], u32 row, u32 column, u32 lane) const {
+    DEVICE void write(const float (&sum)[BLOCK_N / 2], u32 row, u32 column, u32 lane) const {
 #pragma unroll
-        for (u32 i = 0; i < kSliceN / 2; ++i) {
+        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
             const u32 r = row + lane / 4 + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (r < m && c < n) store_element(data, r * stride + c, type, sum[i]);
         }
@@ -143,9 +132,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
      u32 n_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
-    const u32 staging = tiles + NUM_STAGES * kStageBytes, scales = staging + kStagingBytes;
+    const u32 room = tiles + NUM_STAGES * kStageBytes, scales = room + kRoomBytes;
     const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
-    const u32 exchange = empty + NUM_STAGES * 8, exchanged = exchange + BLOCK_M * BLOCK_N * 4;  // of SPLIT_K kernels
+    const u32 exchanged = empty + NUM_STAGES * 8;  // of SPLIT_K kernels
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), split = SPLIT_K ? cluster_size() : 1;
     const u32 cluster_rank_or_0 = kCluster > 1 || SPLIT_K ? cluster_rank() : 0;
     const u32 rank = kCluster > 1 ? cluster_rank_or_0 : 0, split_rank = SPLIT_K ? cluster_rank_or_0 : 0;
@@ -225,88 +214,53 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (MATH_WARPGROUPS == 2) take_registers<232>();
         if (MATH_WARPGROUPS == 3) take_registers<160>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
-        const u32 row_in_tile = (warpgroup - 1) * kSlicesM * 64;
+        const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         // The lanes that tell a producer that this warp has read a stage: of every CTA whose copies arrive here.
         const u32 peer = lane < CLUSTER_N ? rank_m + CLUSTER_M * lane : lane - CLUSTER_N + CLUSTER_M * rank_n;
         const bool releases = lane < CLUSTER_N || (lane < CLUSTER_N + CLUSTER_M && lane - CLUSTER_N != rank_m);
         const u32 peer_empty = kCluster > 1 ? map_to_rank(empty, releases ? peer : rank) : empty;
-        // The stage `back` stages before the one the ring stands at.
-        auto stage_before = [&](u32 back) { return ring.stage >= back ? ring.stage - back : ring.stage + NUM_STAGES - back; };
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
         bool full_already = false;
-        // ldmatrix: lane l reads row l % 16 and the 16 bytes of columns l / 16 of a 16 x 32 part; the parts are two chunks apart.
-        const u32 fragment_a = (row_in_tile + warp * 16 + lane % 16) * kBlockK + ((lane / 16) ^ (lane % 8)) * 16;
-        auto load_a = [&](u32 (&codes)[kBlockK / 32][4], u32 s) {
-            const u32 address = tiles + s * kStageBytes + fragment_a;
-#pragma unroll
-            for (u32 i = 0; i < kBlockK / 32; ++i) load_matrices(codes[i], address ^ (i * 32));
-        };
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
             const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
-            const u32 first_held = stores_by_copy ? end_block - kHeld : end_block;
-            float sum[kSlices][kSliceN / 2];
+            const u32 block_scale = scales + (BLOCK_M + tile_scale_b) * 4;
+            float sum[kWaves][BLOCK_N / 2];
 #pragma unroll
-            for (u32 slice = 0; slice < kSlices; ++slice)
+            for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
-                for (u32 i = 0; i < kSliceN / 2; ++i) sum[slice][i] = 0.f;
-            const u32 block_scales = scales + (BLOCK_M + tile_scale_b) * 4;
-            u32 drain_at = stores_by_copy && t != first_tile ? first_block : end_block;
-            u32 release_end = releases ? first_held : 0;
-            asm volatile("" : "+r"(drain_at), "+r"(release_end));  // kept in registers
-            u32 codes_a[kBlockK / 32][4];
-            if (kRegisterA) {
-                if (!full_already) barrier_wait(full + 8 * ring.stage, ring.parity);
-                full_already = true;
-                load_a(codes_a, ring.stage);
-            }
+                for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
             for (u32 kb = first_block; kb < end_block; ++kb) {
                 const u32 s = ring.stage;
-                if (!kRegisterA && !full_already) barrier_wait(full + 8 * s, ring.parity);
-                float scale_low, scale_high, scale_of_block;
+                if (!full_already) barrier_wait(full + 8 * s, ring.parity);
+                float scale_of_block;
 #pragma unroll
-                for (u32 slice = 0; slice < kSlices; ++slice) {
-                    const u32 wave = slice / kSlicesN, half = slice % kSlicesN;
-                    const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16);
-                    const u32 low_b = own_b + s * (kStageBytes / 16) + half * (kSliceN * kBlockK / 16);
-                    float partial[kSliceN / 2];
+                for (u32 wave = 0; wave < kWaves; ++wave) {
+                    const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
+                    float partial[BLOCK_N / 2];
                     fence_registers(partial);
                     wgmma_fence();
 #pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i) {
-                        multiply(partial, codes_a[i], matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
-                    }
+                    for (u32 i = 0; i < kBlockK / 32; ++i)
+                        Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
                     wgmma_commit();
-                    if (wave == 0) scale_of_block = load_shared(block_scales + s * kStageScaleBytes + half * 4);
-                    if (half == 0) {
-                        scale_low = load_shared(row_scales + s * kStageScaleBytes + wave * 256);
-                        scale_high = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32);
-                    }
-                    const float low = scale_low * scale_of_block, high = scale_high * scale_of_block;
+                    if (wave == 0) scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
+                    const float low = load_shared(row_scales + s * kStageScaleBytes + wave * 256) * scale_of_block;
+                    const float high = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32) * scale_of_block;
                     wgmma_wait<0>();
                     fence_registers(partial);
-                    if (slice == kSlices - 1) {
+                    if (wave == kWaves - 1) {
                         __syncwarp();
-                        release_after(peer_empty + 8 * s, low, high, kb < release_end);
-                        if (kb == drain_at) {  // the stores of the last tile's outputs have read its last stages by now
-                            if (lane == 0) bulk_wait_read();
-                            __syncwarp();
-#pragma unroll
-                            for (u32 j = 0; j < kHeld; ++j) release_after(peer_empty + 8 * stage_before(kHeld - j), low, high, releases);
-                        }
+                        release_after(peer_empty + 8 * s, low, high, releases);
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
-                        if (kRegisterA && kb + 1 < end_block) {
-                            if (!full_already) barrier_wait(full + 8 * ring.stage, ring.parity);
-                            load_a(codes_a, ring.stage);
-                        }
                     }
 #pragma unroll
-                    for (u32 i = 0; i < kSliceN / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+                    for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high) * partial[i];
                 }
             }
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
@@ -316,7 +270,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll
                 for (u32 g = 0; g < kGroups; ++g) {
                     const float* group = &sum[g / (BLOCK_N / 8)][g % (BLOCK_N / 8) * 4];
-                    const u32 target = exchange + (split_rank * owned + place) * kGroupBytes + slot;
+                    const u32 target = room + (split_rank * owned + place) * kGroupBytes + slot;
                     store_async(map_to_rank(target, owner), {group[0], group[1], group[2], group[3]}, map_to_rank(exchanged, owner));
                     if (++place == owned) {
                         ++owner;
@@ -328,7 +282,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     float4 total = {0.f, 0.f, 0.f, 0.f};
                     for (u32 r = 0; r < split; ++r) {
                         const float4 part =
-                            *reinterpret_cast<const float4*>(shared + (exchange - tiles) + (r * owned + g) * kGroupBytes + slot);
+                            *reinterpret_cast<const float4*>(shared + NUM_STAGES * kStageBytes + (r * owned + g) * kGroupBytes + slot);
                         total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
                     }
                     const u32 group = split_rank * owned + g;
@@ -340,30 +294,31 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 break;  // one tile a cluster: the exchange is used once
             }
 #pragma unroll
-            for (u32 slice = 0; slice < kSlices; ++slice)
-                if (bias != nullptr) output.add_bias(sum[slice], tile.n + slice % kSlicesN * kSliceN, lane);
+            for (u32 wave = 0; wave < kWaves; ++wave)
+                if (bias != nullptr) output.add_bias(sum[wave], tile.n, lane);
             const u32 first_row = row_in_tile + warp * 16;
             if (stores_by_copy) {
-                if (!kRegisterA) named_barrier(warpgroup, 128);  // all its warps' wgmma have read a
+                if (lane == 0) bulk_wait_read();  // of the last tile's outputs
+                __syncwarp();
 #pragma unroll
-                for (u32 slice = 0; slice < kSlices; ++slice) {
-                    const u32 row = first_row + slice / kSlicesN * 64, half = slice % kSlicesN;
+                for (u32 j = 0; j < BLOCK_N / 64; ++j) {
+                    const u32 target = room + (j * BLOCK_M + first_row) * kBlockK;
 #pragma unroll
-                    for (u32 j = 0; j < kSliceN / 64; ++j) {
-                        const u32 room = half + 1 < kSlicesN ? staging + (j * BLOCK_M + row) * kBlockK
-                                                             : tiles + stage_before(kHeld - j) * kStageBytes + row * kBlockK;
-                        if (out_type == kBf16) lay_out<true>(sum[slice] + j * 32, room, lane);
-                        else lay_out<false>(sum[slice] + j * 32, room, lane);
-                        fence_async_shared();
-                        __syncwarp();
-                        if (lane == 0) tensor_store(&map_out, room, tile.n + half * kSliceN + j * 64, tile.m + row);
+                    for (u32 wave = 0; wave < kWaves; ++wave) {
+                        if (out_type == kBf16) lay_out<true>(sum[wave] + j * 32, target + wave * 64 * kBlockK, lane);
+                        else lay_out<false>(sum[wave] + j * 32, target + wave * 64 * kBlockK, lane);
                     }
+                    fence_async_shared();
+                    __syncwarp();
+                    if (lane == 0)
+#pragma unroll
+                        for (u32 wave = 0; wave < kWaves; ++wave)
+                            tensor_store(&map_out, target + wave * 64 * kBlockK, tile.n + j * 64, tile.m + first_row + wave * 64);
                 }
                 if (lane == 0) bulk_commit();
             } else {
 #pragma unroll
-                for (u32 slice = 0; slice < kSlices; ++slice)
-                    output.write(sum[slice], tile.m + first_row + slice / kSlicesN * 64, tile.n + slice % kSlicesN * kSliceN, lane);
+                for (u32 wave = 0; wave < kWaves; ++wave) output.write(sum[wave], tile.m + first_row + wave * 64, tile.n, lane);
             }
         }
         if (stores_by_copy && lane == 0) bulk_wait();
