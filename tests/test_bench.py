@@ -172,6 +172,7 @@ def test_table_marks_lost_and_wrong_cells() -> None:
 def test_summary_judges_against_the_figures() -> None:
     text = "\n".join(report.summary(ROWS))
     assert "decode: 2 cells, geometric mean of best FP8 peer / ours 1.470 (to be >= 1.7: MISSED)" in text
+    assert "smallest of any peer / ours, BF16 too: 0.917 (to be >= 0.97: MISSED) at m=64 4096x7168" in text
     assert "ours / stream floor: geometric mean 1.039 (to be <= 1.0: MISSED)" in text
     assert "middle: 1 cells, geometric mean of best FP8 peer / ours 1.200 (to be >= 1.2: holds)" in text
     assert "verified: 4 of 5 cells; WRONG: m=8192 4096x7168" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_tiles_hold_the_codes_in_the_order_of_wgmma(m, k):
     x, k_blocks = make_x(m, k), ceil_div(k, 128)
     codes = torch.full((k_blocks, 16, 128), 0x55, dtype=torch.uint8, device="cuda")
     scale = torch.empty(k_blocks, align(m, 4), device="cuda")
-    quantize.prepare_tiles(x, 16)(launcher.current_stream(0), x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+    quantize.prepare(x, 16)(launcher.current_stream(0), x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     expected, expected_scale = reference.per_token_group_quant(x)
     plain = layout.unpack_weight(codes.view(torch.float8_e4m3fn), 16, k_blocks * 128)
     assert torch.equal(plain[:m].view(torch.uint8), expected.view(torch.uint8))
@@ -200,6 +202,45 @@ def test_linear_is_captured_in_a_cuda_graph():
         graph.replay()
         assert not torch.equal(y, eager)
         assert torch.equal(y, gemm.fp8_linear(x, packed, packed_scale, 2112))
+
+
+# Plans are kept by thread and patched by call: other tensors, streams and threads get their own answers.
+@pytest.mark.parametrize("m", [1, 40, 200])
+def test_threads_and_streams_do_not_mix_their_calls(m):
+    n, k = 712, 2176
+    weights = []
+    for seed in range(3):
+        codes, scale = make_weight(n, k, seed=seed)
+        weights.append((layout.pack_weight(codes), layout.pack_scale(scale, n, k)))
+    inputs = [make_x(m, k, seed=seed) for seed in range(3)]
+    expected = [[gemm.fp8_linear(x, *weight, n) for weight in weights] for x in inputs]
+    torch.cuda.synchronize()
+    found: dict[int, list[tuple[int, torch.Tensor]]] = {}
+
+    def issue(worker: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found[worker] = [(call % 3, gemm.fp8_linear(inputs[worker], *weights[call % 3], n)) for call in range(30)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=issue, args=(worker,)) for worker in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for worker in range(3):
+        assert len(found[worker]) == 30
+        assert all(torch.equal(y, expected[worker][weight]) for weight, y in found[worker])
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(gemm, "MAX_PLANS", 3)
+    gemm._plans.by_key.clear()
+    codes, scale = make_weight(256, 256)
+    weight = layout.pack_weight(codes), layout.pack_scale(scale, 256, 256)
+    for m in (1, 65, 66, 67, 68, 65):
+        x = make_x(m, 256)
+        assert reference.relative_error(gemm.fp8_linear(x, *weight, 256), truth(x, codes, scale)) < BF16_ERROR
+    assert len(gemm._plans.by_key) == 3
 
 
 def test_float8_input_has_scale_one():

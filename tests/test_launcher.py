@@ -250,6 +250,16 @@ def test_maps_are_encoded_once() -> None:
     assert encode_tiled(**{**GOOD_MAP, "pointer": 2 << 20}) != description
 
 
+# The map a call patches is the one the driver would have written.
+@pytest.mark.gpu
+@pytest.mark.parametrize("pointer", [1 << 20, 0x7F98_7654_3210, 0x10])
+def test_moved_map_is_the_drivers(pointer: int) -> None:
+    described = ((128, 4096, 56), (7168, 128), (128, 128, 1))
+    movable = tensor_map.MovableMap(*described, 1)
+    assert movable._patched
+    assert movable.at(pointer) == encode_tiled(pointer, *described, "128B", 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("cluster", "pdl"), [(1, False), (2, False), (1, True), (16, True)])
 def test_kernel_runs_on_the_current_stream(cluster: int, pdl: bool) -> None:

@@ -17,7 +17,7 @@ from fp8_backend.bench.operands import RandomLinear
 CALLS, ROUNDS, WARM_UP = 1000, 3, 50
 LIMIT_US = 25.0
 SHAPE = (512, 512)
-MS = (1, 16, 64, 128)
+MS = (1, 16, 33, 64, 128, 512)
 
 
 def host_us(call: Callable[[], object], calls: int = CALLS) -> float:

@@ -67,6 +67,9 @@ def _regime_lines(regime: Regime, rows: Sequence[Row]) -> list[str]:
         return [f"{regime.name}: {len(rows)} cells, no FP8 peer ran"]
     mean = judge(geomean(fp8), regime.geomean)
     lines = [f"{regime.name}: {len(rows)} cells, geometric mean of best FP8 peer / ours {mean}"]
+    cells = {f"m={row['m']} {row['n']}x{row['k']}": found for row in rows if (found := ratio(row)) is not None}
+    worst = min(cells, key=lambda cell: cells[cell])
+    lines.append(f"  smallest of any peer / ours, BF16 too: {judge(cells[worst], regime.cell)} at {worst}")
     for name in NAMES:
         each = [row["peers"][name] / row["us"] for row in rows if name in row["peers"]]
         if each:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 
 import torch
@@ -32,7 +31,7 @@ class DecodePlan:
         config, (m, k), n = choice.config, x.shape, out.shape[1]
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
-        self._device = x.device
+        self._device = device
         paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and n % 2 == 0
         types = quantize.ELEMENT_TYPES
         params = (
@@ -45,10 +44,11 @@ class DecodePlan:
         self._multiply = launcher.PreparedLaunch(
             kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, config.split
         )
-        self._quantise = None if config.fused else quantize.prepare_tiles(x, config.tokens)
+        self._quantise = None if config.fused else quantize.prepare(x, config.tokens)
         self._code_bytes = k_blocks * config.tokens * BLOCK
         assert self._code_bytes % _SCALE_ALIGNMENT == 0
-        self._buffer_bytes = self._code_bytes + k_blocks * align(m, 4) * 4
+        # In elements of x: torch takes a dtype and a device from x faster than from arguments.
+        self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
@@ -62,20 +62,13 @@ class DecodePlan:
             out: [m, n] like the one prepared for, also in its alignment to 4 bytes; overwritten.
             bias: [n] in the dtype prepared for, or None.
         """
-        stream = launcher.current_stream(self._device.index)
+        stream = launcher.current_stream(self._device)
         source, scale_a, buffer = x.data_ptr(), 0, None
         if self._quantise is not None:
-            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8, device=self._device)
+            buffer = x.new_empty(self._buffer_elements)
             codes = buffer.data_ptr()
             scale_a = codes + self._code_bytes
             self._quantise(stream, source, codes, scale_a)
             source = codes
         bias_pointer = 0 if bias is None else bias.data_ptr()
         self._multiply(stream, source, scale_a, out.data_ptr(), weight.data_ptr(), scale.data_ptr(), bias_pointer)
-
-
-class DecodePlans(threading.local):
-    """Each thread's plans, by what distinguishes the tensors of their calls."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[object, DecodePlan] = {}

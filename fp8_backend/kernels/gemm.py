@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,22 +13,21 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import decode, heuristics, launcher, layout, reference
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
-from fp8_backend.kernels.decode import DecodePlan, DecodePlans
+from fp8_backend.kernels.decode import DecodePlan
+from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
     MAX_SHARED_BYTES,
     DecodeConfig,
-    GemmConfig,
     GemmProblem,
     Machine,
 )
-from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant, rows_of
-from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import BYTES, encode_tiled
+from fp8_backend.kernels.quantize import per_token_group_quant, rows_of
+from fp8_backend.kernels.reference import BLOCK, ceil_div
 
-_GEMM_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 10)
-_NO_MAP = bytes(BYTES)
+Plan = TypeVar("Plan")
+MAX_PLANS = 4096  # of a thread, 10 KB each: a prefill may have any m
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,6 @@ class Weight:
         return codes, layout.unpack_scale(self.scale, self.n)
 
 
-def _row_major_map(codes: torch.Tensor, rows: int, k_blocks: int, box_rows: int) -> bytes:
-    strides = (codes.stride(0), BLOCK)
-    return encode_tiled(codes.data_ptr(), (BLOCK, rows, k_blocks), strides, (BLOCK, box_rows, 1), "128B", 1)
-
-
-@cache
-def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
-    """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
-    return launcher.load(config.spec(), _GEMM_LAYOUT)
-
-
 @cache
 def machine(device: int) -> Machine:
     """Return what the current device, of this index, can run at once."""
@@ -81,12 +71,20 @@ def _choose(m: int, n: int, k: int, device: int, fusable: bool) -> DecodeChoice 
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable)
 
 
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _Prepared(threading.local, Generic[Plan]):
+    """What each thread has prepared, by what distinguishes the tensors of its calls; the oldest make room."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[object, Plan] = {}
+
+    def add(self, key: object, plan: Plan) -> None:
+        if len(self.by_key) >= MAX_PLANS:
+            del self.by_key[next(iter(self.by_key))]
+        self.by_key[key] = plan
 
 
-def _bias_type(bias: torch.Tensor | None) -> int:
-    return 0 if bias is None else ELEMENT_TYPES[bias.dtype]
+_plans: _Prepared[DecodePlan | GemmPlan] = _Prepared()
+_launches: _Prepared[GemmLaunch] = _Prepared()
 
 
 def launch_gemm(
@@ -98,40 +96,15 @@ def launch_gemm(
     bias: torch.Tensor | None,
 ) -> None:
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
-    config, m, k_blocks = choice.config, codes.shape[0], ceil_div(weight.k, BLOCK)
-    mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
-    params = (
-        _row_major_map(codes, m, k_blocks, config.block_m // config.cluster_n),
-        _NO_MAP
-        if weight.packed
-        else _row_major_map(weight.codes, weight.n, k_blocks, config.block_n // config.cluster_m),
-        encode_tiled(out.data_ptr(), (weight.n, m), (out.stride(0) * 2,), (64, 16), "128B", 2) if mapped else _NO_MAP,
-        weight.codes.data_ptr() if weight.packed else 0,
-        scale_a.data_ptr(),
-        weight.scale.data_ptr(),
-        out.data_ptr(),
-        _pointer(bias),
-        out.stride(0),
-        m,
-        weight.n,
-        k_blocks,
-        align(m, 4),
-        weight.scale.stride(0),
-        choice.strip,
-        ELEMENT_TYPES[out.dtype],
-        _bias_type(bias),
-        int(mapped),
-        weight.codes.shape[1] if weight.packed else 0,
-    )
-    kernel(config, out.device.index).launch(
-        (choice.grid, 1, 1),
-        config.threads,
-        config.shared_bytes,
-        params,
-        launcher.current_stream(out.device.index),
-        choice.cluster,
-        True,
-    )
+    stride, rows = codes.stride(0), None if weight.packed else weight.codes
+    types = out.dtype, None if bias is None else bias.dtype
+    key = (choice, weight.k, stride, rows is None or rows.stride(0), out.shape, out.stride(), out.get_device(), types)
+    key += (out.data_ptr() % 16,)
+    if (launch := _launches.by_key.get(key)) is None:
+        launch = GemmLaunch(choice, weight.k, stride, rows, out, bias)
+        _launches.add(key, launch)
+    stream = launcher.current_stream(out.device.index)
+    launch(stream, codes.data_ptr(), scale_a.data_ptr(), weight.codes, weight.scale, out, bias)
 
 
 def fp8_linear(
@@ -156,24 +129,21 @@ def fp8_linear(
         ArgumentError: a dtype or shape that does not fit.
         UnsupportedError: x is on a GPU for which there are no kernels.
     """
-    # What a decode plan was made for; all else about a call may change.
+    # What a plan was made for; all else about a call may change.
     bias_kind = None if bias is None else (bias.dtype, bias.shape)
     key = (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16, n, bias_kind)
     plan = _plans.by_key.get(key)
     if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape or not is_current(x.device):
         return _checked_linear(x, weight, scale, n, bias, key)
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    out = x.new_empty((*x.shape[:-1], n))
     plan(x, weight, scale, out, bias)
     return out
-
-
-_plans = DecodePlans()
 
 
 def _checked_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, n: int, bias: torch.Tensor | None, key: object
 ) -> torch.Tensor:
-    """Check the arguments of `fp8_linear` and compute it; remember a decode plan under `key`."""
+    """Check the arguments of `fp8_linear` and compute it; remember the plan of its launches under `key`."""
     check_linear(x, weight, scale, n, bias)
     device, k = x.device, x.shape[-1]
     if x.is_cuda and not is_current(device):
@@ -189,13 +159,10 @@ def _checked_linear(
     else:
         rows = rows_of(rows, "x")
         choice = _choose(m, n, k, device.index, rows.element_size() == 2)
-        if isinstance(choice, GemmChoice):
-            launch_gemm(choice, *per_token_group_quant(rows), packed, out, bias)
-        else:
-            plan = DecodePlan(choice, rows, out, bias)
-            if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
-                _plans.by_key[key] = plan
-            plan(rows, weight, scale, out, bias)
+        plan = (GemmPlan if isinstance(choice, GemmChoice) else DecodePlan)(choice, rows, out, bias)
+        if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
+            _plans.add(key, plan)
+        plan(rows, weight, scale, out, bias)
     return out.view(*x.shape[:-1], n)
 
 

@@ -70,21 +70,8 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
     if m and k:
-        _launch(x, codes.data_ptr(), scale.data_ptr())
+        prepare(x)(launcher.current_stream(x.device.index), x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     return codes, scale.t()[:m]
-
-
-def _launch(x: torch.Tensor, codes: int, scale: int) -> None:
-    m, k = x.shape
-    rows = 2 if m * k >= _MANY_ELEMENTS else 1
-    kernel(rows, x.device.index).launch(
-        (*_grid(m, k, rows), 1),
-        _THREADS,
-        0,
-        (x.data_ptr(), codes, scale, *_shape(x, 0)),
-        launcher.current_stream(x.device.index),
-        pdl=True,
-    )
 
 
 def _grid(m: int, k: int, rows: int) -> tuple[int, int]:
@@ -96,11 +83,13 @@ def _shape(x: torch.Tensor, tile_rows: int) -> tuple[int, ...]:
     return (x.stride(0), m, k, ceil_div(k, BLOCK), align(m, 4), ELEMENT_TYPES[x.dtype], vectorised(x), tile_rows)
 
 
-def prepare_tiles(x: torch.Tensor, tile_rows: int) -> launcher.PreparedLaunch:
-    """Return the launch that quantises a tensor like x [m, k], m <= tile_rows, for decode.cuh; nothing is checked.
+def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
+    """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
 
-    Its pointers: x; codes [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written; scales
-    [ceil(k / 128), align(m, 4)] float32.
+    Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
+    (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
     """
-    grid = _grid(x.shape[0], x.shape[1], 1)
-    return launcher.PreparedLaunch(kernel(1, x.device.index), grid, _THREADS, 0, 3, _shape(x, tile_rows))
+    m, k = x.shape
+    rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
+    shape = _shape(x, tile_rows)
+    return launcher.PreparedLaunch(kernel(rows, x.device.index), _grid(m, k, rows), _THREADS, 0, 3, shape)

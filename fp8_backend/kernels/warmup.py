@@ -82,12 +82,12 @@ def load_all() -> None:
     """
     import torch
 
-    from fp8_backend.kernels import decode, gemm
+    from fp8_backend.kernels import decode, gemm_plan
 
     device = torch.cuda.current_device()
     for config in heuristics.all_configs():
         if isinstance(config, GemmConfig):
-            gemm.kernel(config, device)
+            gemm_plan.kernel(config, device)
         else:
             decode.kernel(config, device)
     for rows in quantize.SPECS:

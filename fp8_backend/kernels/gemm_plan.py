@@ -1,0 +1,138 @@
+"""The host half of gemm.cuh: its launch, and with the quantisation before it those of a linear layer, prepared once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fp8_backend.kernels import launcher, layout, quantize
+from fp8_backend.kernels.heuristics import GemmChoice
+from fp8_backend.kernels.problem import GemmConfig
+from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.tensor_map import BYTES, MovableMap
+
+# Maps of a, b and out; packed b, scale_a, scale_b, out, bias; then the row stride of out and 10 numbers.
+_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 10)
+_CHANGING = 8
+_NO_MAP = bytes(BYTES)
+
+
+@cache
+def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
+    return launcher.load(config.spec(), _LAYOUT)
+
+
+def _row_major_map(row_bytes: int, rows: int, k_blocks: int, box_rows: int) -> MovableMap:
+    return MovableMap((BLOCK, rows, k_blocks), (row_bytes, BLOCK), (BLOCK, box_rows, 1), 1)
+
+
+class GemmLaunch:
+    """The launch of gemm.cuh for tensors of one shape, stride and dtype; used by one thread at a time."""
+
+    def __init__(
+        self,
+        choice: GemmChoice,
+        k: int,
+        code_stride: int,
+        rows: torch.Tensor | None,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Prepare for tensors like out [m, n] and bias; nothing is checked.
+
+        code_stride: bytes from one row of codes to the next. rows: a weight [n, k] with contiguous rows, or None if it
+        is packed.
+        """
+        config, (m, n), k_blocks = choice.config, out.shape, ceil_div(k, BLOCK)
+        mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
+        self._a = _row_major_map(code_stride, m, k_blocks, config.block_m // config.cluster_n)
+        self._b = None
+        if rows is not None:
+            self._b = _row_major_map(rows.stride(0), n, k_blocks, config.block_n // config.cluster_m)
+        self._out = MovableMap((n, m), (out.stride(0) * 2,), (64, 16), 2) if mapped else None
+        params = (
+            *(out.stride(0), m, n, k_blocks, align(m, 4), layout.packed_scale_shape(n, k)[1], choice.strip),
+            *(ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype], int(mapped)),
+            0 if rows is not None else layout.packed_weight_shape(n, k)[1],
+        )
+        self._launch = launcher.PreparedLaunch(
+            kernel(config, out.device.index),
+            (choice.grid, 1),
+            config.threads,
+            config.shared_bytes,
+            _CHANGING,
+            params,
+            choice.cluster,
+        )
+
+    def __call__(
+        self,
+        stream: int,
+        codes: int,
+        scale_a: int,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Launch on a raw stream of the current device.
+
+        Args:
+            stream: from `launcher.current_stream`.
+            codes: address of codes [m, k_blocks * 128], a multiple of 16.
+            scale_a: address of their scales [k_blocks, align(m, 4)], a multiple of 16.
+            weight: packed by `pack_weight`, or like the rows prepared for.
+            scale: packed by `pack_scale`.
+            out: [m, n] like the one prepared for, also in its alignment to 16 bytes; overwritten.
+            bias: [n] in the dtype prepared for, or None.
+        """
+        b, target = weight.data_ptr(), out.data_ptr()
+        self._launch(
+            stream,
+            self._a.at(codes),
+            _NO_MAP if self._b is None else self._b.at(b),
+            _NO_MAP if self._out is None else self._out.at(target),
+            b if self._b is None else 0,
+            scale_a,
+            scale.data_ptr(),
+            target,
+            0 if bias is None else bias.data_ptr(),
+        )
+
+
+class GemmPlan:
+    """The launches of y = x @ weight^T + bias for tensors of one shape and dtype; used by one thread at a time."""
+
+    def __init__(self, choice: GemmChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked."""
+        (m, k), n = x.shape, out.shape[1]
+        k_blocks = ceil_div(k, BLOCK)
+        self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
+        self._device = x.device.index
+        self._quantise = quantize.prepare(x)
+        self._multiply = GemmLaunch(choice, k, k_blocks * BLOCK, None, out, bias)
+        self._code_bytes = m * k_blocks * BLOCK
+        # In elements of x: torch takes a dtype and a device from x faster than from arguments.
+        self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            x: [m, k] like the one prepared for, also in its alignment to 16 bytes.
+            weight: packed by `pack_weight`.
+            scale: packed by `pack_scale`.
+            out: [m, n] like the one prepared for, also in its alignment to 16 bytes; overwritten.
+            bias: [n] in the dtype prepared for, or None.
+        """
+        stream = launcher.current_stream(self._device)
+        buffer = x.new_empty(self._buffer_elements)
+        codes = buffer.data_ptr()
+        scale_a = codes + self._code_bytes
+        self._quantise(stream, x.data_ptr(), codes, scale_a)
+        self._multiply(stream, codes, scale_a, weight, scale, out, bias)
