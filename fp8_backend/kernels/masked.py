@@ -66,7 +66,7 @@ def launch_masked(
     params += (weight.stride(0), scale_b.stride(0), num_groups, most_units, max_m, n, n_aligned, k_blocks)
     taken = BARRIER_BYTES + units_bytes(num_groups, 0, most_units)
     ring_bytes = (MAX_SHARED_BYTES - taken) // 1024 * 1024
-    paired = out.element_size() == 2 and n % 2 == 0 and out.data_ptr() % 4 == 0
-    params += (scale_b.stride(1), box_rows, ring_bytes, ELEMENT_TYPES[out.dtype], int(paired))
+    store_16_bytes = out.element_size() == 2 and n % 8 == 0 and out.data_ptr() % 16 == 0
+    params += (scale_b.stride(1), box_rows, ring_bytes, ELEMENT_TYPES[out.dtype], int(store_16_bytes))
     stream = launcher.current_stream(device)
     _kernel(device).launch((num_sms(device), 1, 1), THREADS, MAX_SHARED_BYTES, params, stream, pdl=True)

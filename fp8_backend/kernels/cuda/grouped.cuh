@@ -5,22 +5,22 @@
 // GATED = 0: plain tile of 128 rows x 256 columns; rows are written back to their entry.
 //
 // Persistent CTAs take tiles by tickets. Warp roles:
-//   warpgroup 0     producer. All 128 threads gather rows of a, 16 bytes a copy (cp.async, swizzled here), and their scales; lane 0 of
-//                   warps 0 and 1 fetch a 128-row half of the packed weight each, of warp 2 the weight's scales, and it says what the tile is.
-//   warpgroups 1, 2 math. Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one thread. Narrow
-//                   ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
-// Barriers per stage: full (4 warps when their copies have landed, 3 lanes + bytes), empty (one arrival a math warp). A stage of no
-// rows ends the walk. Named barriers: 1, 2 turns to issue wgmma (see gemm.cuh); 3 exchange written, 4 exchange read; 5 producer's tickets.
+//   warpgroup 0     producer. All 128 threads gather rows of a, 16 bytes a copy (cp.async, swizzled here), and their scales; lane 0 of warp 0
+//                   fetches weights, of warp 2 their scales, and it says what the tile is.
+//   warpgroups 1, 2 math (promotion.cuh). Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one
+//                   thread. Narrow ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
+// Barriers per stage: full (128 threads whose copies have landed, 2 lanes + bytes), empty (one arrival a math warp). A stage of no rows ends
+// the walk. Per ticket: full (who drew it), empty (a lane of each producer warp). Named barriers: 3 exchange written, 4 exchange read;
+// 5 row table free, row table written.
 #include "group.cuh"
-#include "wgmma.cuh"
+#include "promotion.cuh"
 
 constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
 constexpr u32 kStageBytes = kBytesA + 2 * kBytesHalf;
 constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
-constexpr u32 kProducerThreads = 128, kFullArrivals = 4 + 3, kEmptyArrivals = 8;
-// Stages whose rows may be on their way while their thread issues the next ones; 1 gave the same times within noise.
-constexpr u32 kLag = 2;
+constexpr u32 kFullArrivals = 128 + 2, kEmptyArrivals = 8;
+constexpr u32 kTickets = 2;
 
 DEVICE void copy_16_async(u32 target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
@@ -28,23 +28,9 @@ DEVICE void copy_16_async(u32 target, const void* source) {
 DEVICE void copy_4_async(u32 target, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
 }
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <u32 kPending> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
-
-// Transposes 4x4 words among the 4 lanes of a quad: afterwards word p of lane q is what word q of lane p was.
-DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
-#pragma unroll
-    for (u32 distance = 1; distance <= 2; distance *= 2) {
-        const bool upper = lane & distance;
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            if (i & distance) continue;
-            const u32 sent = upper ? words[i] : words[i + distance];
-            const u32 received = __shfl_xor_sync(0xffffffffu, sent, distance);
-            if (upper) words[i] = received;
-            else words[i + distance] = received;
-        }
-    }
+// Arrives once this thread's copies have landed.
+DEVICE void arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
@@ -86,30 +72,9 @@ DEVICE void write_gated(const float (&gate)[64], const float (&up)[64], u8* code
     if (valid && lane % 4 == 0) *scale = group_scale(largest);
 }
 
-// Row kRowHalf of a 64 x 128 slice: 128 columns from `column`, of which those below n exist.
-template <u32 kRowHalf>
-DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 type, u32 vectorised, bool valid, u32 lane) {
-    if (vectorised) {
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            u32 words[4];
-#pragma unroll
-            for (u32 g = 0; g < 4; ++g) {
-                const u32 i = (j * 4 + g) * 4 + kRowHalf * 2;
-                words[g] = pack_elements(sum[i], sum[i + 1], type);
-            }
-            transpose_quad(words, lane);
-            const u32 c = column + j * 32 + lane % 4 * 8;
-            if (valid && c < n) *reinterpret_cast<uint4*>(row + c * 2) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
-        return;
-    }
-#pragma unroll
-    for (u32 i = 0; i < 32; ++i) {
-        const u32 c = column + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (valid && c < n) store_element(row, c, type, sum[i / 2 * 4 + kRowHalf * 2 + i % 2]);
-    }
-}
+struct StageLayout {
+    static constexpr u32 kRows = kStageBytes, kWeight = kStageBytes, kScaleA = kTileRows * 4, kScaleB = 32;
+};
 
 // a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; row of entry e is e / divisor; divisor 0: rows lie in
 // sorted order. weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
@@ -122,14 +87,20 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
     constexpr u32 kOffsetExchange = NUM_STAGES * kStageBytes, kOffsetScaleA = kOffsetExchange + kExchangeBytes;
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
-    constexpr u32 kOffsetTicket = kOffsetEmpty + NUM_STAGES * 8;
+    constexpr u32 kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8, kOffsetTicket = kOffsetTicketFull + kTickets * 16;
+    constexpr u32 kOffsetRows = kOffsetTicket + kTickets * 16;
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
-    const u32 warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = ticket_full + kTickets * 8, tickets = base + kOffsetTicket;
+    const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kFullArrivals);
             barrier_init(empty + 8 * s, kEmptyArrivals);
+        }
+        for (u32 i = 0; i < kTickets; ++i) {
+            barrier_init(ticket_full + 8 * i, 1);
+            barrier_init(ticket_empty + 8 * i, 4);
         }
         barrier_init_fence();
     }
@@ -138,55 +109,53 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
     Ring ring;
 
     if (warpgroup == 0) {
-        give_registers<56>();
+        give_registers<40>();
         wait_for_previous_kernel();
         const u32 warp = threadIdx.x / 32, chunk = threadIdx.x % 8, first = threadIdx.x / 8;
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
         const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
-        u32* next_item = reinterpret_cast<u32*>(shared + kOffsetTicket);
-        u32 turn = 0, underway = 0;
-        Ring landed;
-        // Rows come by ordinary writes: whoever made them must fence before wgmma may read them.
-        auto announce = [&] {
-            fence_async_shared();
-            __syncwarp();
-            for (; underway > kLag; --underway, landed.advance(NUM_STAGES))
-                if (lane == 0) barrier_arrive(full + 8 * landed.stage);
-        };
-        for (u32 t = blockIdx.x; t < num_items; turn ^= 1) {
-            if (threadIdx.x == 0) next_item[turn] = gridDim.x + atomicAdd(ticket, 1u);
+        const u32 row_chunks = static_cast<u32>(a_stride / 16);
+        u32* row_table = reinterpret_cast<u32*>(shared + kOffsetRows);  // in units of 16 bytes
+        Ring at_ticket;
+        for (u32 t = blockIdx.x; t < num_items; at_ticket.advance(kTickets)) {
+            const u32 ticket_bar = ticket_full + 8 * at_ticket.stage;
+            if (threadIdx.x == 0) {
+                barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
+                *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = gridDim.x + atomicAdd(ticket, 1u);
+                barrier_arrive(ticket_bar);
+            }
             // Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
             const int4 band = __ldcg(tile_list + t / runs);
             const u32 width = static_cast<u32>(band.z) >> 16, local = t - band.w * runs;
             const int4 tile = __ldcg(tile_list + band.w + local % width);
-            const u32 first_column = local / width * run, past_column = min(first_column + run, column_tiles), rows = tile.z & 0xffff;
+            const u32 rows = tile.z & 0xffff, first_column = local / width * run, past_column = min(first_column + run, column_tiles);
 
-            // This thread copies chunk `chunk` of rows first, first + 16, ...; all of them have the same row % 8.
-            const u8* source[8];
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) {
-                const u32 row = first + 16 * i;
-                u32 at = tile.y + row;
-                if (divisor && row < rows) at = __ldcg(sorted + at) / divisor;
-                source[i] = a + at * a_stride + chunk * 16;
-            }
-            u32 scale_row = tile.y + threadIdx.x;
-            if (divisor && threadIdx.x < rows) scale_row = __ldcg(sorted + scale_row) / divisor;
-            const float* scale_source = scale_a + scale_row;
-            const u32 target = first * kBlockK + (chunk ^ first % 8) * 16;
+            // Thread r knows where row r of the tile is, the table tells those that copy it; each copies chunk `chunk` of rows first, first + 16, ...
+            u32 source_row = tile.y + threadIdx.x;
+            if (divisor && threadIdx.x < rows) source_row = __ldcg(sorted + source_row) / divisor;
+            __syncwarp();
+            named_barrier(5, 128);  // the last tile's rows have been copied
+            row_table[threadIdx.x % 16 * 8 + threadIdx.x / 16] = source_row * row_chunks;
+            named_barrier(5, 128);
+            const float* scale_source = scale_a + source_row;
+            const u32 target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
             for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
                 const u32 block_0 = GATED ? column_tile : 2 * column_tile, block_1 = GATED ? n / kHalf + column_tile : block_0 + 1;
-                const u32 half_row = (warp == 0 ? block_0 : block_1) * kHalf;
-                const u32 half_bytes = half_row < n_aligned ? min(kHalf, n_aligned - half_row) * kBlockK : 0;
-                const u8* half_source = weight + (static_cast<i64>(tile.x) * k_blocks * n_aligned + half_row) * kBlockK;
+                auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
+                const u8* weight_source = weight + static_cast<i64>(tile.x) * k_blocks * n_aligned * kBlockK;
                 const float* scale_b_source = scale_b + static_cast<i64>(tile.x) * k_blocks * scale_b_stride;
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
-                    if (lane == 0 && warp < 2) {
-                        barrier_expect(bar, half_bytes);
-                        if (half_bytes) bulk_copy(stage + kBytesA + warp * kBytesHalf, half_source, half_bytes, bar);
-                        half_source += static_cast<i64>(n_aligned) * kBlockK;
+                    if (lane == 0 && warp == 0) {
+                        barrier_expect(bar, bytes_of(block_0) + bytes_of(block_1));
+#pragma unroll
+                        for (u32 half = 0; half < 2; ++half) {
+                            const u32 block = half ? block_1 : block_0, bytes = bytes_of(block), target = stage + kBytesA + half * kBytesHalf;
+                            const u8* source = weight_source + block * (kHalf * kBlockK);
+                            if (bytes) bulk_copy(target, source, bytes, bar);
+                        }
+                        weight_source += static_cast<i64>(n_aligned) * kBlockK;
                     } else if (lane == 0 && warp == 2) {
                         *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(tile.y, rows, column_tile, 0);
                         const u32 scales = base + kOffsetScaleB + s * 32;
@@ -195,43 +164,39 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                         bulk_copy(scales + 16, scale_b_source + (block_1 & ~3u), 16, bar);
                         scale_b_source += scale_b_stride;
                     }
+                    const uint4* of_rows = reinterpret_cast<const uint4*>(row_table + first * 8);
 #pragma unroll
-                    for (u32 i = 0; i < 8; ++i) {
-                        if (first + 16 * i < rows) copy_16_async(stage + target + i * 16 * kBlockK, source[i]);
-                        source[i] += kBlockK;
+                    for (u32 i = 0; i < 2; ++i) {
+                        const uint4 four = of_rows[i];
+                        const u32 offsets[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                        for (u32 j = 0; j < 4; ++j) {
+                            const u32 row = i * 4 + j;  // times 16
+                            if (first + 16 * row >= rows) continue;
+                            copy_16_async(stage + target + row * 16 * kBlockK, a + static_cast<u64>(offsets[j] + kb * 8 + chunk) * 16);
+                        }
                     }
                     if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
                     scale_source += scale_a_stride;
-                    commit_copies();
-                    if (++underway > kLag) {
-                        wait_for_copies<kLag>();
-                        announce();
-                    }
+                    arrive_after_copies(bar);
                 }
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) source[i] -= k_blocks * kBlockK;
                 scale_source -= static_cast<i64>(k_blocks) * scale_a_stride;
             }
-            wait_for_copies<0>();
-            underway += kLag;
-            announce();
-            underway -= kLag;
-            named_barrier(5, kProducerThreads);
-            t = next_item[turn];
+            barrier_wait(ticket_bar, at_ticket.parity);
+            t = __float_as_uint(load_shared(tickets + 16 * at_ticket.stage));
+            __syncwarp();
+            release_after(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, lane == 0);
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
-        if (lane == 0) {
-            barrier_arrive(full + 8 * ring.stage);
-            if (warp < 3) barrier_arrive(full + 8 * ring.stage);
-        }
+        __syncwarp();
+        barrier_arrive(full + 8 * ring.stage);
+        if (lane == 0 && (warp == 0 || warp == 2)) barrier_arrive(full + 8 * ring.stage);
     } else {
-        take_registers<224>();
+        take_registers<232>();
         const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32;
         float* exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
-        auto take_turn = [&] { named_barrier(1 + math, 256); };
-        auto pass_turn = [&] { named_barrier_arrive(2 - math, 256); };
-        if (math == 1) pass_turn();
+        const u32 weights = matrix_descriptor_low(base + kBytesA);
         if (GATED && math == 0) named_barrier_arrive(4, 256);
 
         while (true) {
@@ -241,7 +206,7 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
             if (rows == 0) break;
             const bool narrow = rows <= 64;
             const u32 first_half = narrow ? math : 0;
-            const u32 row_in_tile = (narrow ? 0 : math * 64) + warp * 16 + lane / 4;  // and 8 further down
+            const u32 warp_row = (narrow ? 0 : math * 64) + warp * 16, row_in_tile = warp_row + lane / 4;  // and 8 further down
             const u32 block_0 = GATED ? tile.z : 2 * tile.z, block_1 = GATED ? n / kHalf + tile.z : block_0 + 1;
             u32 entry[2] = {0, 0};
             if (!GATED) {
@@ -250,43 +215,15 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                     if (row_in_tile + half * 8 < rows) entry[half] = __ldcg(sorted + tile.x + row_in_tile + half * 8);
             }
             float sum[2][64];
-#pragma unroll
-            for (u32 slice = 0; slice < 2; ++slice)
-#pragma unroll
-                for (u32 i = 0; i < 64; ++i) sum[slice][i] = 0.f;
-            for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
-                const u32 s = ring.stage, stage = base + s * kStageBytes;
-                const float* scales_a = reinterpret_cast<const float*>(shared + kOffsetScaleA) + s * kTileRows + row_in_tile;
-                const float* scales_b = reinterpret_cast<const float*>(shared + kOffsetScaleB) + s * 8;
-                barrier_wait(full + 8 * s, ring.parity);
-                const u64 descriptor_a = matrix_descriptor(stage + (narrow ? 0 : math * 64) * kBlockK);
-#pragma unroll
-                for (u32 slice = 0; slice < 2; ++slice) {
-                    if (slice == 1 && narrow) continue;
-                    const u32 half = first_half + slice;
-                    const u64 descriptor_b = matrix_descriptor(stage + kBytesA + half * kBytesHalf);
-                    float partial[64];
-                    take_turn();
-                    fence_registers(partial);
-                    wgmma_fence();
-#pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i)
-                        Wgmma<128>::multiply(partial, descriptor_a + 2 * i, descriptor_b + 2 * i, i > 0);
-                    wgmma_commit();
-                    pass_turn();
-                    const float block_scale = half ? scales_b[4 + block_1 % 4] : scales_b[block_0 % 4];
-                    const float low = scales_a[0] * block_scale, high = scales_a[8] * block_scale;
-                    wgmma_wait<0>();
-                    fence_registers(partial);
-                    if (slice == 1 || narrow) {  // nothing reads this stage any more
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive_after(empty + 8 * s, low + high);
-                    }
-#pragma unroll
-                    for (u32 i = 0; i < 64; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
-                    fence_registers(sum[slice]);  // promote before the next turn is taken, not while it is held
-                }
-            }
+            const u32 scales_b = base + kOffsetScaleB, scale_of_1 = scales_b + (4 + block_1 % 4) * 4;
+            auto operands_from = [&](u32 half) {
+                const u32 of_rows = base + (warp_row + lane % 16) * kBlockK + (lane / 16 ^ lane % 8) * 16;
+                const u32 scale_of_0 = half ? scale_of_1 : scales_b + block_0 % 4 * 4;
+                return Operands{of_rows, weights + half * (kBytesHalf / 16), base + kOffsetScaleA + row_in_tile * 4, {scale_of_0, scale_of_1},
+                                full, empty};
+            };
+            if (narrow) multiply_blocks<1, StageLayout>(sum, operands_from(math), ring, NUM_STAGES, k_blocks, lane);
+            else multiply_blocks<2, StageLayout>(sum, operands_from(0), ring, NUM_STAGES, k_blocks, lane);
             const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
             if (GATED) {
                 if (narrow) {
@@ -320,7 +257,6 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                 }
             }
         }
-        if (math == 0) named_barrier(1, 256);           // the last turn that was passed
-        if (GATED && math == 1) named_barrier(4, 256);  // and the last word that exchange is free
+        if (GATED && math == 1) named_barrier(4, 256);  // the last word that exchange is free
     }
 }

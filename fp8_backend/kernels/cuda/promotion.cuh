@@ -1,0 +1,119 @@
+// What a math warpgroup of the grouped GEMMs does with its stages: 64 rows of activations times one or two slices of 128 rows of the weight.
+//
+// The rows go to registers (ldmatrix), once for both slices: shared memory, 128 bytes a clock, would otherwise be asked for 144 KiB a
+// k-block of 128 x 256, which is longer than the tensor core takes. The tensor core accumulates one k-block in `partial`; promotion scales it
+// into `sum`, because the FP8 accumulator keeps fewer bits than float32. Warpgroups do not take turns (docs/kernel-notes-moe.md).
+#pragma once
+#include "wgmma.cuh"
+
+// Where a lane finds its operands in stage 0: addresses in shared memory, of barriers too.
+struct Operands {
+    u32 rows;        // what ldmatrix takes: of row lane % 16 of its warp's 16, the 16 bytes of chunk lane / 16, swizzled
+    u32 weight;      // descriptor of the first slice, low word
+    u32 scale_a;     // of row lane / 4; that of the row 8 further is 32 bytes further
+    u32 scale_b[2];  // of the slices
+    u32 full, empty; // barriers
+};
+
+// Arrives, on lanes that shall, once both values have been loaded: see barrier_arrive_after. No two
+// products have the bits that are compared in common, a NaN's.
+DEVICE void release_after(u32 barrier, float first, float second, u32 releases) {
+    asm volatile(
+        "{ .reg .pred p, q; .reg .b32 both; and.b32 both, %1, %2; setp.ne.u32 q, %3, 0; setp.ne.and.u32 p, both, 0xfff0dead, q;"
+        " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
+        "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(releases) : "memory");
+}
+// Sets sum[slice] to the sum of k_blocks products, from the stage at which the ring stands; that one has been waited for.
+// Layout: kRows, kWeight, kScaleA, kScaleB are the bytes from a stage to the next.
+template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2][64], const Operands& at, Ring& ring, u32 num_stages, u32 k_blocks, u32 lane) {
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice)
+#pragma unroll
+        for (u32 i = 0; i < 64; ++i) sum[slice][i] = 0.f;
+    u32 rows = at.rows, scale_a = at.scale_a, empty = at.empty, releases = lane == 0;
+    u32 of_slice[kSlices];
+#pragma unroll
+    for (u32 slice = 0; slice < kSlices; ++slice) of_slice[slice] = at.scale_b[slice];
+    // Kept in registers, not computed again in every block.
+    asm volatile("" : "+r"(rows), "+r"(scale_a), "+r"(empty), "+r"(releases), "+r"(of_slice[0]), "+r"(of_slice[kSlices - 1]));
+    u32 a[kBlockK / 32][4];
+    auto load_rows = [&] {
+        const u32 address = rows + ring.stage * Layout::kRows;
+#pragma unroll
+        for (u32 i = 0; i < kBlockK / 32; ++i) load_matrices(a[i], address ^ 32 * i);
+    };
+    load_rows();
+    for (u32 block = 0; block < k_blocks; ++block) {
+        const u32 s = ring.stage;
+        float row_low, row_high;
+#pragma unroll
+        for (u32 slice = 0; slice < kSlices; ++slice) {
+            const u32 weight = at.weight + s * (Layout::kWeight / 16) + slice * (128 * kBlockK / 16);
+            float partial[64];
+            fence_registers(partial);
+            wgmma_fence();
+#pragma unroll
+            for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<128>::multiply(partial, a[i], matrix_descriptor_at(weight + 2 * i), i > 0);
+            wgmma_commit();
+            if (slice == 0) {
+                row_low = load_shared(scale_a + s * Layout::kScaleA);
+                row_high = load_shared(scale_a + s * Layout::kScaleA + 32);
+            }
+            const float scale_b = load_shared(of_slice[slice] + s * Layout::kScaleB), low = row_low * scale_b, high = row_high * scale_b;
+            wgmma_wait<0>();
+            fence_registers(partial);
+            if (slice == kSlices - 1) {  // nothing reads this stage any more
+                release_after(empty + 8 * s, low, high, releases);
+                ring.advance(num_stages);
+                if (block + 1 < k_blocks) {  // the next rows are on their way while this block is promoted
+                    barrier_wait(at.full + 8 * ring.stage, ring.parity);
+                    load_rows();
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 64; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+        }
+    }
+}
+
+// Transposes 4x4 words among the 4 lanes of a quad: afterwards word p of lane q is what word q of lane p was.
+DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
+#pragma unroll
+    for (u32 distance = 1; distance <= 2; distance *= 2) {
+        const bool upper = lane & distance;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            if (i & distance) continue;
+            const u32 sent = upper ? words[i] : words[i + distance];
+            const u32 received = __shfl_xor_sync(0xffffffffu, sent, distance);
+            if (upper) words[i] = received;
+            else words[i + distance] = received;
+        }
+    }
+}
+
+// Row kRowHalf of a 64 x 128 slice: 128 columns from `column`, of which those below n exist. vectorised: 16-bit elements, rows
+// 16-byte aligned, n % 8 == 0.
+template <u32 kRowHalf>
+DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 type, u32 vectorised, bool valid, u32 lane) {
+    if (vectorised) {
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {
+            u32 words[4];
+#pragma unroll
+            for (u32 g = 0; g < 4; ++g) {
+                const u32 i = (j * 4 + g) * 4 + kRowHalf * 2;
+                words[g] = pack_elements(sum[i], sum[i + 1], type);
+            }
+            transpose_quad(words, lane);
+            const u32 c = column + j * 32 + lane % 4 * 8;
+            if (valid && c < n) *reinterpret_cast<uint4*>(row + c * 2) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 32; ++i) {
+        const u32 c = column + i / 2 * 8 + lane % 4 * 2 + i % 2;
+        if (valid && c < n) store_element(row, c, type, sum[i / 2 * 4 + kRowHalf * 2 + i % 2]);
+    }
+}
