@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fp8_backend.kernels import activation, decode, gemm, quantize, warmup
+from fp8_backend.kernels import activation, decode, gemm_plan, quantize, warmup
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 
 SPECS = warmup.all_specs()
@@ -26,7 +26,7 @@ def test_the_set_is_bounded():
 @pytest.mark.parametrize(
     ("file", "layout"),
     [
-        ("gemm.cuh", gemm._GEMM_LAYOUT),
+        ("gemm.cuh", gemm_plan._LAYOUT),
         ("decode.cuh", decode._LAYOUT),
         ("quantize.cuh", quantize._LAYOUT),
         ("activation.cuh", activation._LAYOUT),

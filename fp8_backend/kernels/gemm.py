@@ -98,8 +98,8 @@ def launch_gemm(
     """Launch gemm.cuh on codes [m, k_blocks * 128] and MN-major scale_a; arguments are not checked."""
     stride, rows = codes.stride(0), None if weight.packed else weight.codes
     types = out.dtype, None if bias is None else bias.dtype
-    key = (choice, weight.k, stride, rows is None or rows.stride(0), out.shape, out.stride(), out.get_device(), types)
-    key += (out.data_ptr() % 16,)
+    aligned, weight_stride = out.data_ptr() % 16, rows is None or rows.stride(0)
+    key = (choice, weight.k, stride, weight_stride, out.shape, out.stride(), out.get_device(), types, aligned)
     if (launch := _launches.by_key.get(key)) is None:
         launch = GemmLaunch(choice, weight.k, stride, rows, out, bias)
         _launches.add(key, launch)
@@ -159,7 +159,11 @@ def _checked_linear(
     else:
         rows = rows_of(rows, "x")
         choice = _choose(m, n, k, device.index, rows.element_size() == 2)
-        plan = (GemmPlan if isinstance(choice, GemmChoice) else DecodePlan)(choice, rows, out, bias)
+        plan: DecodePlan | GemmPlan
+        if isinstance(choice, GemmChoice):
+            plan = GemmPlan(choice, rows, out, bias)
+        else:
+            plan = DecodePlan(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)
         plan(rows, weight, scale, out, bias)
