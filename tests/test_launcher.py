@@ -250,6 +250,28 @@ def test_maps_are_encoded_once() -> None:
     assert encode_tiled(**{**GOOD_MAP, "pointer": 2 << 20}) != description
 
 
+# The driver's part is played: an encoder that puts the address first, and one that mixes it into the rest.
+@pytest.mark.parametrize("mixes", [False, True])
+def test_map_moves_by_its_first_bytes_or_through_the_driver(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def encode(function: str, target: int, *arguments: object, subject: str) -> None:
+        pointer = arguments[2]
+        assert function == "cuTensorMapEncodeTiled" and isinstance(pointer, int)
+        asked.append(pointer)
+        rest = struct.pack("<Q", pointer if mixes else 0) + subject.encode()
+        ctypes.memmove(target, (struct.pack("<Q", pointer) + rest).ljust(128, b"-")[:128], 128)
+
+    monkeypatch.setattr(tensor_map.driver, "call", encode)
+    encode_tiled.cache_clear()
+    described = ((128, 4096, 56), (7168, 128), (128, 128, 1))
+    movable = tensor_map.MovableMap(*described, 1)
+    found = [movable.at(pointer) for pointer in (1 << 20, 2 << 20)]
+    assert len(asked) == (4 if mixes else 2)
+    assert found == [encode_tiled(pointer, *described, "128B", 1) for pointer in (1 << 20, 2 << 20)]
+    encode_tiled.cache_clear()
+
+
 # The map a call patches is the one the driver would have written.
 @pytest.mark.gpu
 @pytest.mark.parametrize("pointer", [1 << 20, 0x7F98_7654_3210, 0x10])
