@@ -15,7 +15,7 @@ from benchmarks import correctness
 from benchmarks.operands import row
 from benchmarks.serve import mean_kl, selection_lines
 from fp8_backend.measure.child import run_child
-from fp8_backend.measure.environment import write_json
+from fp8_backend.measure.environment import environment, write_json
 
 
 def test_a_hung_child_is_killed_with_its_own_children(tmp_path: Path) -> None:
@@ -31,6 +31,15 @@ def test_a_hung_child_is_killed_with_its_own_children(tmp_path: Path) -> None:
 def test_a_failed_child_is_quoted(tmp_path: Path) -> None:
     failure = run_child([sys.executable, "-c", "raise SystemExit('the reason')"], tmp_path / "log", 30)
     assert failure == "status 1; its log ends: the reason"
+
+
+# Where things lay on the machine says nothing to who repeats a run.
+def test_recorded_command_holds_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["/a/b/model", "--json", "/a/out.json", "--log=/a/b/c.log", "--deepgemm", "m=1", "a/b", "org/model", "/"]
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/measure", *given])
+    expected = "measure model --json out.json --log=c.log --deepgemm m=1 a/b org/model /"
+    assert environment("c0ffee")["command"] == expected
 
 
 @pytest.mark.parametrize("rest", [{}, {"env": {"seed": 1}, "failures": []}])

@@ -27,7 +27,7 @@ GPU_FIELDS = (
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
-    """Return commit, versions, GPU, clocks, command and date of this run.
+    """Return commit, versions, GPU, clocks, command (absolute paths without their folders) and date of this run.
 
     Args:
         commit: for a tree without a repository; by default git is asked.
@@ -35,7 +35,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     return {
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"{_program()} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join([_program(), *map(_without_folders, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), **_versions()},
         "gpu": _gpu(),
         "cpus": os.cpu_count(),
@@ -58,6 +58,12 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 def _program() -> str:
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def _without_folders(argument: str) -> str:
+    """Return an argument, or the value of --option=value, with an absolute path shortened to its last component."""
+    option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if value.startswith("/") and Path(value).name else argument
 
 
 def _output(command: list[str]) -> str | None:
