@@ -34,7 +34,7 @@ def check_decode(problem, choice):
 def check_gemm(problem, choice):
     config = choice.config
     assert config.shared_bytes * config.ctas_per_sm <= MAX_SHARED_BYTES - 1024 * (config.ctas_per_sm - 1)
-    tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
+    tiles_m = ceil_div(problem.m, config.block_m)
     tiles = tiles_m * ceil_div(problem.n, config.block_n * config.cluster_n)
     assert choice.grid > 0 and choice.grid % choice.cluster == 0 and choice.strip >= 1
     if choice.split > 1:  # a cluster has one tile, and each of its CTAs some of k

@@ -51,7 +51,7 @@ class GemmLaunch:
         self._a = _row_major_map(code_stride, m, k_blocks, config.block_m // config.cluster_n)
         self._b = None
         if rows is not None:
-            self._b = _row_major_map(rows.stride(0), n, k_blocks, config.block_n // config.cluster_m)
+            self._b = _row_major_map(rows.stride(0), n, k_blocks, config.block_n)
         self._out = MovableMap((n, m), (out.stride(0) * 2,), (64, 16), 2) if mapped else None
         params = (
             *(out.stride(0), m, n, k_blocks, align(m, 4), layout.packed_scale_shape(n, k)[1], choice.strip),

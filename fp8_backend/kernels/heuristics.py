@@ -29,7 +29,6 @@ GEMM_CONFIGS = (
     GemmConfig(128, 64, 2, 7, split_k=True),
     GemmConfig(128, 128, 2, 5, split_k=True),
     GemmConfig(192, 128, 3, 4, cluster_n=2),
-    GemmConfig(256, 128, 2, 3, cluster_m=2),
     GemmConfig(256, 128, 2, 3, cluster_n=2),
 )
 DECODE_CONFIGS = tuple(
@@ -71,7 +70,7 @@ class GemmChoice:
     @property
     def cluster(self) -> int:
         """CTAs of a cluster."""
-        return self.config.cluster * self.split
+        return self.config.cluster_n * self.split
 
 
 def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
@@ -110,7 +109,6 @@ _GEMM_NS = {
     (256, 128, 2): (759, 2090, 0),
 }
 _ALONE = 0.69  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
-_SHARED_B_NS = 40  # sharing b among a cluster costs more than sharing a
 
 
 def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
@@ -172,23 +170,22 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
     The quantisation of a is left out.
     """
     for config in GEMM_CONFIGS:
-        tiles_m = ceil_div(problem.m, config.block_m * config.cluster_m)
+        tiles_m = ceil_div(problem.m, config.block_m)
         tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
         for split in SPLITS if config.split_k else (1,):
             if split > max(1, problem.k_blocks // 2):
                 continue
-            most = problem.machine.max_clusters(config.cluster * split) * config.ctas_per_sm
+            most = problem.machine.max_clusters(config.cluster_n * split) * config.ctas_per_sm
             clusters = min(tiles_m * tiles_n, most) if split == 1 else tiles_m * tiles_n
-            choice = GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster * split, split)
+            choice = GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster_n * split, split)
             yield _gemm_ns(problem, choice, tiles_m, ceil_div(tiles_m * tiles_n, most)), choice
 
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
     config, split = choice.config, choice.split
-    tile_block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster]
+    tile_block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster_n]
     crowded = choice.grid > problem.machine.num_sms
     block_ns = tile_block_ns * (_ALONE if config.ctas_per_sm > 1 and not crowded else 1.0)
-    block_ns += _SHARED_B_NS if config.cluster_m > 1 else 0
     # With few rows of tiles the weights come from memory, not from L2.
     share = config.ctas_per_sm if crowded else 1
     block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * share)

@@ -52,22 +52,17 @@ class GemmProblem:
 class GemmConfig:
     """One compiled form of gemm.cuh: FP8 activations, any m.
 
-    split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
+    cluster_n: CTAs of a cluster, whose tiles lie beside each other along n and share a. split_k: can be launched in
+    clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
     """
 
     block_m: int
     block_n: int
     math_warpgroups: int
     num_stages: int
-    cluster_m: int = 1
     cluster_n: int = 1
     split_k: bool = False
     ctas_per_sm: int = 1
-
-    @property
-    def cluster(self) -> int:
-        """CTAs of a cluster that share operands."""
-        return self.cluster_m * self.cluster_n
 
     @property
     def threads(self) -> int:
@@ -91,7 +86,6 @@ class GemmConfig:
                 ("BLOCK_N", self.block_n),
                 ("MATH_WARPGROUPS", self.math_warpgroups),
                 ("NUM_STAGES", self.num_stages),
-                ("CLUSTER_M", self.cluster_m),
                 ("CLUSTER_N", self.cluster_n),
                 ("SPLIT_K", int(self.split_k)),
                 ("CTAS_PER_SM", self.ctas_per_sm),

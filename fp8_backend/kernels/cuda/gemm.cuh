@@ -15,9 +15,8 @@
 // 16-bit outputs leave through the copy engine while the next tile is computed, from a room of their own: were it the last stages of the
 // tile, their next data would be late.
 //
-// Clusters: CLUSTER_M CTAs with the same columns fetch one slice of b each and multicast it; CLUSTER_N CTAs with the same rows
-// do so with a. Without either, SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA
-// sends its sums to the CTA that owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
+// Clusters: CLUSTER_N CTAs with the same rows fetch one slice of a each and multicast it. Without, SPLIT_K kernels can be launched in
+// clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
 //
 // a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. A packed b
 // is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
@@ -26,22 +25,21 @@
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
 constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
 constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
-constexpr u32 kCluster = CLUSTER_M * CLUSTER_N;
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
-constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * (CLUSTER_M + CLUSTER_N - 1);
+constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * CLUSTER_N;
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 64 == 0, "tiles are whole wgmma slices");
 static_assert(BLOCK_N <= 128, "a slice of columns must not straddle two scale blocks");
-static_assert(!SPLIT_K || kCluster == 1, "a cluster shares either operands or k");
-static_assert(BLOCK_M % (8 * CLUSTER_N) == 0 && BLOCK_N % (8 * CLUSTER_M) == 0, "multicast slices are whole swizzle periods");
+static_assert(!SPLIT_K || CLUSTER_N == 1, "a cluster shares either operands or k");
+static_assert(BLOCK_M % (8 * CLUSTER_N) == 0, "multicast slices are whole swizzle periods");
 
 // Releases a stage: arrives once both values have been loaded, whatever they are (ptx.cuh, barrier_arrive_after).
 DEVICE void release_after(u32 barrier, float first, float second, bool arrives) {
-    if (kCluster > 1)
+    if (CLUSTER_N > 1)
         asm volatile(
             "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
             "@p mbarrier.arrive.shared::cluster.b64 _, [%0]; @q mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier),
@@ -63,8 +61,7 @@ DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 rank) {
     const u32 first = index / per_strip * strip;
     const u32 width = min(strip, tiles_n - first);
     const u32 local = index % per_strip;
-    const u32 cluster_m = local / width, cluster_n = first + local % width;
-    return {(cluster_m * CLUSTER_M + rank % CLUSTER_M) * BLOCK_M, (cluster_n * CLUSTER_N + rank / CLUSTER_M) * BLOCK_N};
+    return {local / width * BLOCK_M, ((first + local % width) * CLUSTER_N + rank) * BLOCK_N};
 }
 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
@@ -136,8 +133,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
     const u32 exchanged = empty + NUM_STAGES * 8;  // of SPLIT_K kernels
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), split = SPLIT_K ? cluster_size() : 1;
-    const u32 cluster_rank_or_0 = kCluster > 1 || SPLIT_K ? cluster_rank() : 0;
-    const u32 rank = kCluster > 1 ? cluster_rank_or_0 : 0, split_rank = SPLIT_K ? cluster_rank_or_0 : 0;
+    const u32 cluster_rank_or_0 = CLUSTER_N > 1 || SPLIT_K ? cluster_rank() : 0;
+    const u32 rank = CLUSTER_N > 1 ? cluster_rank_or_0 : 0, split_rank = SPLIT_K ? cluster_rank_or_0 : 0;
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
@@ -152,7 +149,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         barrier_init_fence();
     }
-    if (kCluster > 1 || split > 1) {
+    if (CLUSTER_N > 1 || split > 1) {
         cluster_arrive();
         cluster_wait();
     } else {
@@ -160,8 +157,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     }
     launch_next_kernel();
 
-    const u32 tiles_m = ceil_div(m, u32(BLOCK_M * CLUSTER_M)), tiles_n = ceil_div(n, u32(BLOCK_N * CLUSTER_N));
-    const u32 ctas_per_tile = kCluster * split;
+    const u32 tiles_m = ceil_div(m, u32(BLOCK_M)), tiles_n = ceil_div(n, u32(BLOCK_N * CLUSTER_N));
+    const u32 ctas_per_tile = CLUSTER_N * split;
     const u32 first_tile = blockIdx.x / ctas_per_tile, tile_step = gridDim.x / ctas_per_tile, num_tiles = tiles_m * tiles_n;
     const u32 first_block = k_blocks * split_rank / split, end_block = k_blocks * (split_rank + 1) / split;
     Ring ring;
@@ -171,17 +168,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const u32 producer = threadIdx.x / 32;
         if (producer < kProducers && elect_lane()) {
             if (producer != 1 || !packed_b) wait_for_previous_kernel();
-            const u32 rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
-            u16 ranks_a = 0, ranks_b = 0;
-            for (u32 i = 0; i < CLUSTER_N; ++i) ranks_a |= 1 << (rank_m + CLUSTER_M * i);
-            for (u32 i = 0; i < CLUSTER_M; ++i) ranks_b |= 1 << (i + CLUSTER_M * rank_n);
-            const u32 offset_a = rank_n * (BLOCK_M / CLUSTER_N), offset_b = rank_m * (BLOCK_N / CLUSTER_M);
+            constexpr u16 kRanks = (1 << CLUSTER_N) - 1;
+            const u32 offset_a = rank * (BLOCK_M / CLUSTER_N);
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
-                // Rows of a packed b: of the tile, and those that this CTA fetches. What lies past them stays as it is: no output needs it.
+                // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
-                const u32 own_rows_b = rows_b > offset_b ? min(u32(BLOCK_N / CLUSTER_M), rows_b - offset_b) : 0;
                 const float* tile_scale_a = scale_a + tile.m;
                 const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
                 for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
@@ -190,17 +183,15 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     if (producer == 0) {
                         const u32 target = tiles + s * kStageBytes + offset_a * kBlockK;
                         barrier_expect(bar, kBytesA);
-                        if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, ranks_a);
+                        if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, kRanks);
                         else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
                     } else if (producer == 1) {
-                        const u32 target = tiles + s * kStageBytes + kBytesA + offset_b * kBlockK;
+                        const u32 target = tiles + s * kStageBytes + kBytesA;
                         barrier_expect(bar, packed_b ? rows_b * kBlockK : kBytesB);
                         if (packed_b) {
-                            const u8* source = packed_b + (static_cast<i64>(kb) * n_aligned + tile.n + offset_b) * kBlockK;
-                            if (CLUSTER_M > 1 && own_rows_b) bulk_copy_multicast(target, source, own_rows_b * kBlockK, bar, ranks_b);
-                            else if (own_rows_b) bulk_copy(target, source, own_rows_b * kBlockK, bar);
-                        } else if (CLUSTER_M > 1) tensor_copy_multicast(target, &map_b, 0, tile.n + offset_b, kb, bar, ranks_b);
-                        else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
+                            const u8* source = packed_b + (static_cast<i64>(kb) * n_aligned + tile.n) * kBlockK;
+                            if (rows_b) bulk_copy(target, source, rows_b * kBlockK, bar);
+                        } else tensor_copy(target, &map_b, 0, tile.n, kb, bar);
                     } else {
                         const u32 target = scales + s * kStageScaleBytes;
                         barrier_expect(bar, (scale_rows + kScaleFloats) * 4);
@@ -213,13 +204,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     } else {
         if (MATH_WARPGROUPS == 2) take_registers<232>();
         if (MATH_WARPGROUPS == 3) take_registers<160>();
-        const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
         const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         // The lanes that tell a producer that this warp has read a stage: of every CTA whose copies arrive here.
-        const u32 peer = lane < CLUSTER_N ? rank_m + CLUSTER_M * lane : lane - CLUSTER_N + CLUSTER_M * rank_n;
-        const bool releases = lane < CLUSTER_N || (lane < CLUSTER_N + CLUSTER_M && lane - CLUSTER_N != rank_m);
-        const u32 peer_empty = kCluster > 1 ? map_to_rank(empty, releases ? peer : rank) : empty;
+        const bool releases = lane < CLUSTER_N;
+        const u32 peer_empty = CLUSTER_N > 1 ? map_to_rank(empty, releases ? lane : rank) : empty;
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
@@ -323,7 +313,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         if (stores_by_copy && lane == 0) bulk_wait();
     }
-    if (kCluster > 1) {  // a peer may still arrive at this CTA's barriers
+    if (CLUSTER_N > 1) {  // a peer may still arrive at this CTA's barriers
         __syncwarp();
         cluster_arrive();
         cluster_wait();
