@@ -6,14 +6,13 @@
 
 // Shared-memory descriptor of a tile that starts at a multiple of 1024 bytes: 1024 bytes between groups of 8 rows, swizzle 128B.
 // Adding 2 to it advances 32 codes of k.
-DEVICE u64 matrix_descriptor(u32 address) {
-    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
-}
+constexpr u64 kMatrixDescriptor = (1ull << 62) | (64ull << 32) | (1ull << 16);  // of address 0
+DEVICE u64 matrix_descriptor(u32 address) { return kMatrixDescriptor | ((address & 0x3ffff) >> 4); }
 // The same in two halves: the low one is linear in the address, and the high one a constant, so that both can stay in uniform registers.
-DEVICE u32 matrix_descriptor_low(u32 address) { return 1u << 16 | address >> 4; }
+DEVICE u32 matrix_descriptor_low(u32 address) { return u32(kMatrixDescriptor) | address >> 4; }
 DEVICE u64 matrix_descriptor_at(u32 low) {
     u64 descriptor;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(1u << 30 | 64));
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(u32(kMatrixDescriptor >> 32)));
     return descriptor;
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
