@@ -96,7 +96,7 @@ _OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
 _GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
-# A quantisation kernel ahead of a GEMM: with _GEMM_LAUNCH_NS the 3500 to which the choice between decode and GEMM was fitted.
+# Quantisation ahead of a GEMM: with _GEMM_LAUNCH_NS 3500, what the choice between decode and GEMM was fitted to.
 _QUANTISE_NS = 1980
 _GEMM_LAUNCH_NS = 1520
 # One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
