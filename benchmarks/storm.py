@@ -175,6 +175,11 @@ def examine(storm: Storm, before: Stream, after: Stream) -> tuple[dict[str, Any]
     return row, problems
 
 
+def storm_seconds(minutes: float, deadline: float | None, passed: float) -> float:
+    """Return how long a storm may take that ends `deadline` seconds after the start, of which `passed` are over."""
+    return minutes * 60 if deadline is None else max(1.0, min(minutes * 60, deadline - passed))
+
+
 def kernels_ready(log: str) -> dict[str, float] | None:
     """Return what the warm-up's line says: kernels, seconds, cached, compiled; None where there is no such line."""
     found = WARM_UP.search(log)
@@ -234,9 +239,7 @@ def main() -> None:
     try:
         with served(options) as (url, model, server):
             before = stream(url, model, PROMPT, FIXED_TOKENS)
-            seconds = options.minutes * 60
-            if options.deadline:
-                seconds = max(1.0, min(seconds, options.deadline - (time.monotonic() - start)))
+            seconds = storm_seconds(options.minutes, options.deadline, time.monotonic() - start)
             storm = Storm(url, model, options.streams, seconds, options.vocab, options.max_tokens)
             storm.run()
             after = stream(url, model, PROMPT, FIXED_TOKENS)

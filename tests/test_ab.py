@@ -13,7 +13,7 @@ import torch
 from demo.architectures import SIZES
 from demo.checkpoint import write_checkpoint
 from fp8_backend import cli
-from fp8_backend.ab import command, report, setup
+from fp8_backend.ab import command, report, setup, worker
 from fp8_backend.ab.logs import names_fp8_kernel, names_ours, selection_lines
 from fp8_backend.ab.models import CONFIGS, find_model
 from fp8_backend.errors import CheckpointError, UnsupportedError
@@ -63,6 +63,33 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_verdicts(default: list[float], ours: list[float], verdict: str) -> None:
     assert report.compare(default, ours)[1] == verdict
+
+
+class Scripted(worker.Engine):
+    """An engine whose batches take the given times."""
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.asked = times, 0
+
+    def seconds(self, batch: int, input_len: int, output_len: int) -> float:
+        """Return the next of the times; the last one from then on."""
+        assert (batch, input_len, output_len) == (8, 1024, 1)
+        self.asked += 1
+        return self.times[min(self.asked, len(self.times)) - 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "untimed", "median"),
+    [
+        ([2.0, 2.3, 7.0, 1.0, 3.0, 2.0, 4.0], 2, 3.0),  # the first two are alike; none of them counts
+        ([9.0, 5.0, 3.0, 2.5, 2.0, 2.0, 8.0, 2.2, 2.1], 4, 2.1),
+        ([1.0, 2.0, 1.0, 2.0] * 3 + [1.0, 6.0, 5.0, 4.0, 7.0, 3.0], 13, 5.0),  # never settles: timed all the same
+    ],
+)
+def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, median: float) -> None:
+    engine = Scripted(times)
+    assert engine.settled_s(8, 1024, 1) == median
+    assert engine.asked == untimed + worker.TIMED
 
 
 def test_rows() -> None:

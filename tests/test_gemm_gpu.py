@@ -56,7 +56,7 @@ def test_linear_matches_float64(m, n, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(1, 300), (5, 129), (70, 4096), (3, 7), (509, 4099)])
+@pytest.mark.parametrize("shape", [(1, 300), (5, 129), (70, 4096), (3, 7), (512, 4096), (509, 4099)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_quantisation_is_the_reference_bit_for_bit(dtype, shape, strided):
     m, k = shape

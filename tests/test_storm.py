@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import startup
-from benchmarks.storm import NEAR_TIE, Storm, Stream, difference, examine, kernels_ready, log_problems, stream
+from benchmarks.storm import (
+    NEAR_TIE,
+    Storm,
+    Stream,
+    difference,
+    examine,
+    kernels_ready,
+    log_problems,
+    storm_seconds,
+    stream,
+)
 
 
 def event(token: str, rival: float = -3.0) -> bytes:
@@ -98,6 +108,14 @@ def test_what_is_wrong_is_counted(url: str) -> None:
         "1 streams",
     ]
     assert examine(storm, Stream(failure="refused"), Stream(failure="refused"))[1][-1].startswith("the fixed prompt")
+
+
+@pytest.mark.parametrize(
+    ("deadline", "passed", "seconds"),
+    [(None, 500, 120), (300, 100, 120), (300, 180, 120), (300, 240, 60), (300, 299.5, 1), (300, 400, 1)],
+)
+def test_storm_ends_at_its_deadline(deadline: float | None, passed: float, seconds: float) -> None:
+    assert storm_seconds(2, deadline, passed) == seconds
 
 
 def test_log_is_read() -> None:
