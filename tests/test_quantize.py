@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,21 +183,31 @@ def test_widths_that_vllm_cannot_merge_are_kept(tmp_path: Path) -> None:
     )
 
 
+def killed_after_a_shard(source: Path, out: Path) -> int:
+    """Quantise, kill the command at the first report of a shard, wait for its workers to end too; return its status."""
+    command = [sys.executable, "-m", "fp8_backend.cli", "quantize", str(source), str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(out.glob(f"{STATE}/model-*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)  # leaves the processor to the conversion
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # to the end of what the workers have inherited: none of them writes any more
+    return process.returncode
+
+
 def test_killed_run_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "fp8", "qwen3", replace(SIZES["qwen3", "demo"], layers=4, intermediate=6144, shards=16))
     dequantize_checkpoint(tmp_path / "fp8", tmp_path / "bf16")
     source, out = tmp_path / "bf16", tmp_path / "out"
     shards = sorted(path.name for path in source.glob("*.safetensors"))
-    command = [sys.executable, "-m", "fp8_backend.cli", "quantize", str(source), str(out), "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not any(out.glob(f"{STATE}/model-*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)  # leaves the processor to the conversion
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for _ in range(5):  # on a busy machine the kill may come when every shard is there: then once more
+        status = killed_after_a_shard(source, out)
+        left = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+        if len(left) < len(shards):
+            break
+        shutil.rmtree(out)
+    assert status == -signal.SIGKILL and 1 <= len(left) < len(shards)
     assert not (out / "config.json").exists()  # no server takes it for a checkpoint
-    left = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
-    assert 1 <= len(left) < len(shards)
 
     assert main(["quantize", str(source), str(out), "--scales", "ue8m0"]) == 2
     assert "begun with another --scales" in capsys.readouterr().err
