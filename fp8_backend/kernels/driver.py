@@ -14,7 +14,6 @@ from fp8_backend.errors import DriverError, UnsupportedError
 LIBRARY = "libcuda.so.1"
 
 # Values of cuda.h (13.0).
-SUCCESS = 0
 ERROR_INVALID_CONTEXT = 201
 FUNC_ATTRIBUTE_SHARED_SIZE_BYTES = 1
 FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8

@@ -15,7 +15,7 @@ from fp8_backend.kernels.routing import TILE_ROWS, Routing
 
 _LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
 _THREADS = 384
-_TICKET_BYTES = 64
+_TICKET_BYTES, _ROW_TABLE_BYTES = 64, TILE_ROWS * 4
 _K_BLOCKS_AT_ONCE = 16
 _WAVES = 6  # items a CTA takes, so that the last ones end together
 
@@ -39,12 +39,11 @@ class GroupedConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA, laid out as grouped.cuh says."""
         stage = (TILE_ROWS + 2 * BLOCK) * BLOCK + TILE_ROWS * 4 + 32 + 16 + 2 * 8
-        return self.num_stages * stage + (64 * BLOCK * 4 if self.gated else 0) + _TICKET_BYTES + TILE_ROWS * 4
+        return self.num_stages * stage + (64 * BLOCK * 4 if self.gated else 0) + _TICKET_BYTES + _ROW_TABLE_BYTES
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages))
-        return KernelSpec("grouped.cuh", "grouped", defines)
+        return KernelSpec("grouped.cuh", "grouped", (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages)))
 
 
 GATED, PLAIN = GroupedConfig(True), GroupedConfig(False)

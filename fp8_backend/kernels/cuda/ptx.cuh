@@ -35,13 +35,6 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
 DEVICE void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives in a peer CTA. Not .release.cluster: that compiles to MEMBAR.ALL.GPU (measured: the GEMM ran at half speed), and what is
-// released here are reads by wgmma, which have completed.
-DEVICE void barrier_arrive_peer(u32 barrier, u32 rank) {
-    asm volatile(
-        "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
-        "r"(rank) : "memory");
-}
 // Not .acquire.cluster: that invalidates L1 at every wait (CCTL.IVALL), and with it the weight scales.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     u32 done = 0;
