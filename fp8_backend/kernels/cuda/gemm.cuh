@@ -16,7 +16,8 @@
 // tile, their next data would be late.
 //
 // Clusters: CLUSTER_N CTAs with the same rows fetch one slice of a each and multicast it. Without, SPLIT_K kernels can be launched in
-// clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
+// clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that owns their columns (st.async, counted
+// by the barrier `exchanged`), which adds them in the order of ranks.
 //
 // a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. A packed b
 // is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
