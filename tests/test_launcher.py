@@ -250,6 +250,16 @@ def test_maps_are_encoded_once() -> None:
     assert encode_tiled(**{**GOOD_MAP, "pointer": 2 << 20}) != description
 
 
+# A thread starts without a CUDA context, and may be the first to see a shape.
+@pytest.mark.gpu
+def test_new_thread_can_encode() -> None:
+    encoded: list[bytes] = []
+    thread = threading.Thread(target=lambda: encoded.append(encode_tiled(**{**GOOD_MAP, "pointer": 3 << 20})))
+    thread.start()
+    thread.join()
+    assert len(encoded[0]) == 128
+
+
 # The driver's part is played: an encoder that puts the address first, and one that mixes it into the rest.
 @pytest.mark.parametrize("mixes", [False, True])
 def test_map_moves_by_its_first_bytes_or_through_the_driver(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +273,7 @@ def test_map_moves_by_its_first_bytes_or_through_the_driver(mixes: bool, monkeyp
         ctypes.memmove(target, (struct.pack("<Q", pointer) + rest).ljust(128, b"-")[:128], 128)
 
     monkeypatch.setattr(tensor_map.driver, "call", encode)
+    monkeypatch.setattr(tensor_map.driver, "ensure_context", lambda: None)
     encode_tiled.cache_clear()
     described = ((128, 4096, 56), (7168, 128), (128, 128, 1))
     movable = tensor_map.MovableMap(*described, 1)

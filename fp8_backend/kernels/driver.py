@@ -90,6 +90,16 @@ def set_primary_context(device: int) -> None:
         call("cuCtxSetCurrent", context, subject=f"cuda:{device}")
 
 
+def ensure_context() -> None:
+    """Make the primary context of torch's current device current on a thread that has none, as threads start."""
+    current = ctypes.c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(current))
+    if current.value is None:
+        import torch
+
+        set_primary_context(torch.cuda.current_device())
+
+
 def _describe(library: ctypes.CDLL, status: int) -> str:
     name, text = ctypes.c_char_p(), ctypes.c_char_p()
     library.cuGetErrorName(status, ctypes.byref(name))

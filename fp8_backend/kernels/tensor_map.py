@@ -57,6 +57,7 @@ def encode_tiled(
     memory = ctypes.create_string_buffer(BYTES + _ALIGNMENT)
     address = ctypes.addressof(memory) + -ctypes.addressof(memory) % _ALIGNMENT
     rank = len(dims)
+    driver.ensure_context()  # without one the driver refuses to encode
     driver.call(
         "cuTensorMapEncodeTiled",
         address,
