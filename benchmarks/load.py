@@ -4,8 +4,8 @@
 
 Builds each model as a worker does, in one process, arms in turn (A B, B A, ...) after one uncounted load that fills the
 page cache, compiles kernels and imports. An arm that this machine cannot run (stock fp8 on a CPU without AMX) is left
-out and named. `pack_seconds` is what packing takes of `seconds`; `largest_layer` the bytes of FP8 codes of the largest
-layer as vLLM merges it; `bytes_over_model` the peak beyond what the model holds in the end.
+out and named. `pack_seconds` is what packing takes of `seconds`; `largest_layer` the bytes of the largest
+FP8 layer as vLLM merges it, scales included; `bytes_over_model` the peak beyond what the model holds in the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load_once(model: str, quantization: str) -> dict[str, Any]:
     if on_gpu:
         held = torch.cuda.memory_allocated() - before
         row |= {"bytes": held, "bytes_over_model": torch.cuda.max_memory_allocated() - before - held}
-    row["largest_layer"] = max(fp8_bytes(module) for module in loaded.modules())
+    row["largest_layer"] = max(layer_bytes(module) for module in loaded.modules())
     del loaded, config
     gc.collect()
     return row
@@ -86,9 +86,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def fp8_bytes(module: torch.nn.Module) -> int:
-    """Return the bytes of e4m3 codes that a module itself holds."""
-    return sum(held.numel() for held in module.parameters(recurse=False) if held.dtype == torch.float8_e4m3fn)
+def layer_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of what a module itself holds, if it holds e4m3 codes."""
+    held = list(module.parameters(recurse=False))
+    return sum(each.nbytes for each in held) if any(each.dtype == torch.float8_e4m3fn for each in held) else 0
 
 
 def initialize() -> None:

@@ -11,6 +11,8 @@ neighbours, and padded so that the 8 that a kernel fetches with a tile start at 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fp8_backend.errors import ArgumentError
@@ -36,6 +38,12 @@ def _word(device: torch.device) -> torch.dtype:
     return torch.complex128 if device.type == "cpu" else torch.int64
 
 
+@cache
+def _chunk_order(device: torch.device) -> torch.Tensor:
+    c = torch.arange(8, device=device)
+    return c[:, None] ^ c[None, :]
+
+
 def _swizzled(words: torch.Tensor) -> torch.Tensor:
     """Exchange the 16-byte chunks of each row: chunk c of row r goes to c ^ (r % 8); doing it twice undoes it.
 
@@ -45,8 +53,7 @@ def _swizzled(words: torch.Tensor) -> torch.Tensor:
     Returns:
         The same shape, contiguous.
     """
-    c = torch.arange(8, device=words.device)
-    index = c[:, None] ^ c[None, :]  # of one period of rows, repeated without being stored
+    index = _chunk_order(words.device)  # of one period of rows, repeated without being stored
     _, n, width = words.shape
     chunks = words.unflatten(1, (n // ROW_ALIGNMENT, ROW_ALIGNMENT)).unflatten(3, (8, width // 8))
     return torch.gather(chunks, 3, index[None, None, :, :, None].expand(chunks.shape)).view(words.shape)

@@ -101,19 +101,39 @@ def pack_linear(
     Raises:
         CheckpointError: see `check_scale` and `check_codes`.
     """
-    check_scale(layer, "weight_scale_inv", scale)
-    check_codes(layer, "weight", weight)
+    sound = _sound(weight, scale)
     n, k = shard.padded_n, shard.padded_k
-    rows = torch.tensor(shard.scale_rows(), device=scale.device)
-    columns = torch.tensor(shard.scale_columns(), device=scale.device)
-    packed_scale = layout.pack_scale(scale[rows[:, None], columns[None, :]], n, k)
+    packed_scale = layout.arrange_scale(_spread_scale(scale, shard), n, k)
     if (n, k) == (shard.n, shard.k) and n % layout.ROW_ALIGNMENT == 0 and k % BLOCK == 0:
-        return layout.pack_weight(weight), packed_scale
-    packed = torch.empty(layout.packed_weight_shape(n, k), dtype=weight.dtype, device=weight.device)
-    for first in range(0, len(packed), PADDED_AT_ONCE):
-        blocks = packed[first : first + PADDED_AT_ONCE]
-        blocks.copy_(layout.pack_weight(_padded(weight, shard, first * BLOCK, len(blocks) * BLOCK)))
+        packed = layout.arrange_weight(weight)
+    else:
+        packed = torch.empty(layout.packed_weight_shape(n, k), dtype=weight.dtype, device=weight.device)
+        for first in range(0, len(packed), PADDED_AT_ONCE):
+            blocks = packed[first : first + PADDED_AT_ONCE]
+            blocks.copy_(layout.arrange_weight(_padded(weight, shard, first * BLOCK, len(blocks) * BLOCK)))
+    if not sound:
+        check_scale(layer, "weight_scale_inv", scale)
+        check_codes(layer, "weight", weight)
     return layout.complete(packed), packed_scale
+
+
+def _sound(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return whether `check_scale` and `check_codes` accept a layer, as a bool on its device: nothing waits for it."""
+    if not weight.numel() or not scale.numel():
+        return torch.tensor(True)
+    lowest, highest = torch.aminmax(scale)  # both NaN if one is
+    pieces = weight.view(torch.uint8).reshape(-1).split(CODES_AT_ONCE)
+    with_nan = [_holds_nan(piece) for piece in pieces]
+    return torch.stack([lowest > 0, highest < torch.inf, *(~each for each in with_nan)]).all()
+
+
+def _spread_scale(scale: torch.Tensor, shard: LinearShard) -> torch.Tensor:
+    """Return the scale of each 128x128 block of the padded weight."""
+    rows, columns = shard.scale_rows(), shard.scale_columns()
+    if (rows, columns) == (list(range(scale.shape[0])), list(range(scale.shape[1]))):
+        return scale
+    at = torch.tensor(rows, device=scale.device)[:, None], torch.tensor(columns, device=scale.device)[None, :]
+    return scale[at]
 
 
 def _padded(weight: torch.Tensor, shard: LinearShard, start: int, size: int) -> torch.Tensor:
