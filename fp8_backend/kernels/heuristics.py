@@ -26,10 +26,10 @@ PREFETCH_BYTES = 48 * 1024
 GEMM_CONFIGS = (
     GemmConfig(64, 64, 1, 5, split_k=True, ctas_per_sm=2),
     GemmConfig(64, 128, 1, 8, split_k=True),
-    GemmConfig(128, 64, 2, 7, split_k=True),
+    GemmConfig(128, 64, 2, 7, split_k=True, unrolled=True),
     GemmConfig(128, 128, 2, 5, split_k=True),
-    GemmConfig(192, 128, 3, 4, cluster_n=2),
-    GemmConfig(256, 128, 2, 3, cluster_n=2),
+    GemmConfig(192, 128, 3, 4, cluster_n=2, unrolled=True),
+    GemmConfig(256, 128, 2, 3, cluster_n=2, unrolled=True),
 )
 DECODE_CONFIGS = tuple(
     DecodeConfig(tokens, fused, split)

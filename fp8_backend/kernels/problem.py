@@ -53,7 +53,8 @@ class GemmConfig:
     """One compiled form of gemm.cuh: FP8 activations, any m.
 
     cluster_n: CTAs of a cluster, whose tiles lie beside each other along n and share a. split_k: can be launched in
-    clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
+    clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor. unrolled: the loop over k
+    takes all stages a round.
     """
 
     block_m: int
@@ -63,6 +64,7 @@ class GemmConfig:
     cluster_n: int = 1
     split_k: bool = False
     ctas_per_sm: int = 1
+    unrolled: bool = False
 
     @property
     def threads(self) -> int:
@@ -89,6 +91,7 @@ class GemmConfig:
                 ("CLUSTER_N", self.cluster_n),
                 ("SPLIT_K", int(self.split_k)),
                 ("CTAS_PER_SM", self.ctas_per_sm),
+                ("UNROLLED", int(self.unrolled)),
             ),
         )
 

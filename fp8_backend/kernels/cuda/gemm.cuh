@@ -19,11 +19,13 @@
 // clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that owns their columns (st.async, counted
 // by the barrier `exchanged`), which adds them in the order of ranks.
 //
-// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. A packed b
-// is swizzled in memory, and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
+// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros; where a has
+// fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no output needs the others. A packed b is swizzled in memory,
+// and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "wgmma.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
+constexpr bool kPeeled = UNROLLED && NUM_STAGES <= 4;
 constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
 constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
@@ -128,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_P
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
      const u8* __restrict__ packed_b, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out,
      const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 mapped_out,
-     u32 n_aligned) {
+     u32 n_aligned, u32 bytes_a) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 room = tiles + NUM_STAGES * kStageBytes, scales = room + kRoomBytes;
@@ -184,7 +186,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (producer == 0) {
                         const u32 target = tiles + s * kStageBytes + offset_a * kBlockK;
-                        barrier_expect(bar, kBytesA);
+                        barrier_expect(bar, bytes_a);
                         if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, kRanks);
                         else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
                     } else if (producer == 1) {
@@ -215,21 +217,32 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
-        bool full_already = false;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
             const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
-            const u32 block_scale = scales + (BLOCK_M + tile_scale_b) * 4;
+            // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits 15 clocks for that.
+            const u32 block_scale = scales + (BLOCK_M + tile_scale_b) * 4 + lane * (k_blocks >> 31);
             float sum[kWaves][BLOCK_N / 2];
 #pragma unroll
             for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
-            for (u32 kb = first_block; kb < end_block; ++kb) {
-                const u32 s = ring.stage;
-                if (!full_already) barrier_wait(full + 8 * s, ring.parity);
-                float scale_of_block;
+            float scale_of_block, scale_of_rows[kWaves][2];  // of the block that comes next
+            auto load_scales = [&](u32 s) {
+                scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
+#pragma unroll
+                for (u32 wave = 0; wave < kWaves; ++wave)
+#pragma unroll
+                    for (u32 half = 0; half < 2; ++half)
+                        scale_of_rows[wave][half] = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + half * 32);
+            };
+            bool full_already = false;
+            auto multiply_block = [&](u32 s) {
+                if (!full_already) {
+                    barrier_wait(full + 8 * s, ring.parity);
+                    load_scales(s);
+                }
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) {
                     const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
@@ -240,21 +253,41 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     for (u32 i = 0; i < kBlockK / 32; ++i)
                         Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
                     wgmma_commit();
-                    if (wave == 0) scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
-                    const float low = load_shared(row_scales + s * kStageScaleBytes + wave * 256) * scale_of_block;
-                    const float high = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32) * scale_of_block;
+                    const float low = scale_of_rows[wave][0] * scale_of_block, high = scale_of_rows[wave][1] * scale_of_block;
                     wgmma_wait<0>();
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
                         __syncwarp();
                         release_after(peer_empty + 8 * s, low, high, releases);
+                        ring.stage = s;
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
+                        load_scales(ring.stage);  // again where the stage was not full yet
                     }
 #pragma unroll
                     for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high) * partial[i];
                 }
+            };
+            u32 remaining = end_block - first_block;
+            if (UNROLLED) {  // rounds of all stages, whose addresses are constants; before and after them what makes them whole
+#pragma unroll
+                for (u32 s = 1; s < (kPeeled ? NUM_STAGES : 1); ++s)
+                    if (s == ring.stage && remaining > 0) {
+                        multiply_block(s);
+                        --remaining;
+                    }
+                for (; !kPeeled && ring.stage != 0 && remaining > 0; --remaining) multiply_block(ring.stage);
+                for (; remaining >= NUM_STAGES; remaining -= NUM_STAGES)
+#pragma unroll
+                    for (u32 s = 0; s < NUM_STAGES; ++s) multiply_block(s);
+#pragma unroll
+                for (u32 s = 0; s + 1 < (kPeeled ? NUM_STAGES : 1); ++s)
+                    if (remaining > 0) {
+                        multiply_block(s);
+                        --remaining;
+                    }
             }
+            for (; remaining > 0; --remaining) multiply_block(ring.stage);
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (SPLIT_K && split > 1) {
                 const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
