@@ -41,6 +41,11 @@ class Settings(BaseModel):
         default="auto",
         description="`forbid`: a kernel that is not in the cache is an error at start-up. `auto`: it is compiled then.",
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="`1`: the CUDA kernels give a token the same bits in a batch of any size; some sizes are slower. "
+        "`0`: the fastest kernel for each size. vLLM's `VLLM_BATCH_INVARIANT=1` asks for it, too.",
+    )
 
     @field_validator("cache_dir")
     @classmethod
@@ -56,6 +61,10 @@ class Settings(BaseModel):
         if root := environ.get("VLLM_CACHE_ROOT"):
             return Path(root).expanduser() / "fp8_backend"
         return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fp8_backend"
+
+    def resolved_batch_invariant(self, environ: Mapping[str, str] = os.environ) -> bool:
+        """Return whether this setting or vLLM's asks for rows that do not depend on their batch."""
+        return self.batch_invariant or environ.get("VLLM_BATCH_INVARIANT", "0") == "1"
 
     def cache_dir_source(self, environ: Mapping[str, str] = os.environ) -> str:
         """Return the variable that decides `resolved_cache_dir`, or "default"."""

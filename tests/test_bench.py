@@ -183,6 +183,13 @@ def test_summary_judges_against_the_figures() -> None:
     assert report.summary([row(1, 1.0)])[0] == "decode: 1 cells, no FP8 peer ran"
 
 
+def test_cost_of_batch_invariant_mode_is_a_line_of_its_regime() -> None:
+    slow = {"us": 18.0, "rel_err": 0.002, "bitwise": True, "verified": True}
+    text = "\n".join(report.summary([ROWS[0] | {"batch_invariant": slow}, ROWS[1] | {"batch_invariant": slow}]))
+    assert "batch-invariant / ours: geometric mean 1.73, largest 2.00 at m=1 4096x7168" in text
+    assert "batch-invariant" not in "\n".join(report.summary(ROWS))
+
+
 def test_host_line_judges_the_op() -> None:
     found = {"m": 1, "n": 512, "k": 512, "function_us": 10.0, "op_us": 26.0, "peers": {"triton": 70.0}}
     assert "MISSED" in host.line(found) and "triton 70.0" in host.line(found)

@@ -156,6 +156,7 @@ def test_wrong_arguments_are_named(
 def test_form_follows_rows_per_expert() -> None:
     assert [select_form(m, 8, 128) for m in (1, 8, 64, 65, 8192)] == ["decode"] * 3 + ["prefill"] * 2
     assert select_form(64, 8, 8) == "prefill" and select_form(1, 8, 1) == "decode"
+    assert {select_form(m, 8, 128, batch_invariant=True) for m in (1, 8, 64, 65, 8192)} == {"prefill"}
 
 
 # Qwen3-30B-A3B at TP4 and Qwen3-235B-A22B at TP8 (192 rows each), a part within one block, and whole blocks.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8_backend.kernels import layout, reference
+from fp8_backend.kernels import experts, layout, reference
 from fp8_backend.kernels.experts_prefill import experts_prefill, experts_prefill_workspace_bytes
 from fp8_backend.kernels.grouped import launch_contiguous
 from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
@@ -63,6 +63,18 @@ def test_experts_are_the_references(m, top_k, hidden, intermediate, num_groups, 
         experts_prefill(x, weights, ids, packed_13, packed_scale_13, packed_2, packed_scale_2, out)
     assert relative_error(outs[0], expected) < LIMIT
     assert all(torch.equal(outs[0], out) for out in outs)
+
+
+# A batch of 1 to 1500 tokens of one routing: row counts of narrow and wide tiles, and of either form without the mode.
+def test_batch_invariant_tokens_do_not_depend_on_m(monkeypatch):
+    monkeypatch.setattr(experts, "batch_invariant", lambda: True)
+    torch.manual_seed(3)
+    packed = [tensor for n, k in ((512, 1024), (1024, 256)) for tensor in _weights(32, n, k)[2:]]
+    x = torch.randn(1500, 1024, device="cuda", dtype=torch.bfloat16)
+    weights, ids = _routing("even", 1500, 8, 32)
+    whole = experts.fp8_experts(x, weights, ids, *packed)
+    for m in (1, 2, 9, 64, 65, 300):
+        assert torch.equal(experts.fp8_experts(x[:m], weights[:m], ids[:m], *packed), whole[:m]), m
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -232,6 +232,20 @@ def test_threads_and_streams_do_not_mix_their_calls(m):
         assert all(torch.equal(y, expected[worker][weight]) for weight, y in found[worker])
 
 
+# Rows of decode and GEMM kernels, of fused and separate quantisation: in this mode all add k-blocks in one order.
+@pytest.mark.parametrize(("n", "k"), [(512, 7168), (2112, 1536), (1000, 130)])
+def test_batch_invariant_rows_do_not_depend_on_m(n, k, monkeypatch):
+    monkeypatch.setattr(gemm.backend, "batch_invariant", lambda: True)
+    gemm._plans.by_key.clear()
+    codes, scale = make_weight(n, k)
+    weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    x = make_x(4096, k)
+    whole = gemm.fp8_linear(x, *weight, n)
+    for m in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300, 1024):
+        assert torch.equal(gemm.fp8_linear(x[:m].contiguous(), *weight, n), whole[:m]), m
+    gemm._plans.by_key.clear()
+
+
 def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(gemm, "MAX_PLANS", 3)
     gemm._plans.by_key.clear()

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES, DecodeChoice, all_configs, select, select_gemm
+from fp8_backend.kernels.heuristics import (
+    HALF_SHARED_BYTES,
+    DecodeChoice,
+    adds_in_order,
+    all_configs,
+    select,
+    select_gemm,
+)
 from fp8_backend.kernels.problem import H200, MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import ceil_div
 
@@ -66,3 +73,12 @@ def test_few_tokens_stream_and_many_multiply():
 def test_narrow_weights_are_split_along_k():
     choice = select(GemmProblem(1, 512, 7168))
     assert choice.config.split == 8 and choice.grid >= 100
+
+
+# Small enough that the fastest kernels split k: the mode must change the choice, and never to a kernel that does.
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 65, 128, 4096])
+def test_batch_invariant_choices_add_in_order(m):
+    problem = GemmProblem(m, 512, 7168)
+    assert adds_in_order(select(problem, True, True)) and adds_in_order(select_gemm(problem, True))
+    if m <= 128:
+        assert not adds_in_order(select(problem)) and not adds_in_order(select_gemm(problem))

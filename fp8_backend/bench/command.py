@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer-compile-limit", type=float, default=240, metavar="S", help="seconds for peers' kernels")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here, after every cell")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a chart; needs matplotlib")
+    parser.add_argument("--batch-invariant", action="store_true", help="also time ours in batch-invariant mode")
     parser.add_argument("--chain", action="store_true", help="instead: eight dependent linears in one graph")
     parser.add_argument("--host", action="store_true", help="instead: host time of an eager call")
     parser.add_argument("--moe", action="store_true", help="instead: layers of routed experts")
@@ -91,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"peer {name} is absent: {reason}", flush=True)
     if arguments.host or arguments.chain:
         return _side(arguments, present, result)
-    plan = dense.Plan(shapes, ms, present, peers.deepgemm_module() if "deepgemm" in present else None, env["failures"])
+    deepgemm = peers.deepgemm_module() if "deepgemm" in present else None
+    plan = dense.Plan(shapes, ms, present, deepgemm, env["failures"], arguments.batch_invariant)
     _warm(plan, arguments.peer_compile_limit, env)
     env["seconds_to_compile"] = round(time.monotonic() - begin, 1)
     _dense(plan, arguments.json, result)
@@ -115,7 +117,7 @@ def _experts(arguments: argparse.Namespace) -> int:
 
 def _warm(plan: dense.Plan, limit_s: float, env: dict[str, Any]) -> None:
     begin = time.monotonic()
-    count = warm.compile_ours(plan.shapes, plan.ms, machine(torch.cuda.current_device()))
+    count = warm.compile_ours(plan.shapes, plan.ms, machine(torch.cuda.current_device()), plan.batch_invariant)
     print(f"our {count} kernels: {time.monotonic() - begin:.1f} s", flush=True)
     begin = time.monotonic()
     with Progress("compiling peers", len(plan.shapes), "shapes") as progress:

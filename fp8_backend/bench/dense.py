@@ -34,7 +34,7 @@ ROW = dict[str, Any]
 class Plan:
     """What to measure, with what, and what was missing on the way.
 
-    failures: "peer: reason" -> the cells where it holds.
+    failures: "peer: reason" -> the cells where it holds. batch_invariant: also time ours in that mode.
     """
 
     shapes: tuple[Shape, ...]
@@ -42,6 +42,7 @@ class Plan:
     peers: dict[str, peers.Linear]
     deepgemm: ModuleType | None
     failures: dict[str, list[str]] = field(default_factory=dict)
+    batch_invariant: bool = False
 
     def fail(self, name: str, m: int, n: int, k: int, reason: str) -> None:
         """Note that a peer did not run in a cell."""
@@ -85,9 +86,14 @@ def measure(plan: Plan, weight: RandomLinear, m: int) -> ROW:
     if m > DECODE_M:
         arms |= _gemm_arms(plan, weight, (codes, scale), count, deepgemm_error is not None)
     problem = GemmProblem(m, n, k, machine(x.device.index))
+    if plan.batch_invariant:
+        arms["our invariant"] = capture(_invariant(weight, x, problem, count))
     row: ROW = {"m": m, "n": n, "k": k, **_verify(arms["ours"], rows, truth, deepgemm_error)}
     us = interleaved_us(arms)
     row["us"] = round(us.pop("ours"), 3)
+    if plan.batch_invariant:
+        row["batch_invariant"] = _invariant_row(arms["our invariant"], rows, truth, us.pop("our invariant"))
+        row["verified"] = row["verified"] and row["batch_invariant"]["verified"]
     for name, key in (("our gemm", "gemm_us"), ("deepgemm gemm", "deepgemm_gemm_us")):
         if name in us:
             row[key] = round(us.pop(name), 3)
@@ -98,6 +104,25 @@ def measure(plan: Plan, weight: RandomLinear, m: int) -> ROW:
 
 def _ours(weight: RandomLinear, x: torch.Tensor, copy: int) -> Callable[[], torch.Tensor]:
     return lambda: weight.linear(x, copy)
+
+
+def _invariant(
+    weight: RandomLinear, x: torch.Tensor, problem: GemmProblem, count: int
+) -> list[Callable[[], torch.Tensor]]:
+    """Return the calls of ours in batch-invariant mode."""
+    choice = heuristics.select(problem, batch_invariant=True)
+    plan = gemm.plan_of(choice, x, x.new_empty((problem.m, problem.n)), None)
+
+    def call(copy: int) -> torch.Tensor:
+        packed, out = weight.ours[copy], x.new_empty((problem.m, problem.n))
+        plan(x, packed.codes, packed.scale, out, None)
+        return out
+
+    return [partial(call, copy) for copy in range(count)]
+
+
+def _invariant_row(captured: Captured, rows: torch.Tensor, truth: torch.Tensor, us: float) -> ROW:
+    return {"us": round(us, 3), **_verify(captured, rows, truth, None)}
 
 
 def _peer_arms(

@@ -77,6 +77,20 @@ def _regime_lines(regime: Regime, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _invariant_lines(rows: Sequence[Row]) -> list[str]:
+    costs = {
+        f"m={row['m']} {row['n']}x{row['k']}": row["batch_invariant"]["us"] / row["us"]
+        for row in rows
+        if "batch_invariant" in row
+    }
+    if not costs:
+        return []
+    worst = max(costs, key=lambda cell: costs[cell])
+    return [
+        f"  batch-invariant / ours: geometric mean {geomean(costs.values()):.2f}, largest {costs[worst]:.2f} at {worst}"
+    ]
+
+
 def lost_cells(rows: Sequence[Row]) -> list[Row]:
     """Return the cells where some peer is faster, the worst first."""
     lost = [row for row in rows if (found := ratio(row)) is not None and found < 1]
@@ -114,6 +128,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if regime is REGIMES[0]:
             floor = geomean(row["us"] / row["stream_us"] for row in found)
             lines.append(f"  ours / stream floor: geometric mean {judge(floor, FLOOR_LIMIT, at_most=True)}")
+        lines += _invariant_lines(found)
     lines += _gemm_lines(rows)
     wrong = [f"m={row['m']} {row['n']}x{row['k']}" for row in rows if not row["verified"]]
     lines.append(

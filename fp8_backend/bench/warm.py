@@ -22,11 +22,13 @@ from fp8_backend.kernels.problem import GemmProblem, Machine
 COMPILED_AT_CALL = ("deepgemm", "flashinfer", "triton")
 
 
-def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine) -> int:
+def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine, batch_invariant: bool = False) -> int:
     """Compile every kernel of ours that the cells need, on all cores; return how many."""
     problems = [GemmProblem(m, n, k, machine) for n, k in shapes for m in ms]
     configs = {heuristics.select(problem).config for problem in problems}
     configs |= {heuristics.select_gemm(problem).config for problem in problems}
+    if batch_invariant:
+        configs |= {heuristics.select(problem, batch_invariant=True).config for problem in problems}
     specs = [*quantize.SPECS.values(), stream.SPEC, *(config.spec() for config in configs)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(cache.get, specs))

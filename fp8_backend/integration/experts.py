@@ -43,6 +43,10 @@ class _PackedExperts(mk.FusedMoEExpertsModular, ABC):
         return activation.value == "silu"
 
     @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return True  # fp8_experts takes one form for all m then, and the masked GEMM has but one
+
+    @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
         return True
 

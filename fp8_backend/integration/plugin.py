@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "deepgemm_fp8"
 # Settings that can change a compiled graph. cache_dir cannot: moving it must not void vLLM's compile cache.
-COMPILE_KEY_FIELDS = ("strict", "kernels", "jit")
+COMPILE_KEY_FIELDS = ("strict", "kernels", "jit", "batch_invariant")
 
 
 def register() -> None:

@@ -36,6 +36,12 @@ def runs_cuda_kernels(device: torch.device) -> bool:
     return True
 
 
+@cache
+def batch_invariant() -> bool:
+    """Return whether the bits of a row must not depend on the rows beside it."""
+    return settings.load().resolved_batch_invariant()
+
+
 def is_current(device: torch.device) -> bool:
     """Return whether a CUDA device is the one that launches go to."""
     return device.index == torch._C._cuda_getDevice()

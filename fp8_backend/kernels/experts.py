@@ -8,7 +8,7 @@ import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout, reference
-from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
+from fp8_backend.kernels.backend import batch_invariant, is_current, runs_cuda_kernels
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
 from fp8_backend.kernels.experts_decode import MAX_PAIRS, experts_decode
 from fp8_backend.kernels.experts_prefill import experts_prefill
@@ -23,14 +23,17 @@ DECODE_ROWS_PER_EXPERT = 8
 MAX_DECODE_TOKENS = 64
 
 
-def select_form(m: int, top_k: int, num_groups: int) -> Form:
+def select_form(m: int, top_k: int, num_groups: int, batch_invariant: bool = False) -> Form:
     """Return which kernels serve m tokens: those for few rows an expert, or those for many.
 
     Args:
         m: tokens.
         top_k: experts a token.
         num_groups: experts on this rank.
+        batch_invariant: a token's bits must not depend on m: the form for many serves any m, in one order of sums.
     """
+    if batch_invariant:
+        return "prefill"
     few = m <= MAX_DECODE_TOKENS and m * top_k <= min(MAX_PAIRS, DECODE_ROWS_PER_EXPERT * num_groups)
     return "decode" if few or m == 1 else "prefill"
 
@@ -99,7 +102,7 @@ def fp8_experts(
         return out
     topk_weights, topk_ids = topk_weights.float().contiguous(), topk_ids.to(torch.int32).contiguous()
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
-    form = select_form(x.shape[0], topk_ids.shape[1], w13.shape[0])
+    form = select_form(x.shape[0], topk_ids.shape[1], w13.shape[0], batch_invariant())
     launch(form, x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
     return out
 

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import decode, heuristics, launcher, layout, reference
+from fp8_backend.kernels import backend, decode, heuristics, launcher, layout, reference
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
@@ -67,8 +67,8 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def _choose(m: int, n: int, k: int, device: int, fusable: bool) -> DecodeChoice | GemmChoice:
-    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable)
+def _choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant)
 
 
 class _Prepared(threading.local, Generic[Plan]):
@@ -158,16 +158,21 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        choice = _choose(m, n, k, device.index, rows.element_size() == 2)
-        plan: DecodePlan | GemmPlan
-        if isinstance(choice, GemmChoice):
-            plan = GemmPlan(choice, rows, out, bias)
-        else:
-            plan = DecodePlan(choice, rows, out, bias)
+        choice = _choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
+        plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)
         plan(rows, weight, scale, out, bias)
     return out.view(*x.shape[:-1], n)
+
+
+def plan_of(
+    choice: DecodeChoice | GemmChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+) -> DecodePlan | GemmPlan:
+    """Return the launches of x [m, k] @ weight^T + bias into out [m, n] by this kernel; nothing is checked."""
+    if isinstance(choice, GemmChoice):
+        return GemmPlan(choice, x, out, bias)
+    return DecodePlan(choice, x, out, bias)
 
 
 def _unit_scale(codes: torch.Tensor) -> torch.Tensor:
@@ -237,4 +242,4 @@ def _gemm(
             f"k={weight.k} is not a multiple of {BLOCK}; pad the columns of a and b with zero codes, or use fp8_linear"
         )
     problem = GemmProblem(codes.shape[0], weight.n, weight.k, machine(out.device.index))
-    launch_gemm(heuristics.select_gemm(problem), codes, scale_a, weight, out, bias)
+    launch_gemm(heuristics.select_gemm(problem, backend.batch_invariant()), codes, scale_a, weight, out, bias)

@@ -194,20 +194,37 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int)
     return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
 
 
+def adds_in_order(choice: DecodeChoice | GemmChoice) -> bool:
+    """Return whether an output is one sum over the k-blocks in ascending order, not a sum of partial ones.
+
+    Decode kernels with at most 64 rows a CTA share the k-blocks between their math warpgroups, unless these share the
+    tokens.
+    """
+    if isinstance(choice, GemmChoice):
+        return choice.split == 1
+    return choice.config.split == 1 and (choice.rows > 64 or choice.config.tokens >= 32)
+
+
 @lru_cache(maxsize=65536)
-def select(problem: GemmProblem, fusable: bool = True) -> DecodeChoice | GemmChoice:
-    """Return the kernel for a linear layer of this shape; fusable: activations have 16 bits."""
+def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
+    """Return the kernel for a linear layer of this shape.
+
+    fusable: activations have 16 bits. batch_invariant: a row's bits must not depend on m.
+    """
     choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
     choices += [(cost + _QUANTISE_NS, choice) for cost, choice in gemm_choices(problem)]
+    if batch_invariant:
+        choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
     return min(choices, key=lambda pair: pair[0])[1]
 
 
 @lru_cache(maxsize=65536)
-def select_gemm(problem: GemmProblem) -> GemmChoice:
-    """Return the kernel for FP8 activations in of this shape."""
-    return min(gemm_choices(problem), key=lambda pair: pair[0])[1]
+def select_gemm(problem: GemmProblem, batch_invariant: bool = False) -> GemmChoice:
+    """Return the kernel for FP8 activations in of this shape; batch_invariant: a row's bits must not depend on m."""
+    choices = [pair for pair in gemm_choices(problem) if not batch_invariant or adds_in_order(pair[1])]
+    return min(choices, key=lambda pair: pair[0])[1]
 
 
 def all_configs() -> tuple[GemmConfig | DecodeConfig, ...]:
