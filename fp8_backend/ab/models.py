@@ -44,6 +44,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "num_key_value_heads": 8,
     },
+    "qwen3-32b": _QWEN3
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+    },
     "qwen3-30b-a3b": _QWEN3
     | {
         "architectures": ["Qwen3MoeForCausalLM"],

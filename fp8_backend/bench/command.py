@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -120,7 +121,8 @@ def _warm(plan: dense.Plan, limit_s: float, env: dict[str, Any]) -> None:
     count = warm.compile_ours(plan.shapes, plan.ms, machine(torch.cuda.current_device()), plan.batch_invariant)
     print(f"our {count} kernels: {time.monotonic() - begin:.1f} s", flush=True)
     begin = time.monotonic()
-    with Progress("compiling peers", len(plan.shapes), "shapes") as progress:
+    portions = warm.portions(plan.shapes, plan.ms, os.cpu_count() or 1)
+    with Progress("compiling peers", len(portions), "portions") as progress:
         problems = warm.compile_peers(list(plan.peers), plan.shapes, plan.ms, limit_s, progress.step)
     env["peer_compilation"] = problems
     print("\n".join([f"peers' kernels: {time.monotonic() - begin:.1f} s", *problems]), flush=True)

@@ -41,10 +41,16 @@ def _command(names: Sequence[str], shape: Shape, ms: Sequence[int]) -> list[str]
     return [sys.executable, "-m", "fp8_backend.bench.warm", *arguments]
 
 
+def portions(shapes: Sequence[Shape], ms: Sequence[int], cores: int) -> list[tuple[Shape, tuple[int, ...]]]:
+    """Return the cells in portions for one process each: a shape, or parts of it where shapes are fewer than cores."""
+    parts = min(len(ms), -(-cores // max(1, len(shapes))))
+    return [(shape, tuple(ms[part::parts])) for shape in shapes for part in range(parts)]
+
+
 def compile_peers(
     names: Sequence[str], shapes: Sequence[Shape], ms: Sequence[int], limit_s: float, say: Callable[[str], None]
 ) -> list[str]:
-    """Call each such peer once for every cell, one process a shape.
+    """Call each such peer once for every cell, one process a portion.
 
     Two run at once for each core: they wait for the GPU and for locks, too.
 
@@ -52,29 +58,34 @@ def compile_peers(
         One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
     """
     names = [name for name in names if name in COMPILED_AT_CALL]
-    waiting, problems = list(shapes) if names else [], []
-    running: dict[Shape, subprocess.Popen[str]] = {}
+    cores, problems = os.cpu_count() or 1, []
+    waiting = portions(shapes, ms, cores) if names else []
+    running: dict[tuple[Shape, tuple[int, ...]], subprocess.Popen[str]] = {}
     end = time.monotonic() + limit_s
     try:
         while waiting or running:
-            while waiting and len(running) < 2 * (os.cpu_count() or 1):
-                shape = waiting.pop(0)
-                command = _command(names, shape, ms)
-                running[shape] = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            while waiting and len(running) < 2 * cores:
+                portion = waiting.pop(0)
+                running[portion] = subprocess.Popen(
+                    _command(names, *portion),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
                 )
-            shape, process = next(iter(running.items()))
+            portion, process = next(iter(running.items()))
             try:
                 errors = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
             except subprocess.TimeoutExpired:
                 problems.append(
-                    f"peers' kernels: stopped after {limit_s:.0f} s, {len(waiting) + len(running)} shapes left"
+                    f"peers' kernels: stopped after {limit_s:.0f} s, {len(waiting) + len(running)} portions left"
                 )
                 break
-            del running[shape]
+            del running[portion]
+            (n, k), of_portion = portion
             if process.returncode:
-                problems.append(f"peers' kernels for {shape[0]}x{shape[1]}: {errors.strip()[-200:]}")
-            say(f"peers compiled for {shape[0]}x{shape[1]}, {len(waiting) + len(running)} shapes left")
+                problems.append(f"peers' kernels for {n}x{k}, m={of_portion}: {errors.strip()[-200:]}")
+            say(f"peers compiled for {n}x{k}, {len(waiting) + len(running)} portions left")
     finally:
         for process in running.values():
             process.kill()
