@@ -217,6 +217,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
+        bool full_already = false;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
@@ -228,21 +229,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
-            float scale_of_block, scale_of_rows[kWaves][2];  // of the block that comes next
-            auto load_scales = [&](u32 s) {
-                scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
-#pragma unroll
-                for (u32 wave = 0; wave < kWaves; ++wave)
-#pragma unroll
-                    for (u32 half = 0; half < 2; ++half)
-                        scale_of_rows[wave][half] = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + half * 32);
-            };
-            bool full_already = false;
             auto multiply_block = [&](u32 s) {
-                if (!full_already) {
-                    barrier_wait(full + 8 * s, ring.parity);
-                    load_scales(s);
-                }
+                if (!full_already) barrier_wait(full + 8 * s, ring.parity);
+                float scale_of_block;
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) {
                     const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
@@ -253,7 +242,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     for (u32 i = 0; i < kBlockK / 32; ++i)
                         Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
                     wgmma_commit();
-                    const float low = scale_of_rows[wave][0] * scale_of_block, high = scale_of_rows[wave][1] * scale_of_block;
+                    if (wave == 0) scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
+                    const float low = load_shared(row_scales + s * kStageScaleBytes + wave * 256) * scale_of_block;
+                    const float high = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32) * scale_of_block;
                     wgmma_wait<0>();
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
@@ -262,7 +253,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
-                        load_scales(ring.stage);  // again where the stage was not full yet
                     }
 #pragma unroll
                     for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high) * partial[i];
