@@ -43,7 +43,8 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
 }
-// Whether the phase is over, without waiting.
+// Whether the phase is over, without waiting. Nothing orders later loads behind the answer but a branch on it (measured: a load of what the
+// phase delivers, issued behind the question, read what was there before although the answer was yes).
 DEVICE bool barrier_passed(u32 barrier, u32 parity) {
     u32 done;
     asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
