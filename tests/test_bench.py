@@ -144,11 +144,24 @@ def test_our_kernels_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(list(tmp_path.rglob("*.cubin"))) == count
 
 
+# More cores than shapes, fewer, and FlashInfer for many tokens only, which vLLM never asks of it.
+@pytest.mark.parametrize(("shape_count", "cores"), [(2, 16), (24, 16), (3, 2)])
+def test_portions_hold_every_cell_once(shape_count: int, cores: int) -> None:
+    every, ms = [(128 * n, 256) for n in range(1, shape_count + 1)], [1, 64, 128, 4096]
+    found = warm.portions(["bf16", "flashinfer", "deepgemm"], every, ms, cores)
+    assert found[0] == warm.Portion(("flashinfer",), every[0], (1,))
+    cells = [(portion.shape, m) for portion in found[1:] for m in portion.ms]
+    assert sorted(cells) == [(shape, m) for shape in every for m in ms]
+    assert len(found) - 1 >= min(cores, len(cells)) and found[1].names == ("deepgemm", "flashinfer")
+    assert {portion.names for portion in warm.portions(["flashinfer"], every, [128], cores)} == {("flashinfer",)}
+    assert warm.portions(["bf16", "cutlass"], every, ms, cores) == []
+
+
 @needs_no_gpu
 def test_failed_peer_processes_are_named() -> None:
     said: list[str] = []
     (problem,) = warm.compile_peers(["deepgemm", "bf16"], [(256, 256)], [1], 120, said.append)
-    assert problem.startswith("peers' kernels for 256x256: ") and len(said) == 1
+    assert problem.startswith("peers' kernels for 256x256, m=1: ") and len(said) == 1
     assert warm.compile_peers(["bf16"], [(256, 256)], [1], 120, said.append) == []
 
 

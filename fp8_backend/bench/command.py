@@ -121,7 +121,7 @@ def _warm(plan: dense.Plan, limit_s: float, env: dict[str, Any]) -> None:
     count = warm.compile_ours(plan.shapes, plan.ms, machine(torch.cuda.current_device()), plan.batch_invariant)
     print(f"our {count} kernels: {time.monotonic() - begin:.1f} s", flush=True)
     begin = time.monotonic()
-    portions = warm.portions(plan.shapes, plan.ms, os.cpu_count() or 1)
+    portions = warm.portions(list(plan.peers), plan.shapes, plan.ms, os.cpu_count() or 1)
     with Progress("compiling peers", len(portions), "portions") as progress:
         problems = warm.compile_peers(list(plan.peers), plan.shapes, plan.ms, limit_s, progress.step)
     env["peer_compilation"] = problems

@@ -1,6 +1,6 @@
-"""Compile what a run needs before it is timed: our kernels in threads, the peers' in one process for each shape.
+"""Compile what a run needs before it is timed: our kernels in threads, the peers' in processes of their own.
 
-    python -m fp8_backend.bench.warm PEERS SHAPES MS
+    python -m fp8_backend.bench.warm PEERS SHAPE MS
 
 The peers compile inside a call, one kernel after the other, and keep them on disk; several processes fill that cache.
 """
@@ -13,13 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from fp8_backend.bench import peers, stream
-from fp8_backend.bench.shapes import Shape
+from fp8_backend.bench.shapes import DECODE_M, Shape
 from fp8_backend.kernels import cache, heuristics, quantize
 from fp8_backend.kernels.problem import GemmProblem, Machine
 
-COMPILED_AT_CALL = ("deepgemm", "flashinfer", "triton")
+# FlashInfer last: its first call of all builds a module for a minute, under a lock.
+COMPILED_AT_CALL = ("deepgemm", "triton", "flashinfer")
 
 
 def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine, batch_invariant: bool = False) -> int:
@@ -35,16 +37,35 @@ def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine, b
     return len(specs)
 
 
-def _command(names: Sequence[str], shape: Shape, ms: Sequence[int]) -> list[str]:
-    n, k = shape
-    arguments = [",".join(names), f"{n}x{k}", ",".join(map(str, ms))]
-    return [sys.executable, "-m", "fp8_backend.bench.warm", *arguments]
+@dataclass(frozen=True)
+class Portion:
+    """What one process compiles: the kernels of some peers for some cells of a shape."""
+
+    names: tuple[str, ...]
+    shape: Shape
+    ms: tuple[int, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        """What this module is called with for it."""
+        n, k = self.shape
+        return [",".join(self.names), f"{n}x{k}", ",".join(map(str, self.ms))]
+
+    def __str__(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}, m={','.join(map(str, self.ms))}"
 
 
-def portions(shapes: Sequence[Shape], ms: Sequence[int], cores: int) -> list[tuple[Shape, tuple[int, ...]]]:
-    """Return the cells in portions for one process each: a shape, or parts of it where shapes are fewer than cores."""
+def portions(names: Sequence[str], shapes: Sequence[Shape], ms: Sequence[int], cores: int) -> list[Portion]:
+    """Return all cells in portions: a shape each, or parts of one where shapes are fewer than cores.
+
+    FlashInfer's module is built by a process that does nothing else, while the others compile for other peers.
+    """
+    names = tuple(name for name in COMPILED_AT_CALL if name in names)
     parts = min(len(ms), -(-cores // max(1, len(shapes))))
-    return [(shape, tuple(ms[part::parts])) for shape in shapes for part in range(parts)]
+    found = [Portion(names, shape, tuple(ms[part::parts])) for shape in shapes for part in range(parts) if names]
+    if "flashinfer" in names and found and (few := [m for m in ms if m <= DECODE_M]):
+        found.insert(0, Portion(("flashinfer",), shapes[0], (few[0],)))
+    return found
 
 
 def compile_peers(
@@ -57,17 +78,16 @@ def compile_peers(
     Returns:
         One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
     """
-    names = [name for name in names if name in COMPILED_AT_CALL]
     cores, problems = os.cpu_count() or 1, []
-    waiting = portions(shapes, ms, cores) if names else []
-    running: dict[tuple[Shape, tuple[int, ...]], subprocess.Popen[str]] = {}
+    waiting = portions(names, shapes, ms, cores)
+    running: dict[Portion, subprocess.Popen[str]] = {}
     end = time.monotonic() + limit_s
     try:
         while waiting or running:
             while waiting and len(running) < 2 * cores:
                 portion = waiting.pop(0)
                 running[portion] = subprocess.Popen(
-                    _command(names, *portion),
+                    [sys.executable, "-m", "fp8_backend.bench.warm", *portion.arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -82,10 +102,9 @@ def compile_peers(
                 )
                 break
             del running[portion]
-            (n, k), of_portion = portion
             if process.returncode:
-                problems.append(f"peers' kernels for {n}x{k}, m={of_portion}: {errors.strip()[-200:]}")
-            say(f"peers compiled for {n}x{k}, {len(waiting) + len(running)} portions left")
+                problems.append(f"peers' kernels for {portion}: {errors.strip()[-200:]}")
+            say(f"peers compiled for {portion}, {len(waiting) + len(running)} portions left")
     finally:
         for process in running.values():
             process.kill()
@@ -94,7 +113,7 @@ def compile_peers(
 
 
 def main() -> None:
-    """Call the peers once for each m of one shape; a peer that fails says so again when it is timed."""
+    """Call each peer once for each m of one shape; a peer that fails says so again when it is timed."""
     from fp8_backend.bench.operands import RandomLinear
 
     names, shape, ms = sys.argv[1].split(","), sys.argv[2].split("x"), sys.argv[3].split(",")
@@ -103,11 +122,10 @@ def main() -> None:
     n, k = map(int, shape)
     present, _ = peers.load(names)
     weight = RandomLinear(n, k, copies=1, bf16=False)
-    for m in map(int, ms):
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        for name, linear in present.items():
+    for name, linear in present.items():
+        for m in map(int, ms):
             if peers.why_not(name, m, n, k) is None:
-                peers.try_call(linear, x, weight.plain)
+                peers.try_call(linear, torch.randn(m, k, device="cuda", dtype=torch.bfloat16), weight.plain)
 
 
 if __name__ == "__main__":
