@@ -14,6 +14,8 @@ from typing import Any
 
 from fp8_backend.measure.environment import write_json
 
+MISSING = ("failures", "absent", "absent_peers", "missing_runs")  # entries of env, whichever a result has
+
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the parts as one result: lists one after the other, other entries beside each other, every command kept.
@@ -21,17 +23,32 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: the parts come from different commits or machines, so they are not one measurement.
     """
-    for key in ("commit", "versions"):
-        if len({json.dumps(part["env"][key], sort_keys=True) for part in parts}) > 1:
-            raise ValueError(f"the parts differ in {key}: {[part['env'][key] for part in parts]}; measure them again")
+    for key, of_part in (
+        ("commit", [part["env"]["commit"] for part in parts]),
+        ("versions", [part["env"]["versions"] for part in parts]),
+        ("GPU", [(part["env"].get("gpu") or {}).get("name") for part in parts]),
+    ):
+        if any(value != of_part[0] for value in of_part):
+            raise ValueError(f"the parts differ in {key}: {of_part}; measure them again")
     # Where a part was written says nothing about the measurement.
-    commands = [re.sub(r" --(out|logs) \S+", "", part["env"]["command"]) for part in parts]
-    result: dict[str, Any] = {"env": {**parts[0]["env"], "command": commands}}
-    for part in parts:
-        for key, value in part.items():
-            if key == "env":
-                continue
-            result[key] = result.get(key, []) + value if isinstance(value, list) else {**result.get(key, {}), **value}
+    commands = [re.sub(r" --(out|logs|json) \S+", "", part["env"]["command"]) for part in parts]
+    result = _joined(parts)
+    # What was missing in any part; of all else in env, what the first part says.
+    missing = _joined([{key: value for key, value in part["env"].items() if key in MISSING} for part in parts])
+    return {**result, "env": {**parts[0]["env"], **missing, "command": commands}}
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return lists one after the other, dictionaries beside each other, all the way down; of other values the last."""
+    result: dict[str, Any] = {}
+    for key, value in ((key, value) for part in parts for key, value in part.items() if key != "env"):
+        before = result.get(key)
+        if isinstance(before, list) and isinstance(value, list):
+            result[key] = before + value
+        elif isinstance(before, dict) and isinstance(value, dict):
+            result[key] = _joined([before, value])
+        else:
+            result[key] = value
     return result
 
 

@@ -100,12 +100,16 @@ def test_selection_lines_lose_time_and_process() -> None:
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 
-    def part(commit, **content):
+    def part(commit, gpu="NVIDIA H200", **content):
         command = f"python -m benchmarks.serve --models a --out /somewhere/{commit}.json --logs x"
-        return {"env": {"commit": commit, "versions": {"torch": "2.11"}, "command": command}, **content}
+        env = {"commit": commit, "versions": {"torch": "2.11"}, "command": command, "gpu": {"name": gpu}}
+        return {"env": env | {"failures": {"triton: slow": [str(content.get("rows"))]}}, **content}
 
     both = merged([part("a", rows=[{"m": 1}]), part("a", rows=[{"m": 2}], sanitizer={"memcheck": {"clean": True}})])
     assert both["rows"] == [{"m": 1}, {"m": 2}] and both["sanitizer"]["memcheck"]["clean"]
     assert both["env"]["command"] == ["python -m benchmarks.serve --models a"] * 2
+    assert both["env"]["failures"] == {"triton: slow": ["[{'m': 1}]", "[{'m': 2}]"]}
     with pytest.raises(ValueError, match="the parts differ in commit"):
         merged([part("a", rows=[]), part("b", rows=[])])
+    with pytest.raises(ValueError, match="the parts differ in GPU: .*H100"):
+        merged([part("a", rows=[]), part("a", "NVIDIA H100", rows=[])])
