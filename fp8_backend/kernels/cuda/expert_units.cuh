@@ -21,20 +21,6 @@ constexpr u16 kNowhere = 0xffff;
 // Arrivals of loaders on a full barrier: lanes whose copies are complete; FUSED: for each k-block, of a half-warp, and one more, codes are written.
 constexpr u32 kLoaderArrivals = FUSED ? kGroupLanes + 1 : 32;
 
-DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// Copies that need no registers to wait in; the barrier counts this thread once those it has issued are complete.
-DEVICE void copy_16_bytes(u32 target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-DEVICE void copy_4_bytes(u32 target, const void* source) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-DEVICE void barrier_arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 struct Units {
     u32* count;      // [num_groups] rows of a group
     u32* start;      // [num_groups] where they lie in `order`
@@ -184,7 +170,7 @@ struct CodeSource {
 #pragma unroll
         for (u32 i = 0; i < kSlots; ++i) {
             if (i * 4 >= rows) break;
-            if (codes[i] != nullptr) copy_16_bytes(target + swizzled(i * 4 + lane / 8, lane % 8), codes[i] + static_cast<i64>(block) * kBlockK);
+            if (codes[i] != nullptr) copy_16_async(target + swizzled(i * 4 + lane / 8, lane % 8), codes[i] + static_cast<i64>(block) * kBlockK);
         }
     }
 };
@@ -234,7 +220,7 @@ DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first
             source.expand(group, words[d]);
             const uint2 codes = group.codes(largest[d]);
             const u32 target = stages.activation_tile(stage, slot) + swizzled(row, lane / 2) + lane % 2 * 8;
-            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(target), "r"(codes.x), "r"(codes.y) : "memory");
+            store_shared_pair(target, codes);
             if (lane == 0) stages.block_scales(stage, slot)[row] = group_scale(largest[d]);
             if (row + 1 == source.rows(this_item)) {
                 source.copy_scales(this_item, stage, slot, lane);

@@ -90,7 +90,7 @@ struct PairSource {
     DEVICE void copy_scales(u32 item, u32 stage, u32 slot, u32 lane) const {
         const u32 unit = item / k_blocks, block = item - unit * k_blocks;
         if (lane < 2)
-            copy_4_bytes(smem_address(stages.block_scales(stage, slot) + ROWS + lane),
+            copy_4_async(smem_address(stages.block_scales(stage, slot) + ROWS + lane),
                          scale_b + units.expert[unit] * scale_b_stride + static_cast<i64>(block) * scale_b_row + weight_block + lane);
         barrier_arrive_after_copies(stages.full + 8 * stage);
     }
@@ -187,7 +187,7 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
                     for (u32 slot = 0; slot < count; ++slot) {
                         source.copy(stages.activation_tile(ring.stage, slot), first_block + slot, lane);
                         if (of_weight || lane < unit_rows)
-                            copy_4_bytes(smem_address(stages.block_scales(ring.stage, slot) + lane), scale + (first_block + slot) * step);
+                            copy_4_async(smem_address(stages.block_scales(ring.stage, slot) + lane), scale + (first_block + slot) * step);
                     }
                     barrier_arrive_after_copies(stages.full + 8 * ring.stage);
                 }

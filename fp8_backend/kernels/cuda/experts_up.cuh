@@ -143,7 +143,7 @@ struct TileSource {
     DEVICE void copy_scales(u32 block, u32 stage, u32 slot, u32 lane) const {
         if (lane < 4) {
             const u32 column = (weight_row + (lane >= 2 ? n : 0)) / 128 + lane % 2;
-            copy_4_bytes(smem_address(stages.block_scales(stage, slot) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
+            copy_4_async(smem_address(stages.block_scales(stage, slot) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
         }
         barrier_arrive_after_copies(stages.full + 8 * stage);
     }
@@ -242,7 +242,7 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                     source.copy(stages.activation_tile(ring.stage, slot), first_block + slot, lane);
 #pragma unroll
                     for (u32 s = 0; s < kScaleRounds; ++s)
-                        if (scale_of[s] != nullptr) copy_4_bytes(target + (s * 32 + lane) * 4, scale_of[s] + (first_block + slot) * scale_step[s]);
+                        if (scale_of[s] != nullptr) copy_4_async(target + (s * 32 + lane) * 4, scale_of[s] + (first_block + slot) * scale_step[s]);
                 }
                 barrier_arrive_after_copies(stages.full + 8 * ring.stage);
             }

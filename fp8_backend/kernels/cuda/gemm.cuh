@@ -40,21 +40,6 @@ static_assert(BLOCK_N <= 128, "a slice of columns must not straddle two scale bl
 static_assert(!SPLIT_K || CLUSTER_N == 1, "a cluster shares either operands or k");
 static_assert(BLOCK_M % (8 * CLUSTER_N) == 0, "multicast slices are whole swizzle periods");
 
-// Releases a stage: arrives once both values have been loaded, whatever they are (ptx.cuh, barrier_arrive_after). Not .release.cluster in
-// peers: that compiles to MEMBAR.ALL.GPU (measured: half the speed), and what is released are reads by wgmma, which have completed.
-DEVICE void release_after(u32 barrier, float first, float second, bool arrives) {
-    if (CLUSTER_N > 1)
-        asm volatile(
-            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
-            "@p mbarrier.arrive.shared::cluster.b64 _, [%0]; @q mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier),
-            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
-    else
-        asm volatile(
-            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
-            "@p mbarrier.arrive.shared::cta.b64 _, [%0]; @q mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
-            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
-}
-
 struct Tile {
     u32 m, n;  // of this CTA, in elements
 };
@@ -249,7 +234,9 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
                         __syncwarp();
-                        release_after(peer_empty + 8 * s, low, high, releases);
+                        // Not .release.cluster in peers: that compiles to MEMBAR.ALL.GPU (measured: half the speed), and what is released are reads
+                        // by wgmma, which have completed.
+                        barrier_arrive_after<(CLUSTER_N > 1)>(peer_empty + 8 * s, low, high, releases);
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);

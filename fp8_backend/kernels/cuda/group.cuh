@@ -7,11 +7,6 @@ constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
 constexpr u32 kGroupLanes = 16;
 
-// Loads 16 bytes from L2, past L1: this CTA may have been there before the previous kernel wrote them, and L1 with it.
-DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
-    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(source) : "memory");
-}
-
 // 8 elements of 16 bits as they lie in memory; kept raw so that many loads can be in flight.
 struct RawGroup {
     u32 words[4];

@@ -22,17 +22,6 @@ constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
 constexpr u32 kFullArrivals = 128 + 2, kEmptyArrivals = 8;
 constexpr u32 kTickets = 2;
 
-DEVICE void copy_16_async(u32 target, const void* source) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-DEVICE void copy_4_async(u32 target, const void* source) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-// Arrives once this thread's copies have landed.
-DEVICE void arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 DEVICE float quad_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
@@ -178,14 +167,14 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                     }
                     if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
                     scale_source += scale_a_stride;
-                    arrive_after_copies(bar);
+                    barrier_arrive_after_copies(bar);
                 }
                 scale_source -= static_cast<i64>(k_blocks) * scale_a_stride;
             }
             barrier_wait(ticket_bar, at_ticket.parity);
             t = __float_as_uint(load_shared(tickets + 16 * at_ticket.stage));
             __syncwarp();
-            release_after(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, lane == 0);
+            barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, lane == 0);
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);

@@ -72,8 +72,8 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
                     const u32 target = smem_address(stages.block_scales(ring.stage, 0));
 #pragma unroll
                     for (u32 i = 0; i < ROWS; i += 32)
-                        if (i + lane < rows) copy_4_bytes(target + (i + lane) * 4, of_rows + block * scale_a_block_stride + i + lane);
-                    if (lane < 2) copy_4_bytes(target + (ROWS + lane) * 4, of_weight + static_cast<i64>(block) * scale_b_row + lane);  // padded: both exist
+                        if (i + lane < rows) copy_4_async(target + (i + lane) * 4, of_rows + block * scale_a_block_stride + i + lane);
+                    if (lane < 2) copy_4_async(target + (ROWS + lane) * 4, of_weight + static_cast<i64>(block) * scale_b_row + lane);  // padded: both exist
                     barrier_arrive_after_copies(stages.full + 8 * ring.stage);
                 }
             }

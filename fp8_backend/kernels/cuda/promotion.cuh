@@ -15,14 +15,6 @@ struct Operands {
     u32 full, empty; // barriers
 };
 
-// Arrives, on lanes that shall, once both values have been loaded: see barrier_arrive_after. No two
-// products have the bits that are compared in common, a NaN's.
-DEVICE void release_after(u32 barrier, float first, float second, u32 releases) {
-    asm volatile(
-        "{ .reg .pred p, q; .reg .b32 both; and.b32 both, %1, %2; setp.ne.u32 q, %3, 0; setp.ne.and.u32 p, both, 0xfff0dead, q;"
-        " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
-        "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(releases) : "memory");
-}
 // Sets sum[slice] to the sum of k_blocks products, from the stage at which the ring stands; that one has been waited for.
 // Layout: kRows, kWeight, kScaleA, kScaleB are the bytes from a stage to the next.
 template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2][64], const Operands& at, Ring& ring, u32 num_stages, u32 k_blocks, u32 lane) {
@@ -35,7 +27,7 @@ template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2]
 #pragma unroll
     for (u32 slice = 0; slice < kSlices; ++slice) of_slice[slice] = at.scale_b[slice];
     // Kept in registers, not computed again in every block.
-    asm volatile("" : "+r"(rows), "+r"(scale_a), "+r"(empty), "+r"(releases), "+r"(of_slice[0]), "+r"(of_slice[kSlices - 1]));
+    keep_in_registers(rows, scale_a, empty, releases, of_slice[0], of_slice[kSlices - 1]);
     u32 a[kBlockK / 32][4];
     auto load_rows = [&] {
         const u32 address = rows + ring.stage * Layout::kRows;
@@ -63,7 +55,7 @@ template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2]
             wgmma_wait<0>();
             fence_registers(partial);
             if (slice == kSlices - 1) {  // nothing reads this stage any more
-                release_after(empty + 8 * s, low, high, releases);
+                barrier_arrive_after_words(empty + 8 * s, low, high, releases);
                 ring.advance(num_stages);
                 if (block + 1 < k_blocks) {  // the next rows are on their way while this block is promoted
                     barrier_wait(at.full + 8 * ring.stage, ring.parity);

@@ -62,6 +62,9 @@ DEVICE float2 load_shared_pair(u32 address) {
     asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
     return value;
 }
+DEVICE void store_shared_pair(u32 address, uint2 value) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
+}
 // Arrives once `seen` has been loaded, whatever it is: an arrival does not wait for loads under way (measured: with two CTAs on a
 // multiprocessor, data was overwritten between the load's issue and its execution). Both branches arrive; the predicate waits.
 DEVICE void barrier_arrive_after(u32 barrier, float seen) {
@@ -69,6 +72,30 @@ DEVICE void barrier_arrive_after(u32 barrier, float seen) {
         "{ .reg .pred p; setp.num.f32 p, %1, %1; @p mbarrier.arrive.shared::cta.b64 _, [%0]; @!p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
             barrier),
         "f"(seen) : "memory");
+}
+// The same for two values and the lanes that are to arrive, at a barrier of this CTA or of any of its cluster.
+template <bool kOfCluster = false> DEVICE void barrier_arrive_after(u32 barrier, float first, float second, bool arrives) {
+    if (kOfCluster)
+        asm volatile(
+            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
+            "@p mbarrier.arrive.shared::cluster.b64 _, [%0]; @q mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier),
+            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
+    else
+        asm volatile(
+            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
+            "@p mbarrier.arrive.shared::cta.b64 _, [%0]; @q mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
+            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
+}
+// The same with one predicated arrival instead of two: no two values of which one is a product of scales have the bits that are compared
+// in common, a NaN's.
+DEVICE void barrier_arrive_after_words(u32 barrier, float first, float second, u32 arrives) {
+    asm volatile(
+        "{ .reg .pred p, q; .reg .b32 both; and.b32 both, %1, %2; setp.ne.u32 q, %3, 0; setp.ne.and.u32 p, both, 0xfff0dead, q;"
+        " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
+        "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(arrives) : "memory");
+}
+DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -95,6 +122,11 @@ DEVICE u32 map_to_rank(u32 address, u32 rank) {
     u32 remote;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     return remote;
+}
+DEVICE u32 load_remote(u32 address) {
+    u32 value;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
 }
 // Writes 16 bytes into a peer's shared memory and counts them on its barrier.
 DEVICE void store_async(u32 target, float4 value, u32 barrier) {
@@ -133,12 +165,31 @@ DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" :
 DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
+// Copies that need no registers to wait in, by ordinary threads; the barrier counts this thread once those it has issued are complete.
+DEVICE void copy_16_async(u32 target, const void* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+DEVICE void copy_4_async(u32 target, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Loads 16 bytes from L2, past L1: this CTA may have been there before the previous kernel wrote them, and L1 with it.
+DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(source) : "memory");
+}
+
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
 DEVICE bool elect_lane() {
     u32 elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
     return elected != 0;
+}
+// Makes the compiler hold values in registers instead of computing them again.
+DEVICE void keep_in_registers(u32& a, u32& b, u32& c, u32& d, u32& e, u32& f) {
+    asm volatile("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d), "+r"(e), "+r"(f));
 }
 template <u32 kRegisters> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 template <u32 kRegisters> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }

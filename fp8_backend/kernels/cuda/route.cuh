@@ -8,12 +8,6 @@
 constexpr u32 kThreads = 1024, kTileRows = 128;
 constexpr u32 kBand = 16;  // tiles of rows that share a tile of weights before the next one is taken: 16 x 8 tiles fill the GPU
 
-DEVICE u32 load_remote(u32 address) {
-    u32 value;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
-}
-
 // ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written.
 // tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert; num_tiles: how many.
 // tickets: two counters of the GEMMs that follow, set to zero.
