@@ -309,6 +309,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                     // one that has completed p + 1: they have the same parity.
                     for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
+                        __syncwarp();  // one lane arrives for all
                         if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
                     }
                 } else if (count == kUnroll) {

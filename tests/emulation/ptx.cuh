@@ -1,0 +1,328 @@
+// What ptx.cuh of the package gives the kernels, on machine.h: the same names, the same meaning.
+#pragma once
+#include "machine.h"
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+using std::max;
+using std::min;
+
+#define DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__
+
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+// emulated.py writes it: address, dimensions, strides in bytes, box, bytes of an element, whether rows of 128 bytes are swizzled.
+struct alignas(64) TensorMap {
+    u64 address, dims[3], strides[2];
+    u32 box[3], element, swizzled, rank;
+    u64 unused[5];
+};
+static_assert(sizeof(TensorMap) == 128);
+
+constexpr u32 kBlockK = 128;
+constexpr u32 kScaleFloats = 8;
+
+template <class T> DEVICE T ceil_div(T a, T b) { return (a + b - 1) / b; }
+
+DEVICE u32 smem_address(const void* pointer) {
+    return static_cast<u32>(static_cast<const u8*>(pointer) - emulation::cta().shared) + emulation::kSharedBase;
+}
+
+// ---- barriers ----------------------------------------------------------------------------------------------------------
+
+DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    emulation::Barrier& made = emulation::cta().barriers[barrier] = {};
+    made.expected = arrivals;
+    made.pending = static_cast<int>(arrivals);
+}
+DEVICE void barrier_init_fence() {}
+DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
+    emulation::barrier_at(emulation::owner_of(barrier), barrier).arrive(arrivals);
+}
+DEVICE void barrier_arrive(u32 barrier) { barrier_arrive_many(barrier, 1); }
+DEVICE void barrier_expect(u32 barrier, u32 bytes) { emulation::barrier_at(emulation::cta(), barrier).arrive(1, bytes); }
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    emulation::Barrier& at = emulation::barrier_at(emulation::cta(), barrier);
+    emulation::wait_until([&] { return at.passed(parity); }, "a barrier's phase");
+}
+DEVICE bool barrier_passed(u32 barrier, u32 parity) { return emulation::barrier_at(emulation::cta(), barrier).passed(parity); }
+DEVICE float load_shared(u32 address) {
+    float value;
+    std::memcpy(&value, emulation::read_at(address, 4), 4);
+    return value;
+}
+DEVICE float2 load_shared_pair(u32 address) { return {load_shared(address), load_shared(address + 4)}; }
+DEVICE void store_shared_pair(u32 address, uint2 value) { std::memcpy(emulation::at(emulation::cta(), address, 8), &value, 8); }
+DEVICE void barrier_arrive_after(u32 barrier, float) { barrier_arrive(barrier); }
+template <bool = false> DEVICE void barrier_arrive_after(u32 barrier, float, float, bool arrives) {
+    if (arrives) barrier_arrive(barrier);
+}
+DEVICE void barrier_arrive_after_words(u32 barrier, float, float, u32 arrives) {
+    if (arrives) barrier_arrive(barrier);
+}
+DEVICE void named_barrier(u32 id, u32 threads) { emulation::meet(emulation::cta().named[id], threads, "a named barrier"); }
+DEVICE void named_barrier_arrive(u32 id, u32 threads) {
+    emulation::Meeting& meeting = emulation::cta().named[id];
+    if (++meeting.arrived == threads) {
+        meeting.arrived = 0;
+        ++meeting.generation;
+    }
+}
+DEVICE void fence_async_shared() {}
+DEVICE void __syncthreads() { emulation::meet(emulation::cta().whole, emulation::cta().live, "__syncthreads"); }
+DEVICE bool __syncthreads_or(bool value) {
+    emulation::Cta& cta = emulation::cta();
+    cta.any = cta.any || value;
+    __syncthreads();
+    const bool any = cta.any;
+    __syncthreads();
+    cta.any = false;
+    __syncthreads();
+    return any;
+}
+
+// ---- clusters and dependent launches -----------------------------------------------------------------------------------
+
+DEVICE u32 cluster_rank() { return emulation::cta().rank; }
+DEVICE u32 cluster_size() { return static_cast<u32>(emulation::machine->ctas.size()); }
+DEVICE void cluster_arrive() {
+    emulation::self().cluster_generation = emulation::machine->cluster.generation;
+    if (++emulation::machine->cluster.arrived == emulation::machine->live) {
+        emulation::machine->cluster.arrived = 0;
+        ++emulation::machine->cluster.generation;
+    }
+}
+DEVICE void cluster_arrive_relaxed() { cluster_arrive(); }
+DEVICE void cluster_wait() {
+    const u32 before = emulation::self().cluster_generation;
+    emulation::wait_until([before] { return emulation::machine->cluster.generation != before; }, "its cluster");
+}
+DEVICE u32 map_to_rank(u32 address, u32 rank) { return address | (rank + 1) << emulation::kRankShift; }
+DEVICE u32 load_remote(u32 address) {
+    u32 value;
+    std::memcpy(&value, emulation::read_at(address, 4), 4);
+    return value;
+}
+DEVICE void store_async(u32 target, float4 value, u32 barrier) {
+    emulation::Cta& of = emulation::owner_of(target);
+    emulation::begin_write(of, target, 16);
+    emulation::machine->engine.push_back({[=, &of] {
+        std::memcpy(emulation::at(of, target, 16), &value, 16);
+        emulation::end_write(of, target, 16);
+        emulation::barrier_at(of, barrier).arrive(0, -16);
+    }});
+}
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void launch_next_kernel() {}
+
+// ---- copies ------------------------------------------------------------------------------------------------------------
+
+DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
+    emulation::Cta& of = emulation::cta();
+    if (bytes == 0 || bytes % 16 || target % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk copy that is not in units of 16 bytes");
+    emulation::begin_write(of, target, bytes);
+    emulation::machine->engine.push_back({[=, &of] {
+        std::memcpy(emulation::at(of, target, bytes), source, bytes);
+        emulation::end_write(of, target, bytes);
+        emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
+    }});
+}
+
+// Where byte `offset` of a box at `address` lies: swizzled by the address, as the engine and wgmma do it.
+DEVICE u32 swizzle(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+
+DEVICE void copy_box(emulation::Cta& of, u32 target, const TensorMap& map, u32 x, u32 y, u32 z) {
+    const u32 row_bytes = map.box[0] * map.element;
+    for (u32 plane = 0; plane < map.box[2]; ++plane)
+        for (u32 row = 0; row < map.box[1]; ++row)
+            for (u32 byte = 0; byte < row_bytes; ++byte) {
+                const u64 column = x + byte / map.element;
+                const bool inside = column < map.dims[0] && y + row < map.dims[1] && z + plane < map.dims[2];
+                const u32 place = target + (plane * map.box[1] + row) * row_bytes + byte;
+                const u8* source = reinterpret_cast<const u8*>(map.address) + x * map.element + byte + (y + row) * map.strides[0] + (z + plane) * map.strides[1];
+                *emulation::at(of, map.swizzled ? swizzle(place) : place, 1) = inside ? *source : 0;
+            }
+}
+DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier, u16 ranks) {
+    const TensorMap described = *map;
+    const u32 bytes = described.box[0] * described.box[1] * described.box[2] * described.element;
+    for (u32 rank = 0; rank < 16; ++rank) {
+        if (!(ranks >> rank & 1)) continue;
+        emulation::Cta& of = emulation::owner_of(map_to_rank(target, rank));
+        emulation::begin_write(of, target, bytes);
+        emulation::machine->engine.push_back({[=, &of] {
+            copy_box(of, target, described, x, y, z);
+            emulation::end_write(of, target, bytes);
+            emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
+        }});
+    }
+}
+DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
+    tensor_copy_multicast(target, map, x, y, z, barrier, 1 << emulation::cta().rank);
+}
+DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
+    emulation::Fiber& fiber = emulation::self();
+    emulation::Cta& of = emulation::cta();
+    const TensorMap described = *map;
+    const u32 row_bytes = described.box[0] * described.element;
+    ++fiber.stores;
+    emulation::mark(of.to_be_stored, source, row_bytes * described.box[1], 1);
+    emulation::machine->engine.push_back({[=, &fiber, &of] {
+        for (u32 row = 0; row < described.box[1]; ++row)
+            for (u32 byte = 0; byte < row_bytes; ++byte) {
+                if (x + byte / described.element >= described.dims[0] || y + row >= described.dims[1]) continue;
+                const u32 place = source + row * row_bytes + byte;
+                reinterpret_cast<u8*>(described.address)[x * described.element + byte + (y + row) * described.strides[0]] =
+                    *emulation::at(of, described.swizzled ? swizzle(place) : place, 1);
+            }
+        emulation::mark(of.to_be_stored, source, row_bytes * described.box[1], -1);
+        --fiber.stores;
+    }});
+}
+DEVICE void bulk_commit() {}
+DEVICE void bulk_wait() {
+    emulation::Fiber& fiber = emulation::self();
+    emulation::wait_until([&] { return fiber.stores == 0; }, "its bulk stores");
+}
+DEVICE void bulk_wait_read() { bulk_wait(); }
+DEVICE void prefetch_map(const TensorMap*) {}
+
+DEVICE void copy_async(u32 target, const void* source, u32 bytes) {
+    emulation::Cta& of = emulation::cta();
+    emulation::begin_write(of, target, bytes);
+    emulation::self().copies.push_back({[=, &of] {
+        std::memcpy(emulation::at(of, target, bytes), source, bytes);
+        emulation::end_write(of, target, bytes);
+    }});
+}
+DEVICE void copy_16_async(u32 target, const void* source) { copy_async(target, source, 16); }
+DEVICE void copy_4_async(u32 target, const void* source) { copy_async(target, source, 4); }
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+    emulation::Cta& of = emulation::cta();
+    emulation::self().copies.push_back({[=, &of] { emulation::barrier_at(of, barrier).arrive(1); }});
+}
+DEVICE void load_fresh(const void* source, u32 (&words)[4]) { std::memcpy(words, source, 16); }
+template <class T> DEVICE T __ldcg(const T* source) { return *source; }
+DEVICE u32 atomicAdd(u32* counter, u32 more) {
+    const u32 before = *counter;
+    *counter += more;
+    return before;
+}
+
+// ---- warps -------------------------------------------------------------------------------------------------------------
+
+constexpr u32 kWholeWarp = 0xffffffffu;
+DEVICE void __syncwarp(u32 mask = kWholeWarp) { emulation::exchange(mask, "", 0); }
+template <class T> DEVICE T shuffle(u32 mask, T value, u32 source) {
+    const u8(*words)[16] = emulation::exchange(mask, &value, sizeof(T));
+    std::memcpy(&value, words[source], sizeof(T));
+    return value;
+}
+template <class T> DEVICE T __shfl_sync(u32 mask, T value, u32 source) { return shuffle(mask, value, source % 32); }
+template <class T> DEVICE T __shfl_xor_sync(u32 mask, T value, u32 distance) { return shuffle(mask, value, emulation::lane() ^ distance); }
+template <class T> DEVICE T __shfl_up_sync(u32 mask, T value, u32 distance) {
+    return shuffle(mask, value, emulation::lane() >= distance ? emulation::lane() - distance : emulation::lane());
+}
+template <class T> DEVICE u32 __match_any_sync(u32 mask, T value) {
+    const u8(*words)[16] = emulation::exchange(mask, &value, sizeof(T));
+    u32 same = 0;
+    for (u32 other = 0; other < 32; ++other)
+        if (mask >> other & 1 && std::memcmp(words[other], &value, sizeof(T)) == 0) same |= 1u << other;
+    return same;
+}
+DEVICE bool elect_lane() { return emulation::lane() == 0; }
+template <u32> DEVICE void give_registers() {}
+template <u32> DEVICE void take_registers() {}
+DEVICE void keep_in_registers(u32&, u32&, u32&, u32&, u32&, u32&) {}
+
+struct Ring {
+    u32 stage = 0, parity = 0;
+    DEVICE void advance(u32 stages) {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// ---- conversions and arithmetic ----------------------------------------------------------------------------------------
+
+template <class To, class From> DEVICE To bits_as(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To result;
+    std::memcpy(&result, &value, sizeof(To));
+    return result;
+}
+DEVICE u32 __float_as_uint(float value) { return bits_as<u32>(value); }
+DEVICE float __uint_as_float(u32 value) { return bits_as<float>(value); }
+DEVICE u16 bf16_of(float value) {
+    const u32 bits = bits_as<u32>(value);
+    if (value != value) return 0x7fff;
+    return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+DEVICE u32 pack_bf16(float low, float high) { return bf16_of(low) | static_cast<u32>(bf16_of(high)) << 16; }
+DEVICE u32 pack_f16(float low, float high) {
+    return bits_as<u16>(static_cast<_Float16>(low)) | static_cast<u32>(bits_as<u16>(static_cast<_Float16>(high))) << 16;
+}
+// e4m3: 4 bits of exponent, bias 7, 3 of mantissa, no infinity.
+DEVICE float e4m3_value(u8 code) {
+    const u32 exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 0x7f) == 0x7f) return std::nanf("");
+    const float value = exponent ? std::ldexp(1.f + mantissa / 8.f, static_cast<int>(exponent) - 7) : std::ldexp(mantissa / 8.f, -6);
+    return code & 0x80 ? -value : value;
+}
+DEVICE u8 e4m3_of(float value) {
+    if (value != value) return 0x7f;
+    const u8 sign = std::signbit(value) ? 0x80 : 0;
+    const float magnitude = std::min(std::fabs(value), 448.f);
+    // In units of the last place of its binade; ties to even, as nearbyint rounds.
+    const int exponent = magnitude < std::ldexp(1.f, -6) ? -6 : std::ilogb(magnitude);
+    const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+    const int code = (exponent + 6) * 8 + units;  // a carry into the next binade comes out right
+    return sign | static_cast<u8>(std::min(code, 0x7e));
+}
+DEVICE u16 pack_e4m3(float low, float high) { return e4m3_of(low) | static_cast<u16>(e4m3_of(high)) << 8; }
+DEVICE float low_bf16(u32 pair) { return bits_as<float>(pair << 16); }
+DEVICE float high_bf16(u32 pair) { return bits_as<float>(pair & 0xffff0000u); }
+DEVICE float low_f16(u32 pair) { return bits_as<_Float16>(static_cast<u16>(pair)); }
+DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
+
+enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
+
+DEVICE float load_element(const void* base, i64 index, u32 type) {
+    if (type == kF32) return static_cast<const float*>(base)[index];
+    const u32 bits = static_cast<const u16*>(base)[index];
+    return type == kBf16 ? low_bf16(bits) : low_f16(bits);
+}
+DEVICE void store_element(void* base, i64 index, u32 type, float value) {
+    if (type == kF32) static_cast<float*>(base)[index] = value;
+    else static_cast<u16*>(base)[index] = static_cast<u16>(type == kBf16 ? pack_bf16(value, 0.f) : pack_f16(value, 0.f));
+}
+DEVICE u32 pack_elements(float low, float high, u32 type) { return type == kBf16 ? pack_bf16(low, high) : pack_f16(low, high); }
+
+DEVICE float __fdiv_rn(float a, float b) { return a / b; }
+DEVICE float __fdividef(float a, float b) { return a / b; }
+DEVICE float __expf(float x) { return std::exp(x); }
+DEVICE u32 __popc(u32 word) { return static_cast<u32>(__builtin_popcount(word)); }
+DEVICE int __ffs(u32 word) { return __builtin_ffs(static_cast<int>(word)); }
+DEVICE u32 __byte_perm(u32 low, u32 high, u32 selector) {
+    const u64 both = low | static_cast<u64>(high) << 32;
+    u32 result = 0;
+    for (u32 i = 0; i < 4; ++i) result |= static_cast<u32>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}

@@ -1,0 +1,196 @@
+"""The device code itself on an emulated multiprocessor (tests/emulation): right answers, no hang, no hazard.
+
+Small problems with partial tiles everywhere, a few interleavings of each; the GPU tests have the large ones and the
+hardware's own order of things.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from fp8_backend.kernels import experts, gemm, heuristics, layout, m_grouped, reference
+from fp8_backend.kernels.compiler import CUDA_FOLDER
+from fp8_backend.kernels.decode import DecodePlan
+from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
+from fp8_backend.kernels.reference import BLOCK, ceil_div
+from tests.emulation import EmulationError, emulated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
+BF16_ERROR = 0.002  # rounding of the output: 0.0017
+MACHINE = Machine(2, (1, 1, 1))  # so few that persistent CTAs take several tiles
+# Two roundings to bfloat16, and between the GEMMs a code that is now and then its neighbour.
+EXPERTS_ERROR = 0.008
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("device-code")
+
+
+def make_weight(n, k):
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, torch.rand(ceil_div(n, BLOCK), ceil_div(k, BLOCK)) * 1e-3 + 1e-4
+
+
+def make_experts(num_groups, n, k):
+    codes = (torch.randn(num_groups, n, k) * 32).to(torch.float8_e4m3fn)
+    scale = torch.rand(num_groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK)) * 0.002 + 0.001
+    packed = torch.stack([layout.pack_weight(each).view(torch.uint8) for each in codes]).view(codes.dtype)
+    return codes, scale, packed, torch.stack([layout.pack_scale(each, n, k) for each in scale])
+
+
+def truth(x, codes, scale, bias=None):
+    q, s = reference.per_token_group_quant(x)
+    return reference.fp8_gemm_nt(q[:, : codes.shape[1]], s, codes, scale, bias)
+
+
+def gemm_problem(config, n, packed=True):
+    """Return what gemm.launch_gemm takes of a problem whose k-blocks go around the ring of stages and on."""
+    m, k = (300 if config.block_m == 256 else 140), (config.num_stages + 2) * BLOCK  # two tiles of rows at least
+    (codes, scale), x, bias = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n)
+    rows = layout.pack_weight(codes) if packed else codes
+    weight = gemm.Weight(rows, layout.arrange_scale(scale, n, k), n, k)
+    choices = heuristics.gemm_choices(GemmProblem(m, n, k, MACHINE))
+    of_config = [choice for _, choice in choices if choice.config == config]
+    return reference.per_token_group_quant(x), weight, bias, truth(x, codes, scale, bias), of_config
+
+
+@pytest.mark.parametrize("config", heuristics.GEMM_CONFIGS, ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_gemm_config(config, packed, folder):
+    torch.manual_seed(0)
+    n = 136
+    a, weight, bias, expected, choices = gemm_problem(config, n, packed)
+    with emulated(folder, MACHINE):
+        for choice in choices if packed else choices[:1]:
+            # Other elements around the output; its rows are aligned for the copy engine with 16 bits, and not with 32.
+            dtype = torch.bfloat16 if packed else torch.float32
+            surroundings = torch.full((len(expected) + 2, n + 16), float("nan"), dtype=dtype)
+            out = surroundings[1:-1, 8:-8]
+            gemm.launch_gemm(choice, *a, weight, out, bias)
+            assert reference.relative_error(out, expected) < BF16_ERROR, choice
+            out.fill_(float("nan"))
+            assert surroundings.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [config for config in heuristics.DECODE_CONFIGS if config.tokens != 16 and config.split in (1, 4)],
+    ids=str,
+)
+def test_decode_configs(config, folder):
+    torch.manual_seed(1)
+    m, n, k = config.tokens - 1, 200, 11 * BLOCK - 8
+    (codes, scale), x = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16)
+    weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    with emulated(folder, MACHINE):
+        for rows in (rows for rows in (40, 72) if rows <= config.max_rows):
+            stages = heuristics.decode_stages(config, rows, ceil_div(k, BLOCK), heuristics.HALF_SHARED_BYTES)
+            tiles = ceil_div(n, rows)
+            grid = min(tiles, MACHINE.num_sms) if config.split == 1 else tiles * config.split
+            choice = heuristics.DecodeChoice(config, rows, stages, grid, prefetch=2)
+            out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
+            DecodePlan(choice, x, out, None)(x, *weight, out, None)
+            assert reference.relative_error(out, truth(x, codes, scale)) < BF16_ERROR, choice
+
+
+# The whole way of a serving call: choice, plan, quantisation in the kernel or ahead of it, bias, k of no whole block.
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (20, torch.float16), (70, torch.bfloat16)])
+def test_linear(m, dtype, folder):
+    torch.manual_seed(m)
+    n, k = 136, 1000
+    (codes, scale), x, bias = make_weight(n, k), torch.randn(m, k, dtype=dtype), torch.randn(n, dtype=dtype)
+    weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    with emulated(folder, Machine(8, (4, 2, 1))) as machine:
+        y = gemm.fp8_linear(x, *weight, n, bias)
+        again = gemm.fp8_linear(x, *weight, n, bias)  # prepared, and another interleaving
+    assert reference.relative_error(y, truth(x, codes, scale, bias)) < BF16_ERROR
+    assert torch.equal(y, again) and machine.runs >= 2
+
+
+# Ids that are skipped, experts of other ranks, a hidden size of no whole block; units of several rows.
+@pytest.mark.parametrize("form", ["decode", "prefill"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_experts(form, on_input, folder):
+    torch.manual_seed(2)
+    m, hidden, intermediate, num_groups, top_k = 20, 272, 128, 3, 1 if on_input else 2
+    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
+    x, weights = torch.randn(m, hidden, dtype=torch.bfloat16), torch.rand(m, top_k)
+    ids = torch.rand(m, 5).topk(top_k, dim=1).indices.int()
+    ids[0] = -1
+    here = torch.tensor([1, -1, 0, 2, -1], dtype=torch.int32)
+    expected = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, here, on_input)
+    with emulated(folder, MACHINE) as machine:
+        for machine.seed in (0, 1):
+            out = torch.full_like(x, float("nan"))
+            experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, here, on_input)
+            assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
+
+
+# Groups of no row, of a few, of more than a narrow tile holds.
+def test_masked_grouped_gemm(folder):
+    torch.manual_seed(3)
+    counts, max_m, n, k = [0, 3, 100], 104, 264, 256
+    codes, scale, packed, packed_scale = make_experts(len(counts), n, k)
+    x = torch.randn(len(counts), max_m, k, dtype=torch.bfloat16)
+    q, s = (torch.stack(each) for each in zip(*(reference.per_token_group_quant(rows) for rows in x), strict=True))
+    out = torch.full((len(counts), max_m, n), float("nan"), dtype=torch.bfloat16)
+    with emulated(folder, MACHINE):
+        m_grouped.m_grouped_fp8_gemm_nt_masked((q, s), (packed, packed_scale), out, torch.tensor(counts).int(), 8)
+    for group, rows in enumerate(counts):
+        if rows:
+            expected = truth(x[group, :rows], codes[group], scale[group])
+            assert reference.relative_error(out[group, :rows], expected) < BF16_ERROR
+        assert out[group, rows:].isnan().all()
+
+
+SPLIT, CLUSTER = heuristics.GEMM_CONFIGS[0], heuristics.GEMM_CONFIGS[-1]
+RING, EXCHANGE = 0, -1  # which choice of a configuration: k by one CTA, or by as many as can be
+FAULTS = {
+    "a stage is filled before it is free": (SPLIT, RING, "barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
+    "a stage is free when one warp has read it": (SPLIT, RING, "MATH_WARPGROUPS * 4 * CLUSTER_N;", "1;"),
+    "a stage is read at once": (SPLIT, RING, "if (!full_already) barrier_wait(full + 8 * s, ring.parity);", ""),
+    "peers are not told": (CLUSTER, RING, "const bool releases = lane < CLUSTER_N;", "const bool releases = lane < 1;"),
+    "this CTA is told twice": (CLUSTER, RING, "map_to_rank(empty, releases ? lane : rank)", "empty"),
+    "half of the sums are waited for": (SPLIT, EXCHANGE, "kGroups * kGroupBytes);", "kGroups * kGroupBytes / 2);"),
+}
+
+
+def planted(tmp_path, file, right, wrong, count=1):
+    """Return a folder of the device code with a text of one file replaced."""
+    shutil.copytree(CUDA_FOLDER, tmp_path, dirs_exist_ok=True)
+    source = (tmp_path / file).read_text()
+    assert source.count(right) == count
+    (tmp_path / file).write_text(source.replace(right, wrong))
+    return tmp_path
+
+
+# What the emulation is for: each of these is wrong in some interleaving, and one of a few shows it.
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, folder, tmp_path):
+    torch.manual_seed(4)
+    config, which, right, wrong = FAULTS[fault]
+    sources = planted(tmp_path, "gemm.cuh", right, wrong)
+    a, weight, _, expected, choices = gemm_problem(config, 136)
+    out = torch.full(expected.shape, float("nan"), dtype=torch.bfloat16)
+    with emulated(folder, MACHINE, sources) as machine, pytest.raises(AssertionError):
+        for machine.seed in range(4):
+            gemm.launch_gemm(choices[which], *a, weight, out, None)
+            assert reference.relative_error(out, expected) < BF16_ERROR
+
+
+# Lanes of a warp need not go on together: the one that releases a stage for all must not leave others at its barrier.
+def test_lanes_left_behind_are_found(folder, tmp_path):
+    sources = planted(tmp_path, "decode.cuh", "__syncwarp();  // one lane arrives for all\n", "", count=2)
+    n, k, config = 136, 11 * BLOCK, DecodeConfig(8, False, 1)
+    x, out = torch.randn(8, k, dtype=torch.bfloat16), torch.empty(8, n, dtype=torch.bfloat16)
+    codes, scale = make_weight(n, k)
+    weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    choice = heuristics.DecodeChoice(config, rows=40, num_stages=4, grid=1, prefetch=4)
+    with emulated(folder, MACHINE, sources) as machine, pytest.raises(EmulationError):
+        for machine.seed in range(8):
+            DecodePlan(choice, x, out, None)(x, *weight, out, None)
