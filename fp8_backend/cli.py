@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import signal
 import sys
+from contextlib import suppress
 
 from fp8_backend.errors import Fp8BackendError
 
@@ -32,7 +36,22 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:
             importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the locale cannot write
+    try:
+        parsed = parser.parse_args(arguments)
+        code = _run(parsed)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer is written when Python ends
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         code: int = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
         return code
