@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -146,3 +148,36 @@ def test_cache_that_cannot_be_written_is_known_before_anything_is_compiled(direc
     (directory / "v1").chmod(0o777)
     with pytest.raises(CacheError, match="chmod go-w"):
         cache.require_writable()
+
+
+FORK = """
+import os, signal, sys, threading
+from pathlib import Path
+from fp8_backend.kernels import cache
+from fp8_backend.kernels.compiler import KernelSpec, compile_kernel
+spec = KernelSpec("saxpy.cuh", "saxpy", (("OFFSET", 3),), Path(sys.argv[1]))
+compiling, done = threading.Event(), threading.Event()
+def slow(*arguments):
+    if threading.current_thread() is thread:
+        compiling.set()
+        done.wait()
+    return compile_kernel(*arguments)
+cache.compile_kernel = slow
+thread = threading.Thread(target=cache.get, args=(spec,))
+thread.start()
+compiling.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(cache.get(spec).cubin[:4] != b"\\x7fELF")
+status = os.waitpid(child, 0)[1]
+done.set()
+thread.join()
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
+def test_child_forked_while_a_kernel_is_compiled_does_not_wait_for_the_parents_thread() -> None:
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FORK, str(Path(__file__).parent)]
+    assert subprocess.run(command, timeout=120, env=environ).returncode == 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,16 @@ _locks: dict[KernelSpec, threading.Lock] = {}
 _warned: set[str] = set()
 _warning = threading.Lock()  # kernels are compiled on many threads, and a full disk meets all of them at once
 _ready = threading.Event()  # set once this process serves: whatever it compiles then stalls a request
+
+
+def _forget_locks() -> None:
+    """Start a forked child with locks of its own: a thread that held one of the parent's is not in the child."""
+    global _warning
+    _warning = threading.Lock()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def get(spec: KernelSpec) -> CompiledKernel:
