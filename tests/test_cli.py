@@ -134,6 +134,16 @@ def test_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
     assert listing.wait(timeout=60) == 128 + signal.SIGPIPE
 
 
+@pytest.mark.parametrize("command", [("cache", "list"), ("cache", "path"), ("doctor",)])
+def test_output_that_cannot_be_written_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
+    for redirection, code, said in ((">/dev/full", 2, f"fp8-backend {command[0]}: [Errno 28]"), (">&-", 0, "")):
+        shell = f'exec "$0" -m fp8_backend.cli {" ".join(command)} {redirection}'
+        done = subprocess.run(["sh", "-c", shell, sys.executable], stderr=subprocess.PIPE, text=True, env=environ)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said)), done.stderr
+        assert done.stderr.startswith(said)
+
+
 def test_interrupted_warm_says_nothing_and_keeps_what_is_made(tmp_path: Path) -> None:
     environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path), "FP8_BACKEND_JIT": "auto"}
     # A shell that runs the tests in the background has them ignore SIGINT, and their children with them.

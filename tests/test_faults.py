@@ -44,6 +44,25 @@ def test_poisoned_row_stays_visible_and_leaves_the_others_alone(device: torch.de
     assert gemm.fp8_linear(x, weight, scale, N).isfinite().all()  # nothing of it is left in a workspace
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("m", [1, 64, 200])
+def test_poisoned_token_of_experts_leaves_the_others_alone(m: int, value: float) -> None:
+    from fp8_backend.bench.moe_operands import RandomExperts
+    from fp8_backend.bench.moe_shapes import MoeShape, route
+    from fp8_backend.kernels.experts import fp8_experts
+
+    shape = MoeShape("small", experts=8, hidden=256, intermediate=128, top_k=2)
+    layer = RandomExperts(shape, torch.device("cpu"), 1).ours[0]
+    x = torch.randn(m, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    routed = route(shape, m, "balanced", 1)
+    clean = fp8_experts(x, *routed, layer.w13, layer.scale_13, layer.w2, layer.scale_2)
+    x[m // 2, 130] = value
+    got = fp8_experts(x, *routed, layer.w13, layer.scale_13, layer.w2, layer.scale_2)
+    others = torch.arange(m) != m // 2
+    assert clean.isfinite().all() and torch.equal(got[others], clean[others])
+    assert not got[m // 2].isfinite().any()
+
+
 def test_no_memory_for_a_workspace_names_memory_and_the_next_call_is_right() -> None:
     """In a child whose address space has an end; its second answer is compared with this process's."""
     program = (
