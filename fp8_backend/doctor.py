@@ -20,6 +20,7 @@ from fp8_backend.findings import CPU, HOPPER, OTHER_GPU, Finding
 from fp8_backend.isolation import Probe
 
 ENTRY_POINT = "fp8_backend"
+ROOM_BYTES = 10_000_000  # all kernels take a quarter of it
 LABELS = {True: "ok", False: "ACTION", None: "skip"}
 MEANINGS = {
     HOPPER: "fp8_backend's CUDA kernels serve",
@@ -35,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; return 0 if all is fine for what this machine can be used for, 1 if something is to be done."""
-    role, findings = examine()
+    role, serves, findings = examine()
     to_do = [finding for finding in findings if finding.action]
     if arguments.json:
         rows = [{"what": f.what, "found": f.found, "ok": f.ok, "action": f.action} for f in findings]
-        print(json.dumps({"role": role, "ok": not to_do, "findings": rows}, indent=1))
+        print(json.dumps({"role": role, "serves": serves, "ok": not to_do, "findings": rows}, indent=1))
     else:
         width = max(len(finding.what) for finding in findings)
         for finding in findings:
@@ -47,14 +48,32 @@ def run(arguments: argparse.Namespace) -> int:
             if finding.action:
                 print(f"{'':6}  {'':{width}}  -> {finding.action}")
         end = f"{len(to_do)} of {len(findings)} need action" if to_do else "nothing to do"
-        print(f"{role}: {MEANINGS[role]}; {end}")
+        print(f"{role}: {serves}; {end}")
     return 1 if to_do else 0
 
 
-def examine() -> tuple[str, list[Finding]]:
-    """Return this machine's role and everything found, in the order of the report."""
+def examine() -> tuple[str, str, list[Finding]]:
+    """Return this machine's role, what serves here, and everything found, in the order of the report."""
     *findings, role = isolation.examine(PROBES)
-    return role.found if role.found in MEANINGS else CPU, findings
+    return (role.what, role.found, findings) if role.what in MEANINGS else (CPU, MEANINGS[CPU], findings)
+
+
+def role_and_kernels() -> Finding:
+    """Return the machine's role and, as what is found, whose kernels serve on it under the settings in force."""
+    role = doctor_machine.role()
+    if role == CPU:
+        return Finding(role, MEANINGS[role])
+    from fp8_backend import settings
+
+    asked = settings.value_or_none("kernels") == "reference"
+    return Finding(role, "the torch reference serves, FP8_BACKEND_KERNELS asks for it" if asked else MEANINGS[role])
+
+
+def needs_kernels() -> bool:
+    """Return whether serving on this machine, under the settings in force, takes the CUDA kernels."""
+    from fp8_backend import settings
+
+    return doctor_machine.role() == HOPPER and settings.load().kernels == "auto"
 
 
 def python() -> Finding:
@@ -167,15 +186,18 @@ def cache_directory() -> Finding:
 
     directory = settings.load().resolved_cache_dir()
     held = cache.entries(())
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    found = (
+    writable, free = room(directory)
+    return Finding(
+        "cache",
         f"{directory}{'' if directory.exists() else ' (not made yet)'}: {'writable' if writable else 'not writable'}, "
-        f"{len(held)} entries, {readable_size(sum(entry.size for entry in held))}, {readable_size(free)} free"
+        f"{len(held)} entries, {readable_size(sum(entry.size for entry in held))}, {readable_size(free)} free",
     )
-    needed = doctor_machine.role() == HOPPER and not (writable and free > 10_000_000)
-    return Finding("cache", found, "make it writable and free 10 MB, or set FP8_BACKEND_CACHE_DIR" if needed else "")
+
+
+def room(directory: Path) -> tuple[bool, int]:
+    """Return whether the directory, or the one in which it would be made, can be written, and its free bytes."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK), shutil.disk_usage(existing).free
 
 
 def kernels() -> Finding:
@@ -184,12 +206,11 @@ def kernels() -> Finding:
     from fp8_backend.errors import CacheError, CompileError
     from fp8_backend.kernels import cache, warmup
 
-    specs = warmup.all_specs()
-    hopper, forbidden = doctor_machine.role() == HOPPER, settings.load().jit == "forbid"
+    specs, needed, current = warmup.all_specs(), needs_kernels(), settings.load()
     try:
         states = [entry.state for entry in cache.entries(specs)]
     except CompileError as error:
-        return Finding("kernels", f"their keys are unknown: {error}", "pip install nvidia-cuda-nvrtc" if hopper else "")
+        return Finding("kernels", f"their keys are unknown: {error}", "pip install nvidia-cuda-nvrtc" if needed else "")
     except CacheError:  # the cache has a line of its own
         return Finding("kernels", "not examined: the cache cannot be used", examined=False)
     missing = len(specs) - states.count("current")
@@ -198,13 +219,16 @@ def kernels() -> Finding:
         found += f"; {stale} stale entries of other versions (fp8-backend cache clear deletes all)"
     if damaged := states.count("damaged"):
         found += f"; {damaged} damaged entries, which are not used"
-    if missing and hopper and forbidden:
-        return Finding(
-            "kernels", found, "run fp8-backend cache warm, or unset FP8_BACKEND_JIT=forbid: vLLM will not start"
-        )
-    if missing and hopper:
-        found += "; the next start compiles the others (fp8-backend cache warm does it now)"
-    return Finding("kernels", found)
+    if not (missing and needed):
+        return Finding("kernels", found)
+    if current.jit == "forbid":
+        step = "run fp8-backend cache warm, or unset FP8_BACKEND_JIT=forbid: vLLM will not start"
+        return Finding("kernels", found, step)
+    writable, free = room(current.resolved_cache_dir())
+    if not writable or free < ROOM_BYTES:
+        step = "make the cache writable and free 10 MB, or set FP8_BACKEND_CACHE_DIR: each start compiles anew"
+        return Finding("kernels", found, step)
+    return Finding("kernels", f"{found}; the next start compiles the others (fp8-backend cache warm does it now)")
 
 
 PROBES = (
@@ -224,5 +248,5 @@ PROBES = (
     Probe("clocks", doctor_machine.clocks, "run nvidia-smi"),
     Probe("kernels", kernels, "follow the message", needs_torch=True),
     Probe("GEMM", doctor_machine.verified_gemm, "follow the lines above first; do not serve before this works", True),
-    Probe("role", lambda: Finding("role", doctor_machine.role()), ""),
+    Probe("role", role_and_kernels, ""),
 )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fp8_backend import doctor_machine
+from fp8_backend import doctor, doctor_machine
 from fp8_backend.errors import ArgumentError, SettingsError
-from fp8_backend.findings import Finding, guarded
+from fp8_backend.findings import HOPPER, Finding, guarded
 from fp8_backend.kernels import gemm, warmup
 from fp8_backend.kernels.compiler import nvrtc_version
 
@@ -195,6 +195,27 @@ esac"""
     assert "fp8-backend cache warm" in findings["kernels"]["action"]
     assert findings["clocks"]["found"].startswith("GPU 0: SM 345 MHz of 1980 MHz")
     assert "GPU 0" in findings["clocks"]["action"]
+
+
+@ON_CPU
+def test_reference_that_is_asked_for_needs_no_kernels(tmp_path: Path) -> None:
+    script = '[ "$1" = --query-gpu=name,compute_cap ] && echo "NVIDIA H200, 9.0"'
+    environ = {"PATH": nvidia_smi(tmp_path / "bin", script), "FP8_BACKEND_KERNELS": "reference"}
+    _, report, findings = diagnose(tmp_path / "cache", FP8_BACKEND_JIT="forbid", **environ)
+    assert (report["role"], report["serves"].split(",")[0]) == ("Hopper GPU", "the torch reference serves")
+    assert findings["kernels"]["ok"] is True
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_cache_that_cannot_be_written_is_fine_once_it_is_full(
+    full: bool, tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an image ships it; it must not cost an image its exit status of 0."""
+    monkeypatch.setenv("FP8_BACKEND_CACHE_DIR", str(warm_cache if full else tmp_path))
+    monkeypatch.setattr(doctor_machine, "role", lambda: HOPPER)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever a folder's mode says
+    assert "not writable" in doctor.cache_directory().found
+    assert [doctor.cache_directory().action, bool(doctor.kernels().action)] == ["", not full]
 
 
 @ON_CPU
