@@ -205,6 +205,17 @@ def test_quoted_messages_are_those_that_are_printed(quotation: str) -> None:
         assert part.strip(" .()") in text, part
 
 
+def test_messages_in_the_checkpoint_guide_are_those_that_are_printed() -> None:
+    text = sources(ROOT / "fp8_backend")
+    rows = (ROOT / "docs" / "checkpoints.md").read_text().partition("## Errors")[2].splitlines()
+    messages = [
+        message for row in rows if row.startswith("| `") for message in re.findall(r"`(.+?)`", row.split("|")[1])
+    ]
+    assert len(messages) > 10
+    for part in (part for message in messages for part in re.split(r"\.\.\.(?:_scale_inv)?|is nan(?= \()", message)):
+        assert part in text, part
+
+
 def test_every_page_with_commands_was_read() -> None:
     assert {page for page, _ in commands()} >= {"README.md", "docs/serving.md", "docs/ab.md", "docs/contributing.md"}
 
