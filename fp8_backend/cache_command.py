@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         case "list":
             _list(arguments.json)
         case "path":
-            print(settings.load().resolved_cache_dir())
+            path = settings.load().resolved_cache_dir()
+            sys.stdout.buffer.write(os.fsencode(path) + b"\n")  # a script reads it, whatever the locale can write
         case "clear":
             _clear()
         case "warm":
@@ -77,10 +79,13 @@ def _clear() -> None:
 
 
 def _warm() -> None:
+    specs = warmup.all_specs()
+    if settings.load().jit != "forbid" and any(cache.find(spec) is None for spec in specs):
+        cache.require_writable()
     bar = ProgressOnDemand("compiling", "kernels") if sys.stderr.isatty() else nullcontext()
     with bar as progress:
         done = warmup.warm_up(progress=progress)
-    directory, specs = settings.load().resolved_cache_dir(), warmup.all_specs()
+    directory = settings.load().resolved_cache_dir()
     kept = sum(entry.state == "current" for entry in cache.entries(specs))
     if kept < len(specs):
         raise CacheError(

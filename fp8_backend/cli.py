@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import signal
 import sys
+from contextlib import suppress
 
 from fp8_backend.errors import Fp8BackendError
 
@@ -32,13 +36,32 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         if name in arguments[:1]:
             importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(arguments)
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = open(os.devnull, "w")
+    elif isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the locale cannot write
     try:
+        parsed = parser.parse_args(arguments)
         code: int = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
+        sys.stdout.flush()
         return code
-    except Fp8BackendError as error:
-        print(f"fp8-backend {parsed.command}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (Fp8BackendError, OSError) as error:  # OSError: no space, no permission, with the name of the file
+        _drop_output()
+        print(f"fp8-backend {arguments[0]}: {error}", file=sys.stderr)
         return 2
+
+
+def _drop_output() -> None:
+    """Have what is left in the buffer go nowhere when Python ends, where it could not be written already."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ class Finding:
         return not self.action if self.examined else None
 
 
-Probe = Callable[[], Finding | list[Finding]]
+Look = Callable[[], Finding | list[Finding]]
 
 
-def guarded(what: str, probe: Probe, action: str) -> list[Finding]:
+def guarded(what: str, probe: Look, action: str) -> list[Finding]:
     """Return what a probe finds; if it fails, the failure and `action`."""
     try:
         found = probe()
@@ -38,7 +38,7 @@ def guarded(what: str, probe: Probe, action: str) -> list[Finding]:
         return [Finding(what, "not examined: the settings cannot be read", examined=False)]
     except Fp8BackendError as error:
         return [Finding(what, str(error), action)]
-    except Exception as error:  # whatever is broken here is what the user wants to know
+    except (Exception, SystemExit) as error:  # whatever is broken here is what the user wants to know
         return [Finding(what, f"{type(error).__name__}: {error}", action)]
     return found if isinstance(found, list) else [found]
 
@@ -51,9 +51,10 @@ def nvidia_smi(*fields: str) -> list[dict[str, str]]:
     """
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode:
         return []
-    return [dict(zip(fields, line.split(", "), strict=False)) for line in done.stdout.strip().splitlines()]
+    rows = (line.split(", ") for line in done.stdout.strip().splitlines())
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fp8_backend.errors import SettingsError
+from fp8_backend.errors import CacheError, SettingsError
 
 PREFIX = "FP8_BACKEND_"
 
@@ -47,20 +47,42 @@ class Settings(BaseModel):
         "`0`: the fastest kernel for each size. vLLM's `VLLM_BATCH_INVARIANT=1` asks for it, too.",
     )
 
+    @field_validator("strict", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        if isinstance(value, str) and value not in ("0", "1"):  # pydantic alone would take "on", "T" and more
+            raise ValueError("must be 0 or 1")
+        return value
+
     @field_validator("cache_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.expanduser().is_absolute():
+        if value is None:
+            return None
+        try:
+            value = value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"names the home of a user who has none ({error})") from None
+        if not value.is_absolute():
             raise ValueError("must be an absolute path")
-        return value.expanduser() if value is not None else None
+        return value
 
     def resolved_cache_dir(self, environ: Mapping[str, str] = os.environ) -> Path:
-        """Return the directory of compiled kernels; it need not exist."""
+        """Return the directory of compiled kernels, an absolute path; it need not exist.
+
+        Raises:
+            CacheError: it would be in the home directory of a user who has none.
+        """
         if self.cache_dir is not None:
             return self.cache_dir
-        if root := environ.get("VLLM_CACHE_ROOT"):
-            return Path(root).expanduser() / "fp8_backend"
-        return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fp8_backend"
+        source = self.cache_dir_source(environ)
+        root = "~/.cache" if source == "default" else environ[source]
+        try:
+            # As vLLM takes its own: relative to where the process runs.
+            return Path(root).expanduser().absolute() / "fp8_backend"
+        except RuntimeError:  # what pathlib raises for a user id without an entry, and for ~name
+            where = "" if source == "default" else f" for {source}={root!r}"
+            raise CacheError(f"there is no home directory{where} to keep kernels in; set {PREFIX}CACHE_DIR") from None
 
     def resolved_batch_invariant(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Return whether this setting or vLLM's asks for rows that do not depend on their batch."""
@@ -90,7 +112,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     except ValidationError as error:
         detail = error.errors()[0]
         name = PREFIX + str(detail["loc"][0]).upper()
-        raise SettingsError(f"{name}={given[name]!r}: {detail['msg']}; correct it or unset it") from None
+        said = detail["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name}={given[name]!r}: {said}; correct it or unset it") from None
 
 
 def value_or_none(field: str) -> object:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from fp8_backend.cli import COMMANDS
 from fp8_backend.kernels import warmup
 
 COUNT = len(warmup.all_specs())
@@ -104,6 +107,77 @@ def test_refused_directory_is_an_error_with_the_next_step(action: str, tmp_path:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_path_is_the_bytes_of_the_path_and_reports_are_readable_in_any_locale(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff \xc3\xbc")  # no text in any encoding, a blank, an umlaut
+    for encoding in ("ascii", "utf-8", "latin-1"):
+        environ = {"FP8_BACKEND_CACHE_DIR": folder, "PYTHONIOENCODING": encoding}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("FP8_BACKEND_")}
+        command = [sys.executable, "-m", "fp8_backend.cli", "cache"]
+        path, listing = (
+            subprocess.run([*command, action], capture_output=True, timeout=60, env={**inherited, **environ})
+            for action in ("path", "list")
+        )
+        assert (path.returncode, path.stdout, path.stderr) == (0, os.fsencode(folder) + b"\n", b"")
+        assert (listing.returncode, listing.stderr) == (0, b"") and b": 0 entries" in listing.stdout
+
+
+def test_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
+    for index in range(500):  # more than a pipe holds
+        (filled / "v1" / f"gemm-OLD=1-{index:016x}.cubin").write_text("")
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(filled)}
+    command = [sys.executable, "-m", "fp8_backend.cli", "cache", "list"]
+    listing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ)
+    assert listing.stdout is not None and listing.stderr is not None
+    listing.stdout.readline()
+    listing.stdout.close()
+    assert listing.stderr.read() == b""
+    assert listing.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("command", [("cache", "list"), ("cache", "path"), ("doctor",)])
+def test_output_that_cannot_be_written_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
+    for redirection, code, said in ((">/dev/full", 2, f"fp8-backend {command[0]}: [Errno 28]"), (">&-", 0, "")):
+        shell = f'exec "$0" -m fp8_backend.cli {" ".join(command)} {redirection}'
+        done = subprocess.run(["sh", "-c", shell, sys.executable], stderr=subprocess.PIPE, text=True, env=environ)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said)), done.stderr
+        assert done.stderr.startswith(said)
+
+
+def test_interrupted_warm_says_nothing_and_keeps_what_is_made(tmp_path: Path) -> None:
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path), "FP8_BACKEND_JIT": "auto"}
+    # A shell that runs the tests in the background has them ignore SIGINT, and their children with them.
+    program = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from fp8_backend.cli import main\nsys.exit(main(['cache', 'warm']))"
+    )
+    warm = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environ)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("v1/*.cubin")):
+        assert warm.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    warm.send_signal(signal.SIGINT)
+    assert (warm.communicate(timeout=60)[1], warm.returncode) == ("", 128 + signal.SIGINT)
+    assert 0 < len(list(tmp_path.glob("v1/*.cubin"))) < COUNT
+
+
+def test_warm_into_a_refused_directory_fails_before_it_compiles(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    program = (
+        "import sys\nfrom fp8_backend import cli, counters\n"
+        "code = cli.main(['cache', 'warm'])\nprint(code, len(counters.compiles))"
+    )
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path), "FP8_BACKEND_JIT": "auto"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environ)
+    assert done.stdout == "2 0\n" and f"chmod go-w {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_answered(command: str) -> None:
+    done = run(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: fp8-backend {command}")
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("cache",), ("cache", "nonsense"), ("doctor", "--nonsense")])
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
@@ -111,8 +185,35 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert done.stderr.startswith("usage: fp8-backend")
 
 
-def test_malformed_setting_is_one_line(tmp_path: Path) -> None:
-    done = run("cache", "path", FP8_BACKEND_CACHE_DIR="relative")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FP8_BACKEND_CACHE_DIR", "relative"),
+        ("FP8_BACKEND_CACHE_DIR", "~nobody-of-this-name/kernels"),
+        ("FP8_BACKEND_STRICT", "yes"),  # not in the table, which promises that all others are refused
+        ("FP8_BACKEND_JIT", "Forbid"),
+    ],
+)
+def test_malformed_setting_is_one_line(name: str, value: str) -> None:
+    done = run("cache", "path", **{name: value})
     assert done.returncode == 2
-    assert "FP8_BACKEND_CACHE_DIR='relative'" in done.stderr
+    assert f"{name}={value!r}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("action", ["path", "list", "clear", "warm"])
+def test_home_of_nobody_is_one_line(action: str) -> None:
+    command = [sys.executable, "-m", "fp8_backend.cli", "cache", action]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FP8_BACKEND_")}
+    environ["VLLM_CACHE_ROOT"] = "~nobody-of-this-name"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith("set FP8_BACKEND_CACHE_DIR") and "Traceback" not in done.stderr
+
+
+def test_relative_root_is_that_of_the_working_directory(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("FP8_BACKEND_")}
+    environ = {**environ, "VLLM_CACHE_ROOT": "here", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "fp8_backend.cli", "cache", "path"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, cwd=tmp_path)
+    assert done.stdout == f"{tmp_path}/here/fp8_backend\n"

@@ -151,3 +151,14 @@ def test_what_was_hashed_is_what_is_compiled(copied: KernelSpec) -> None:
     sources = compiler.read_sources(copied)
     (copied.folder / "saxpy_offset.cuh").write_text("__device__ float offset() { return 12345.f; }")
     assert compile_kernel(copied, sources).cubin == compile_kernel(SAXPY).cubin != compile_kernel(copied).cubin
+
+
+def test_nvrtc_that_lacks_a_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another library of that name does which was loaded before ours."""
+
+    def absent(*_: object) -> None:
+        raise RuntimeError("function nvrtcCreateProgram is not found")
+
+    monkeypatch.setattr(compiler._nvrtc(), "nvrtcCreateProgram", absent)
+    with pytest.raises(CompileError, match=r"^kernel saxpy.*NVRTC 13\..*nvrtcCreateProgram is not found; pip install"):
+        compile_kernel(SAXPY)

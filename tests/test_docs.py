@@ -1,11 +1,14 @@
 """Every command in README.md and docs/ is run; what needs a GPU, a server or minutes is parsed by its own parser.
 
-A command is a line of a fenced `sh` block, or of an indented block that starts with a program known here. A program or
-argument that nobody has taken care of fails the test.
+A command is a line of a fenced `sh` block, or of an indented block that starts with a program known here. A program, an
+argument or a kind of block that nobody has taken care of fails the test. Commands and paths within a sentence are
+looked up, quotations of messages are searched in the sources that print them.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
 import shlex
@@ -21,12 +24,15 @@ import pytest
 from demo.architectures import SIZES
 from demo.checkpoint import dequantize_checkpoint, write_checkpoint
 from fp8_backend import settings
+from fp8_backend.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("make", "pip", "vllm", "fp8-backend", "python", ".venv/bin/python", ".venv/bin/pre-commit", "export")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
+SENTENCE = re.compile(r"`((?:fp8-backend|make) [^`]+)`")
+FILE = re.compile(r"`((?:[\w.-]+/)+(?:[\w.-]+\.(?:py|md|json|cuh))?)`")
 # Runs a program with the arguments given, up to the moment at which its parser has accepted them.
 PARSE = """
 import argparse, runpy, sys
@@ -46,7 +52,7 @@ RUN = {"doctor", "cache", "inspect", "quantize", "dequantize"}
 def commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         text = page.read_text()
-        blocks = [body for language, body in FENCE.findall(text) if language in ("sh", "console")]
+        blocks = [body for language, body in FENCE.findall(text) if language == "sh"]
         for block in INDENTED.findall(FENCE.sub("", text)):
             if block.split()[0] in PROGRAMS:
                 blocks.append(block)
@@ -131,6 +137,83 @@ def test_command(page: str, line: str, places: dict[str, str], tmp_path: Path, w
             assert arguments == ["install"] and (ROOT / ".pre-commit-config.yaml").exists()
         case _:
             pytest.fail(f"{page}: nobody runs or parses {line!r}; teach this test to")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_are_of_a_kind_that_is_run(page: Path, tmp_path: Path) -> None:
+    for language, body in FENCE.findall(page.read_text()):
+        assert language in ("sh", "python", "text"), f"nobody runs a block of {language or 'no language'}"
+        if language == "python":
+            environ = environment([], tmp_path / "cache")
+            done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, env=environ)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_exist(page: Path) -> None:
+    for command in SENTENCE.findall(page.read_text()):
+        program, name, *arguments = shlex.split(command)
+        if program == "make":
+            subprocess.run(["make", "-n", name, *arguments], cwd=ROOT, check=True, capture_output=True)
+            continue
+        parser = argparse.ArgumentParser(name)
+        importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+        text = parser.format_help()
+        actions = [argument for argument in arguments if re.fullmatch(r"--[a-z-]+|[a-z]+", argument)]
+        assert all(re.search(rf"(?<![\w-]){action}\b", text) for action in actions), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_within_sentences_exist(page: Path) -> None:
+    for name in FILE.findall(page.read_text()):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "fp8_backend", page.parent)), name
+
+
+def test_times_of_the_kernels_page_are_in_the_notes() -> None:
+    """The page gives the notes' figures without their circumstances; it must not have figures of its own."""
+    notes = "\n".join(path.read_text() for path in (ROOT / "docs").glob("kernel-notes*.md"))
+    rows = re.findall(
+        r"^\| step .*before, us.*\n\|[-|]+\n((?:\|.*\n)+)", (ROOT / "docs" / "kernels.md").read_text(), re.M
+    )
+    times = [cell.strip() for table in rows for row in table.splitlines() for cell in row.split("|")[3:5]]
+    assert len(times) >= 20
+    for time in times:
+        assert re.search(rf"(?<![\d.]){re.escape(time)}(?![\d]|\.\d)", notes), time
+
+
+def sources(folder: Path) -> str:
+    """Return the Python files of a folder with each text in one piece, however it is broken into lines."""
+    text = "\n".join(path.read_text() for path in sorted(folder.rglob("*.py")))
+    return re.sub(r'"\s*\n\s*f?"', "", text)
+
+
+def quotations() -> list[str]:
+    """Return what the bold headings of troubleshooting.md quote."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^\*\*(.+?)\*\*", text, re.MULTILINE | re.DOTALL)
+    return [" ".join(quoted.split()) for heading in headings for quoted in re.findall(r'"([^"]+)"', heading)]
+
+
+@pytest.mark.parametrize("quotation", quotations())
+def test_quoted_messages_are_those_that_are_printed(quotation: str) -> None:
+    if "quantization method specified" in quotation.lower():
+        config = pytest.importorskip("vllm.config.model", reason="needs vLLM; vllm is not installed")
+        text = sources(Path(config.__file__).parent)
+    else:
+        text = sources(ROOT / "fp8_backend")
+    for part in re.split(r"\.\.\.|^N |\(\w+\)|`\w+`", quotation):  # what stands for a name or a number
+        assert part.strip(" .()") in text, part
+
+
+def test_messages_in_the_checkpoint_guide_are_those_that_are_printed() -> None:
+    text = sources(ROOT / "fp8_backend")
+    rows = (ROOT / "docs" / "checkpoints.md").read_text().partition("## Errors")[2].splitlines()
+    messages = [
+        message for row in rows if row.startswith("| `") for message in re.findall(r"`(.+?)`", row.split("|")[1])
+    ]
+    assert len(messages) > 10
+    for part in (part for message in messages for part in re.split(r"\.\.\.(?:_scale_inv)?|is nan(?= \()", message)):
+        assert part in text, part
 
 
 def test_every_page_with_commands_was_read() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fp8_backend import doctor_machine
+from fp8_backend import doctor, doctor_machine
 from fp8_backend.errors import ArgumentError, SettingsError
-from fp8_backend.findings import Finding, guarded
+from fp8_backend.findings import HOPPER, Finding, guarded
 from fp8_backend.kernels import gemm, warmup
 from fp8_backend.kernels.compiler import nvrtc_version
 
@@ -24,18 +25,19 @@ ALWAYS = {"python", "fp8-backend", "torch", "cuda-bindings", "GPU", "driver", "N
     "kernels",
     "clocks",
     "GEMM",
+    "registration",
 }
 SETTINGS = {f"FP8_BACKEND_{name}" for name in ("STRICT", "KERNELS", "CACHE_DIR", "JIT")}
 
 
-def diagnose(cache: Path, **environ: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
+def diagnose(cache: Path | None, **environ: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
     """Run the doctor with a cache directory and variables; return exit code, report and findings by name."""
     inherited = {n: v for n, v in os.environ.items() if not n.startswith("FP8_BACKEND_") and n != "VLLM_PLUGINS"}
     command = [sys.executable, "-m", "fp8_backend.cli", "doctor", "--json"]
-    environ = {**inherited, "FP8_BACKEND_CACHE_DIR": str(cache), **environ}
+    environ = {**inherited, **({"FP8_BACKEND_CACHE_DIR": str(cache)} if cache else {}), **environ}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
     report = json.loads(done.stdout)
-    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
     assert all(set(row) == {"what", "found", "ok", "action"} for row in report["findings"])
     assert all((row["ok"] is False) == bool(row["action"]) for row in report["findings"])
     assert report["ok"] == (done.returncode == 0) == all(row["ok"] is not False for row in report["findings"])
@@ -73,7 +75,7 @@ def test_text_says_the_same_and_ends_with_the_role(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     (index,) = [index for index, line in enumerate(lines) if line.startswith("ACTION  plugin")]
     assert lines[index + 1].strip() == "-> add fp8_backend to VLLM_PLUGINS, or unset it"
-    assert (done.returncode, lines[-1].endswith("1 of 17 need action")) == (1, True)
+    assert (done.returncode, lines[-1].endswith("1 of 18 need action")) == (1, True)
 
 
 @ON_CPU
@@ -83,8 +85,34 @@ def test_broken_torch_is_one_action_and_all_else_is_examined(statement: str, tmp
     assert (code, report["role"], actions(findings)) == (1, "CPU", {"torch"})
     assert statement.split("'")[1] in findings["torch"]["found"]
     assert set(findings) == ALWAYS | SETTINGS
-    assert {what for what, row in findings.items() if row["ok"] is None} == {"kernels", "GEMM"}
+    assert {what for what, row in findings.items() if row["ok"] is None} == {"registration", "kernels", "GEMM"}
     assert "writable, 0 entries" in findings["cache"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [("raise ImportError('_C.so: undefined symbol')", "_C.so"), ("import os; os.abort()", "SIGABRT")],
+)
+def test_vllm_that_is_installed_and_does_not_import_is_an_action(statement: str, found: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM; vllm is not installed")
+    path = poisoned(tmp_path / "path", "vllm", statement)
+    code, _, findings = diagnose(tmp_path / "cache", PYTHONPATH=path)
+    assert (code, actions(findings)) == (1, {"registration"})
+    assert found in findings["registration"]["found"] and "reinstall vLLM" in findings["registration"]["action"]
+    assert findings["plugin"]["ok"] is True
+
+
+@ON_CPU
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler to make a broken driver")
+def test_driver_that_crashes_is_an_action(tmp_path: Path) -> None:
+    (tmp_path / "cuda.c").write_text("int cuInit(unsigned flags) { return *(volatile int *)0; }")
+    command = ["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"]
+    subprocess.run(command, check=True, timeout=60)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("LD_LIBRARY_PATH")]))
+    code, _, findings = diagnose(tmp_path / "cache", LD_LIBRARY_PATH=path)
+    assert (code, actions(findings)) == (1, {"driver"})
+    assert findings["driver"]["found"] == "ended by SIGSEGV"
+    assert findings["GEMM"]["ok"] is True
 
 
 @pytest.mark.parametrize("package", ["pydantic", "cuda"])
@@ -109,11 +137,19 @@ def test_unknown_setting_is_one_action(tmp_path: Path) -> None:
     assert "settings" in actions(findings)
 
 
+def test_home_of_nobody_is_an_action_of_the_cache() -> None:
+    code, _, findings = diagnose(None, VLLM_CACHE_ROOT="~nobody-of-this-name")
+    assert (code, actions(findings)) == (1, {"FP8_BACKEND_CACHE_DIR", "cache"})
+    assert findings["FP8_BACKEND_CACHE_DIR"]["action"].startswith("set FP8_BACKEND_CACHE_DIR to")
+    assert findings["kernels"]["ok"] is None
+
+
 def test_refused_cache_gives_the_command(tmp_path: Path) -> None:
     (tmp_path / "v1").mkdir()
     tmp_path.chmod(0o777)
     code, _, findings = diagnose(tmp_path)
-    assert (code, "cache" in actions(findings)) == (1, True)
+    assert (code, actions(findings)) == (1, {"cache"})
+    assert findings["kernels"]["ok"] is None
     assert f"chmod go-w {tmp_path}" in findings["cache"]["found"]
 
 
@@ -162,8 +198,30 @@ esac"""
 
 
 @ON_CPU
-def test_nvidia_smi_that_fails_is_no_gpu(tmp_path: Path) -> None:
-    code, report, _ = diagnose(tmp_path / "cache", PATH=nvidia_smi(tmp_path / "bin", "echo NVML broken; exit 9"))
+def test_reference_that_is_asked_for_needs_no_kernels(tmp_path: Path) -> None:
+    script = '[ "$1" = --query-gpu=name,compute_cap ] && echo "NVIDIA H200, 9.0"'
+    environ = {"PATH": nvidia_smi(tmp_path / "bin", script), "FP8_BACKEND_KERNELS": "reference"}
+    _, report, findings = diagnose(tmp_path / "cache", FP8_BACKEND_JIT="forbid", **environ)
+    assert (report["role"], report["serves"].split(",")[0]) == ("Hopper GPU", "the torch reference serves")
+    assert findings["kernels"]["ok"] is True
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_cache_that_cannot_be_written_is_fine_once_it_is_full(
+    full: bool, tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an image ships it; it must not cost an image its exit status of 0."""
+    monkeypatch.setenv("FP8_BACKEND_CACHE_DIR", str(warm_cache if full else tmp_path))
+    monkeypatch.setattr(doctor_machine, "role", lambda: HOPPER)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write whatever a folder's mode says
+    assert "not writable" in doctor.cache_directory().found
+    assert [doctor.cache_directory().action, bool(doctor.kernels().action)] == ["", not full]
+
+
+@ON_CPU
+@pytest.mark.parametrize("script", ["echo NVML broken; exit 9", "printf '\\377\\376, 9.x\\n'"])
+def test_nvidia_smi_that_fails_or_prints_garbage_is_no_gpu(script: str, tmp_path: Path) -> None:
+    code, report, _ = diagnose(tmp_path / "cache", PATH=nvidia_smi(tmp_path / "bin", script))
     assert (code, report["role"]) == (0, "CPU")
 
 

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize import (
 )
 from vllm.model_executor.layers.quantization.utils import quant_utils
 
+from fp8_backend import counters
 from fp8_backend.bench.moe_operands import RandomExperts
 from fp8_backend.bench.moe_shapes import MoeShape, route
 from fp8_backend.integration import experts as experts_module
@@ -130,7 +131,9 @@ def test_rows_by_expert(layer: RandomExperts) -> None:
     dispatch = QuantisingBatches(max_num_tokens=24, num_local_experts=SHAPE.experts, num_dispatchers=1, rank=0)
     ours = DeepGemmFp8BatchedExperts(moe, quantisation, max_num_tokens=24, num_dispatchers=1)
     x, routed = given(19)
+    before = counters.calls["masked_experts"]
     y = run(mk.FusedMoEKernel(dispatch, ours), layer, x, routed)
+    assert counters.calls["masked_experts"] == before + 1
     # The first GEMM's output is rounded to bf16 before it is quantised: a code here and there is the next one.
     assert relative_error(y, layer.truth(x, routed, torch.arange(19, device=DEVICE))) < 0.02
 

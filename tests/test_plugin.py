@@ -202,7 +202,7 @@ def test_broken_files_are_refused_before_anything_is_loaded(folder: Path) -> Non
     ("name", "value", "words"),
     [
         ("FP8_BACKEND_NO_SUCH_THING", "1", ("is not a setting", "FP8_BACKEND_STRICT")),
-        ("FP8_BACKEND_STRICT", "perhaps", ("FP8_BACKEND_STRICT='perhaps'", "boolean")),
+        ("FP8_BACKEND_STRICT", "perhaps", ("FP8_BACKEND_STRICT='perhaps'", "must be 0 or 1")),
         ("FP8_BACKEND_KERNELS", "fast", ("FP8_BACKEND_KERNELS='fast'", "'auto' or 'reference'")),
     ],
 )

@@ -159,7 +159,7 @@ def test_lock_of_a_process_that_hangs_is_waited_for_no_longer_than_asked() -> No
         assert hear(holder) == "True"
         with cache.exclusive(0.05) as held:
             assert not held
-        assert counts(warmup.warm_up(SPECS, lock_timeout_s=0.05)) == (3, 3)
+        assert counts(warmup.warm_up(SPECS, patience_s=0.05)) == (3, 3)
     finally:
         holder.kill()
         holder.wait()

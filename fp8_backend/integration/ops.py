@@ -75,6 +75,7 @@ def _masked_experts(
     masked_m: torch.Tensor,
     expected_m: int,
 ) -> None:
+    counters.calls["masked_experts"] += 1
     m_grouped_fp8_gemm_nt_masked((codes, scale_a), (w13, scale_13), hidden, masked_m, expected_m)
     m_grouped_fp8_gemm_nt_masked(masked_silu_mul_quant(hidden, masked_m), (w2, scale_2), out, masked_m, expected_m)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,18 @@ _log = logging.getLogger(f"vllm.{__name__}")  # only vLLM's own loggers reach th
 _memory: dict[KernelSpec, CompiledKernel] = {}
 _locks: dict[KernelSpec, threading.Lock] = {}
 _warned: set[str] = set()
+_warning = threading.Lock()  # kernels are compiled on many threads, and a full disk meets all of them at once
 _ready = threading.Event()  # set once this process serves: whatever it compiles then stalls a request
+
+
+def _forget_locks() -> None:
+    """Start a forked child with locks of its own: a thread that held one of the parent's is not in the child."""
+    global _warning
+    _warning = threading.Lock()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def get(spec: KernelSpec) -> CompiledKernel:
@@ -108,17 +120,19 @@ def _compile(spec: KernelSpec, sources: dict[str, bytes]) -> CompiledKernel:
 
 
 @contextmanager
-def exclusive(timeout_s: float) -> Iterator[bool]:
+def exclusive(patience_s: float, progress: Callable[[], object] = int) -> Iterator[bool]:
     """Hold the lock of the cache among the processes of this host; yield whether it is held, and go on either way.
 
-    A lock that cannot be made (read-only directory, a file system without locks) is not waited for; one that another
-    process holds is waited for `timeout_s` seconds. It ends with the process that holds it.
+    A lock that cannot be made (read-only directory, a file system without locks) is not waited for, and none is taken
+    where nothing may be compiled. One that another process holds is waited for until what `progress` returns has stayed
+    the same for `patience_s` seconds. It ends with the process that holds it.
     """
-    directory = _directory(settings.load())
+    current = settings.load()
+    directory = _directory(current) if current.jit != "forbid" else None
     with ExitStack() as stack:
         held = False
         try:
-            held = directory is not None and stack.enter_context(cache_folder.locked(directory, timeout_s))
+            held = directory is not None and stack.enter_context(cache_folder.locked(directory, patience_s, progress))
         except OSError as error:
             _log.debug("kernel cache %s: no lock: %s", directory, error)
         yield held
@@ -160,6 +174,15 @@ def entries(specs: Iterable[KernelSpec]) -> list[Entry]:
     return found
 
 
+def require_writable() -> None:
+    """Make the directory if need be and write into it, so that nobody compiles for minutes what cannot be kept.
+
+    Raises:
+        CacheError: the directory is refused or cannot be written.
+    """
+    _usable(lambda directory, _: cache_folder.try_to_write(directory))
+
+
 def clear() -> list[Entry]:
     """Delete every entry, and what writers that were killed left behind; return the entries.
 
@@ -173,9 +196,7 @@ def clear() -> list[Entry]:
 
 def _usable(act: Callable[..., Any], *endings: str) -> Any:
     """Act on the directory in force, with its errors made the user's."""
-    directory = _directory(settings.load())
-    if directory is None:
-        raise CacheError("there is no home directory to keep kernels in; set FP8_BACKEND_CACHE_DIR")
+    directory = settings.load().resolved_cache_dir()
     try:
         return act(directory, endings)
     except OSError as error:
@@ -190,7 +211,7 @@ def entry_name(spec: KernelSpec, key: str) -> str:
 def _directory(current: settings.Settings) -> Path | None:
     try:
         return current.resolved_cache_dir()
-    except RuntimeError as error:  # a user without a home directory
+    except CacheError as error:  # a user without a home directory
         _warn_once("the kernel cache", str(error))
         return None
 
@@ -220,13 +241,18 @@ def _decode(data: bytes, key: str) -> CompiledKernel | None:
     if digest != hashlib.sha256(body).hexdigest().encode() + b"\n":
         return None
     cubin, _, line = body.removesuffix(b"\n").rpartition(b"\n")
-    facts = json.loads(line)
-    if facts.pop("key") != key:
+    try:
+        facts = json.loads(line)
+        if facts.pop("key") != key:
+            return None
+        return CompiledKernel(cubin, **{**facts, "warnings": tuple(facts["warnings"])})
+    except (ValueError, LookupError, TypeError, AttributeError):  # whole, and of a version that says other things
         return None
-    return CompiledKernel(cubin, **{**facts, "warnings": tuple(facts["warnings"])})
 
 
 def _warn_once(place: str, problem: str) -> None:
-    if place not in _warned:
+    with _warning:
+        first = place not in _warned
         _warned.add(place)
+    if first:
         _log.warning("%s is not used, each process compiles its kernels anew: %s", place, problem)

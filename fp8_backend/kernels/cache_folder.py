@@ -11,7 +11,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,9 @@ LAYOUT = "v1"
 _DIRECTORY_MODE, _ENTRY_MODE = 0o755, 0o644
 _LOCK = ".lock"
 _LOCK_MODE = 0o600  # whoever can open it can hold it
-_LOCK_POLL_S = 0.02
+_LOCK_POLL_S, _PROGRESS_POLL_S = 0.02, 0.5
+# The largest kernel has 100 kB. A sparse file of terabytes costs whoever made it nothing, and who reads it its memory.
+_MAX_ENTRY_BYTES = 64 << 20
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def _require_private(descriptor: int, name: str) -> None:
 
 
 def read(directory: Path, name: str) -> bytes:
-    """Return the bytes of a file.
+    """Return the bytes of a file; none of what no writer of ours leaves: a folder, a pipe, a file of that size.
 
     Raises:
         OSError: there is none, or it is refused.
@@ -66,9 +68,15 @@ def read(directory: Path, name: str) -> bytes:
     with _opened(directory) as folder:
         # O_NONBLOCK: opening a FIFO must not hang.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             _require_private(descriptor, str(directory / LAYOUT / name))
-            return file.read()
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_ENTRY_BYTES:
+                return b""
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
 
 def _make(directory: Path) -> None:
@@ -83,6 +91,23 @@ def publish(directory: Path, name: str, data: bytes) -> None:
     Raises:
         OSError: the directory is refused, or cannot be written.
     """
+    with _written(directory, data) as (folder, temporary):
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def try_to_write(directory: Path) -> None:
+    """Write as much as a kernel has and delete it, making the directory if need be.
+
+    Raises:
+        OSError: as for `publish`.
+    """
+    with _written(directory, bytes(1 << 17)) as (folder, temporary):
+        os.unlink(temporary, dir_fd=folder)
+
+
+@contextmanager
+def _written(directory: Path, data: bytes) -> Iterator[tuple[int, str]]:
+    """Write a file of a name nobody looks for, and yield the folder and that name; it is deleted if anything fails."""
     _make(directory)
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -93,7 +118,7 @@ def publish(directory: Path, name: str, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)  # a crash of the machine must not leave a name with no bytes behind it
-            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+            yield folder, temporary
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
@@ -101,8 +126,10 @@ def publish(directory: Path, name: str, data: bytes) -> None:
 
 
 @contextmanager
-def locked(directory: Path, timeout_s: float) -> Iterator[bool]:
-    """Hold the directory's lock, making the directory if need be; yield False if another process keeps it that long.
+def locked(directory: Path, patience_s: float, progress: Callable[[], object]) -> Iterator[bool]:
+    """Hold the directory's lock, making the directory if need be; yield False if whoever holds it seems to hang.
+
+    That is when what `progress` returns has stayed the same for `patience_s` seconds.
 
     Raises:
         OSError: there can be no lock: the directory is refused or read-only, or its file system has none.
@@ -112,19 +139,25 @@ def locked(directory: Path, timeout_s: float) -> Iterator[bool]:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(_LOCK, flags, _LOCK_MODE, dir_fd=folder)
     try:
-        yield _lock(descriptor, timeout_s)
+        yield _lock(descriptor, patience_s, progress)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
+def _lock(descriptor: int, patience_s: float, progress: Callable[[], object]) -> bool:
+    last: object = None
+    changed = looked = float("-inf")
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - looked >= _PROGRESS_POLL_S:
+                looked, seen = now, progress()
+                if seen != last:
+                    last, changed = seen, now
+            if now - changed > patience_s:
                 return False
             time.sleep(_LOCK_POLL_S)  # flock itself has no timeout
 

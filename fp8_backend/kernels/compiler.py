@@ -113,7 +113,16 @@ def compile_kernel(spec: KernelSpec, sources: dict[str, bytes] | None = None) ->
         CompileError: NVRTC is missing, a source is missing, or NVRTC rejected the source; the message holds its whole
             log, with file names and lines.
     """
-    sources = read_sources(spec) if sources is None else sources
+    try:
+        return _compile(spec, read_sources(spec) if sources is None else sources)
+    except RuntimeError as error:  # the binding's, of a library that lacks a function
+        raise CompileError(
+            f"kernel {spec.name}: NVRTC {nvrtc_version()} cannot be used: {error}; pip install --force-reinstall "
+            "'nvidia-cuda-nvrtc>=13'"
+        ) from error
+
+
+def _compile(spec: KernelSpec, sources: dict[str, bytes]) -> CompiledKernel:
     headers = {name: text for name, text in sources.items() if name != spec.file}
     nvrtc = _nvrtc()
     flags = [flag.encode() for flag in (*FLAGS, *(f"-D{key}={int(value)}" for key, value in spec.defines))]

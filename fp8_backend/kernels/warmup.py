@@ -14,8 +14,8 @@ from fp8_backend.kernels import activation, cache, experts_decode, experts_prefi
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.problem import GemmConfig
 
-# The 36 kernels take one core 17 s (measured): a lock that is held this long is in the hands of a process that hangs.
-LOCK_TIMEOUT_S = 120.0
+# A kernel takes a core a second: whoever holds the lock this long without a new one is a process that hangs.
+PATIENCE_S = 120.0
 
 _EXPERTS = (experts_decode, experts_prefill, masked)
 
@@ -49,7 +49,7 @@ def all_specs() -> tuple[KernelSpec, ...]:
 def warm_up(
     specs: Sequence[KernelSpec] | None = None,
     progress: Progress | None = None,
-    lock_timeout_s: float = LOCK_TIMEOUT_S,
+    patience_s: float = PATIENCE_S,
 ) -> WarmUp:
     """Take kernels from the cache into this process and compile those that are not there, one a thread; needs no GPU.
 
@@ -58,8 +58,9 @@ def warm_up(
 
     Args:
         specs: the kernels; all by default.
-        progress: told (how many are compiled, how many are to be); not called when none is missing.
-        lock_timeout_s: how long another process is waited for before this one compiles, too.
+        progress: told (how many are made, how many are to be), also while another process makes them; not called when
+            none is missing.
+        patience_s: how long another process is waited for that makes no kernel before this one compiles, too.
 
     Raises:
         CompileError: a kernel does not compile, or is missing and FP8_BACKEND_JIT=forbid; the message counts them.
@@ -67,9 +68,15 @@ def warm_up(
     start, before = time.monotonic(), len(counters.compiles)
     specs = all_specs() if specs is None else specs
     if missing := _missing(specs):
-        # Whoever had the lock before may have compiled them: `_compile` looks for each again.
-        with cache.exclusive(lock_timeout_s):
-            _compile(_missing(missing), progress)
+
+        def tell(left: int) -> int:
+            if progress is not None:
+                progress(len(missing) - left, len(missing))
+            return left
+
+        with cache.exclusive(patience_s, lambda: tell(len(_missing(missing)))):
+            # Whoever had the lock before may have compiled some or all.
+            _compile(_missing(missing), tell)
     return WarmUp(len(specs), len(counters.compiles) - before, time.monotonic() - start)
 
 
@@ -101,20 +108,18 @@ def _missing(specs: Sequence[KernelSpec]) -> list[KernelSpec]:
     return [spec for spec in specs if cache.find(spec) is None]
 
 
-def _compile(specs: Sequence[KernelSpec], progress: Progress | None) -> None:
-    """Compile on all cores that this process may use: NVRTC lets go of Python's lock."""
+def _compile(specs: Sequence[KernelSpec], tell: Callable[[int], object]) -> None:
+    """Compile on all cores that this process may use, NVRTC lets go of Python's lock; `tell` how many are left."""
+    tell(len(specs))
     if not specs:
         return
-    if progress is not None:
-        progress(0, len(specs))
     errors: list[CompileError] = []
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="fp8_backend-compile")
     try:
-        for done, error in enumerate(pool.map(_error_of, specs), start=1):
+        for left, error in zip(reversed(range(len(specs))), pool.map(_error_of, specs), strict=True):
             if error is not None:
                 errors.append(error)
-            if progress is not None:
-                progress(done, len(specs))
+            tell(left)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt waits for the kernels at work, not for those behind them
     if errors:
