@@ -47,7 +47,7 @@ class Settings(BaseModel):
         "`0`: the fastest kernel for each size. vLLM's `VLLM_BATCH_INVARIANT=1` asks for it, too.",
     )
 
-    @field_validator("strict", mode="before")
+    @field_validator("strict", "batch_invariant", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, str) and value not in ("0", "1"):  # pydantic alone would take "on", "T" and more
