@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -16,6 +15,7 @@ from fp8_backend.weights.completeness import check_complete
 from fp8_backend.weights.files import Checkpoint, open_checkpoint, read_config
 from fp8_backend.weights.formats import Fp8Format, read_format
 from fp8_backend.weights.safetensors_header import TensorInfo
+from fp8_backend.weights.tensor_reader import ShardReader
 
 FP8 = "F8_E4M3"
 # What converts to the kernels' float32 without rounding: DeepSeek stores F32, Qwen BF16 or F16; F8_E8M0 holds powers
@@ -163,9 +163,9 @@ def _check_scale_values(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
         if fp8_format.weight_name(name) is not None:
             by_shard[shard].append(name)
     for shard, names in by_shard.items():
-        with safe_open(shard, "pt") as file:
+        with ShardReader(shard) as reader:
             for name in names:
-                scale = file.get_tensor(name).float()
+                scale = reader.read(name).float()
                 bad = ~(torch.isfinite(scale) & (scale > 0))
                 if bad.any():
                     position = bad.nonzero()[0].tolist()

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from fp8_backend.errors import CheckpointError
-from fp8_backend.weights.safetensors_header import TensorInfo, read_header_and_length
+from fp8_backend.weights.safetensors_header import TensorInfo, read_header_and_length, unreadable
 
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -23,7 +23,10 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info, self.data_begin = read_header_and_length(path)
-        self.file = path.open("rb", buffering=0)
+        try:
+            self.file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -37,14 +40,20 @@ class ShardReader:
         """Return `count` bytes of a tensor, from byte `begin` of it.
 
         Raises:
-            CheckpointError: the file ends before them; names file, tensor and offset.
+            CheckpointError: the file ends before them, or the disk fails; names file, tensor and offset.
         """
         offset = self.data_begin + self.info[name].begin + begin
         buffer = bytearray(count)
         view, filled = memoryview(buffer), 0
         self.file.seek(offset)
         while filled < count:
-            got = self.file.readinto(view[filled:])
+            try:
+                got = self.file.readinto(view[filled:])
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path.name}: {name}: {error.strerror} at byte {offset + filled}; check the disk, or fetch the "
+                    "file again"
+                ) from None
             if not got:
                 raise CheckpointError(
                     f"{self.path.name}: {name}: ends at byte {offset + filled}; expected {count - filled} more; the "
