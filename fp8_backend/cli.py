@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 
 from fp8_backend.errors import Fp8BackendError
@@ -24,7 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's error is printed without a traceback and gives 2."""
+    """Run a command and return its exit code.
+
+    A user's error, or one of the machine's files, is printed without a traceback and gives 2, an interrupt 130.
+    """
     parser = argparse.ArgumentParser(prog="fp8-backend", description="FP8 block-scaled kernels for vLLM on Hopper.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = sys.argv[1:] if argv is None else argv
@@ -33,12 +38,29 @@ def main(argv: list[str] | None = None) -> int:
         if name in arguments[:1]:
             importlib.import_module(module).add_arguments(command)
     parsed = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and tensors need not fit the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = importlib.import_module(COMMANDS[parsed.command][0]).run(parsed)
+        sys.stdout.flush()
         return code
     except Fp8BackendError as error:
-        print(f"fp8-backend {parsed.command}: {error}", file=sys.stderr)
+        return _fail(parsed.command, str(error), 2)
+    except BrokenPipeError:
+        # `| head` has read enough. Python flushes standard output once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        return _fail(parsed.command, f"{what}{error.strerror or error}; check the path and the disk", 2)
+    except KeyboardInterrupt:
+        return _fail(parsed.command, "interrupted", 130)
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    print(f"fp8-backend {command}: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

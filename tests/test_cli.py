@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fp8_backend.kernels import warmup
 
@@ -109,6 +111,32 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: fp8-backend")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ('inspect "$(printf "a%.0s" $(seq 5000))"', "File name too long"),
+        ("cache path > /dev/full", "No space left on device"),
+        ("cache path | true", None),  # the reader has seen enough: nothing to say
+    ],
+)
+def test_errors_of_the_system_are_one_line(command: str, said: str | None, tmp_path: Path) -> None:
+    shell = f"set -o pipefail; {sys.executable} -m fp8_backend.cli {command}"
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300, env=environ)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (said is not None)
+    assert said is None or said in done.stderr
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"schön.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    done = run("inspect", str(tmp_path), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (1, "")  # described, and refused
+    assert r"sch\xf6n.weight" in done.stdout
 
 
 def test_malformed_setting_is_one_line(tmp_path: Path) -> None:
