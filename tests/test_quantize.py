@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -224,6 +225,23 @@ def test_killed_run_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert whole["errors"] == report["errors"]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_interrupted_run_ends_in_order(bf16: Path, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to every process of the command, also to workers that are still importing."""
+    command = [sys.executable, "-m", "fp8_backend.cli", "quantize", str(bf16), str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 120
+    while len(children.read_text().split()) < 3 and time.monotonic() < deadline:  # two workers, and Python's tracker
+        time.sleep(0.001)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.endswith("fp8-backend quantize: interrupted\n")
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert main(["quantize", str(bf16), str(tmp_path / "out"), "--workers", "1"]) == 0
 
 
 def test_refusals(bf16: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

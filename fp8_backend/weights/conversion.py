@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -151,10 +152,14 @@ def _run(tasks: list[ShardTask], state: Path, workers: int) -> None:
 def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progress: Progress) -> None:
     # spawn: forking a process whose torch has threads can deadlock the child.
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (counter, workers)) as pool:
+    counter, stop = context.Value("q", 0), context.Value("b", False)
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter, stop, workers)) as pool:
+        # Workers inherit the mask. A terminal interrupts all processes at once, and a worker that is still importing
+        # would print where; `stop` ends them in order.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         running = {pool.submit(_work, task, _report_path(state, task)) for task in tasks}
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             while running:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -165,17 +170,20 @@ def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progres
                 f"{tasks[0].out.parent}: a worker was killed, perhaps for want of memory; run the command again with "
                 "fewer --workers: finished shards are kept"
             ) from None
-        except BaseException:
+        except BaseException as error:
+            stop.value = isinstance(error, KeyboardInterrupt)
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-_counter: Any = None  # of this worker process: bytes done by all of them
+# Of this worker process, shared with the others: bytes done by all of them, and whether to leave the rest.
+_counter: Any = None
+_stop: Any = None
 
 
-def _start_worker(counter: Any, workers: int) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(counter: Any, stop: Any, workers: int) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -190,6 +198,8 @@ def _start_worker(counter: Any, workers: int) -> None:
 
 def _work(task: ShardTask, report: Path) -> None:
     def advance(count: int) -> None:
+        if _stop.value:
+            raise KeyboardInterrupt
         with _counter.get_lock():
             _counter.value += count
 
