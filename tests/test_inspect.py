@@ -93,6 +93,17 @@ def test_deep_finds_one_bad_value_and_its_place(model: Path, capsys: pytest.Capt
     assert kinds(report)["model.layers.*.mlp.up_proj.weight"]["smallest_scale"] == -1.0
 
 
+def test_range_of_scales_keeps_a_zero(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero is the smallest scale of all layers, also where it is not the last layer's."""
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name == "model.layers.0.mlp.gate_proj.weight_scale_inv"]:
+            tensors[name][0, 0] = 0
+        save_file(tensors, path)
+    _, report = inspect(capsys, model, "--deep")
+    assert kinds(report)[GATE]["smallest_scale"] == 0
+
+
 def test_text_says_what_is_not_taken_and_why(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(model), "--tp", "5", "--deep"]) == 1
     said = capsys.readouterr()
