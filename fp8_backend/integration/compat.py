@@ -37,7 +37,7 @@ def untested_version(version: str | None = None) -> str | None:
 
 
 def is_skipped(config: Fp8Config, prefix: str) -> bool:
-    """Return whether the checkpoint keeps a layer unquantised.
+    """Return whether vLLM itself takes a layer for unquantised; False where it finds that of a part alone.
 
     0.26 fails on `match_mode=` with "unexpected keyword argument", and its config has no `ignored_layers_match_mode`;
     from 0.32 on a config may ask for another match than the exact one.
@@ -46,9 +46,12 @@ def is_skipped(config: Fp8Config, prefix: str) -> bool:
 
     mode = getattr(config, "ignored_layers_match_mode", None)
     match = {} if mode is None else {"match_mode": mode}
-    return is_layer_skipped(
-        prefix=prefix, ignored_layers=config.ignored_layers, fused_mapping=config.packed_modules_mapping, **match
-    )
+    try:
+        return is_layer_skipped(
+            prefix=prefix, ignored_layers=config.ignored_layers, fused_mapping=config.packed_modules_mapping, **match
+        )
+    except ValueError:  # "some but not all shards": the caller's own look finds the same and says which
+        return False
 
 
 def keep_from_amx_mla(layer: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.checkpoint import verify_checkpoint
-from fp8_backend.weights.formats import SCALE_SUFFIXES, Method, is_listed, read_format
+from fp8_backend.weights.formats import SCALE_SUFFIXES, Fp8Format, Method, read_format
 
 BLOCK_SHAPE = [BLOCK, BLOCK]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' or 'compressed-tensors' and blocks {BLOCK_SHAPE}"
@@ -154,16 +154,18 @@ class DeepGemmFp8Config(Fp8Config):
         Raises:
             CheckpointError: it does so with some of the projections that vLLM merges into this layer.
         """
-        if self.method == "fp8":
-            return compat.is_skipped(self, prefix)
+        # Not the one that was read: vLLM has translated the entries to its own names by now.
+        checkpoint = Fp8Format(self.method, tuple(self.ignored_layers))
         stem, _, name = prefix.rpartition(".")
+        if checkpoint.lists(prefix) or (self.method == "fp8" and compat.is_skipped(self, prefix)):
+            return True
+        if name == "experts":
+            return checkpoint.lists_experts(prefix)
         parts = self.packed_modules_mapping.get(name, [name])
-        if name == "experts":  # left out by naming each projection of each expert
-            return any(entry.startswith(f"{prefix}.") for entry in self.ignored_layers)
-        skipped = [is_listed(f"{stem}.{part}".lstrip("."), self.ignored_layers) for part in parts]
+        skipped = [checkpoint.lists(f"{stem}.{part}".lstrip(".")) for part in parts]
         if any(skipped) != all(skipped):
             raise CheckpointError(
-                f"{prefix}: config.json's ignore lists some of {parts}, which vLLM merges; expected all or none; "
+                f"{prefix}: config.json leaves some of {parts} unquantised, which vLLM merges; expected all or none; "
                 "requantise the model"
             )
         return all(skipped)

@@ -100,11 +100,10 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
                 "fetch the missing tensor or re-export the checkpoint"
             )
         _check_scale_form(name, weight, scale_name, scale)
-        module = name.rpartition(".")[0]
-        if fp8_format.lists(module):
+        if fp8_format.skips(name):
             raise CheckpointError(
-                f"{name}: {FP8}, and config.json lists {module} as not quantised; expected one of both; take it off "
-                "the list, or re-export the checkpoint"
+                f"{name}: {FP8}, and config.json lists {name.rpartition('.')[0]} as not quantised; expected one of "
+                "both; take it off the list, or re-export the checkpoint"
             )
         # Nothing of vLLM's layers has such a name: it ends with a bare KeyError.
         for other in FOREIGN_SCALES:
@@ -124,7 +123,7 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
             )
         # vLLM would cast such a weight to e4m3 and leave its scales unset.
         is_like_fp8 = info.dtype != FP8 and re.sub(r"\d+", "*", name) in fp8_patterns
-        if is_like_fp8 and not fp8_format.is_skipped(name):
+        if is_like_fp8 and not fp8_format.skips(name):
             raise CheckpointError(
                 f"{name}: {info.dtype}, and the same weight of other layers is {FP8}; expected {FP8}, or its module in "
                 "modules_to_not_convert; add it there"

@@ -9,10 +9,9 @@ from typing import Any
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.weights.files import Checkpoint
+from fp8_backend.weights.formats import EXPERT_PROJECTIONS
 
 FETCH = "fetch the missing shard and its index, or export again"
-# Gate, up and down of one gated MLP, by the two sets of names in use.
-GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -61,7 +60,7 @@ def _experts(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _gated(checkpoint: Checkpoint) -> Iterator[str]:
-    for group in GATED:
+    for group in EXPERT_PROJECTIONS:  # dense ones have the same names
         stems: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for name, info in checkpoint.info.items():
             stem, _, projection = name.removesuffix(".weight").rpartition(".")

@@ -60,7 +60,8 @@ def read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """Return the error that says why a file cannot be read."""
     return CheckpointError(
-        f"{path.name}: {error.strerror}; expected a readable file; check its permissions and the disk, or fetch it again"
+        f"{path.name}: {error.strerror}; expected a readable file; check its permissions and the disk, or fetch it "
+        "again"
     )
 
 

@@ -51,8 +51,8 @@ class ShardReader:
                 got = self.file.readinto(view[filled:])
             except OSError as error:
                 raise CheckpointError(
-                    f"{self.path.name}: {name}: {error.strerror} at byte {offset + filled}; check the disk, or fetch the "
-                    "file again"
+                    f"{self.path.name}: {name}: {error.strerror} at byte {offset + filled}; check the disk, or fetch "
+                    "the file again"
                 ) from None
             if not got:
                 raise CheckpointError(
