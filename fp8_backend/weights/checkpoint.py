@@ -32,6 +32,10 @@ MERGED = (
 )
 
 
+# Input and output embeddings, under the names in use.
+EMBEDDINGS = ("lm_head", "embed_tokens", "word_embeddings", "embed_out", "wte")
+
+
 @dataclass(frozen=True)
 class CheckpointSummary:
     """Counts of a checkpoint that passed every check."""
@@ -92,6 +96,7 @@ def check_headers(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
 
 def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_format: Fp8Format) -> None:
     for name, weight in fp8.items():
+        _check_kind(name)
         scale_name = fp8_format.scale_name(name)
         scale = checkpoint.info.get(scale_name)
         if scale is None:
@@ -128,6 +133,16 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
                 f"{name}: {info.dtype}, and the same weight of other layers is {FP8}; expected {FP8}, or its module in "
                 "modules_to_not_convert; add it there"
             )
+
+
+def _check_kind(name: str) -> None:
+    """Refuse codes where vLLM builds an unquantised layer: it would take them for weights."""
+    module = name.removesuffix(".weight")
+    if module.rpartition(".")[2] in EMBEDDINGS or module.endswith("shared_head.head"):
+        raise CheckpointError(
+            f"{name}: {FP8}; expected BF16: vLLM builds embeddings and lm_head unquantised for this format; export "
+            "again without quantising them"
+        )
 
 
 def _check_scale_form(name: str, weight: TensorInfo, scale_name: str, scale: TensorInfo) -> None:

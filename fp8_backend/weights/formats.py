@@ -24,6 +24,7 @@ COMPRESSED_ACTIVATIONS = {
 }  # fmt: skip
 # What a field that is absent stands for.
 COMPRESSED_DEFAULTS = {"num_bits": 8, "symmetric": True, "dynamic": False}
+MAX_PARTS = 32  # of a module's name, between dots, that are compared with a list; no model has half as many
 # Gate, up and down of one expert, by the two sets of names in use.
 EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # A list of unquantised modules may name the layer that vLLM makes of a projection and its neighbours.
@@ -64,7 +65,7 @@ class Fp8Format:
             return True
         if self.method == "compressed-tensors":
             return False
-        parts = module.split(".")
+        parts = module.split(".", MAX_PARTS)
         runs = (".".join(parts[first : end + 1]) for end in range(len(parts)) for first in range(end + 1))
         return not self._listed.isdisjoint(runs)
 
