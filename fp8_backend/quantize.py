@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(checkpoint: Checkpoint, chosen: list[str], kept: dict[str, str], arguments: argparse.Namespace) -> Conversion:
     """Return the conversion the command line asks for."""
     modules = unquantised_modules(checkpoint, kept)
+    if arguments.format == "compressed-tensors":  # where experts are named by their projections alone
+        modules = [rf"re:{re.escape(name)}\..*" if name.endswith(".experts") else name for name in modules]
     names = Fp8Format(arguments.format, tuple(modules))
     by_shard: dict[Path, dict[str, str]] = defaultdict(dict)
     for name in chosen:

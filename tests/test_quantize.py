@@ -184,6 +184,52 @@ def test_widths_that_vllm_cannot_merge_are_kept(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
+def test_experts_stored_as_one_tensor_are_kept_and_listed(tmp_path: Path, method: Any) -> None:
+    """No tensor bears the name of vLLM's layer of experts, which would be built in FP8 and never filled."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    layer = "model.layers.0"
+    weights = {
+        f"{layer}.mlp.experts.gate_up_proj": torch.randn(4, 512, 256),
+        f"{layer}.mlp.experts.down_proj": torch.randn(4, 256, 256),
+        f"{layer}.self_attn.o_proj.weight": torch.randn(256, 256),
+    }
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    assert main(["quantize", str(source), str(out), "--workers", "1", "--format", method]) == 0
+    form = read_format(config(out))
+    assert form.lists_experts(f"{layer}.mlp.experts")
+    assert not form.lists(f"{layer}.mlp.shared_experts.up_proj") and not form.lists(f"{layer}.self_attn.o_proj")
+    # How vLLM's own configurations read the list.
+    entries = [entry for entry in form.skipped if "experts" in entry]
+    if method == "fp8":
+        assert entries == [f"{layer}.mlp.experts"]
+    else:
+        assert re.match(entries[0].removeprefix("re:"), f"{layer}.mlp.experts.0.gate_proj")
+
+
+def test_projections_of_one_tensor_that_meet_within_a_block_are_kept(tmp_path: Path) -> None:
+    """A block's scale would belong to gate and up, which no rank can then split."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    widths = {"0": 192, "1": 256}
+    weights = {f"model.layers.{layer}.mlp.gate_up_proj.weight": torch.randn(2 * n, 256) for layer, n in widths.items()}
+    save_file(weights, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    assert main(["quantize", str(source), str(out), "--workers", "1"]) == 0
+    dtypes = {name: tensor.dtype for name, tensor in tensors(out).items() if name.endswith(".weight")}
+    assert list(dtypes.values()) == [torch.float32, torch.float8_e4m3fn]
+    assert config(out)["quantization_config"]["modules_to_not_convert"] == ["model.layers.0.mlp.gate_up_proj"]
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+def test_error_of_weights_whose_squares_leave_the_range_of_float32(magnitude: float) -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * magnitude
+    errors, norms = block_errors(weight, *quantize_blocks(weight, "float32"))
+    assert ((errors / norms).sqrt() - 0.0265).abs().max() < 0.001
+
+
 def killed_after_a_shard(source: Path, out: Path) -> int:
     """Quantise, kill the command at the first report of a shard, wait for its workers to end too; return its status."""
     command = [sys.executable, "-m", "fp8_backend.cli", "quantize", str(source), str(out), "--workers", "2"]
