@@ -78,6 +78,26 @@ def unloaded_elements(layer: torch.nn.Module) -> int:
     return max(0, info.load_numel_total - info.load_numel) if info.can_load() else 0
 
 
+def is_reloading() -> bool:
+    """Return whether a weight reload has begun: layers are empty, and what they held waits to be copied to."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    return any(info.can_load() and info.kernel_tensors is not None for info in layerwise.LAYERWISE_INFO.values())
+
+
+def undo_reload() -> None:
+    """Give every layer back what it held before a weight reload of which no tensor came yet.
+
+    From 0.26 on a reload empties all layers first, and an exception after that leaves them so.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer, info in list(layerwise.LAYERWISE_INFO.items()):
+        if info.can_load() and info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
+
+
 def hide_moe_from_compiler(layer: RoutedExperts, prefix: str, config: CompilationConfig) -> None:
     """Make torch.compile on a CPU take a whole MoE layer, its router included, as one opaque op, as vLLM does on GPUs.
 
