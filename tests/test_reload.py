@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="needs vLLM; vllm is not installed")
 
@@ -24,7 +26,7 @@ from demo.architectures import SIZES
 from demo.checkpoint import write_checkpoint
 from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import config as config_module
-from fp8_backend.integration import hub, reload
+from fp8_backend.integration import files, hub
 from fp8_backend.integration.config import DeepGemmFp8Config
 from fp8_backend.quantize import written_config
 
@@ -132,7 +134,7 @@ def test_files_that_did_not_change_are_checked_once(
     """Trainers hand over new weights every few seconds, and the files stay."""
     config = served(model, checkpoint)
     checked: list[Path] = []
-    monkeypatch.setattr(reload, "verify_checkpoint", checked.append)
+    monkeypatch.setattr(files, "verify_checkpoint", checked.append)
     for _ in range(2):
         layerwise.initialize_layerwise_reload(model)
         config.get_cache_scale_mapper()
@@ -144,6 +146,28 @@ def test_files_that_did_not_change_are_checked_once(
     layerwise.initialize_layerwise_reload(model)
     config.get_cache_scale_mapper()
     assert checked == [checkpoint]
+
+
+def test_code_that_is_nan_is_found_in_its_file(checkpoint: Path) -> None:
+    """The layer is two tensors of the checkpoint, cut and merged; who has the files needs the place there."""
+    stem = "model.layers.0.mlp."
+    shard = next(path for path in checkpoint.glob("*.safetensors") if f"{stem}up_proj.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors[f"{stem}up_proj.weight"].view(torch.uint8)[300, 5] = 0x7F
+    save_file(tensors, shard)
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", []))
+    layer = MergedColumnParallelLinear(
+        512, [768, 768], bias=False, quant_config=config, prefix=f"{stem}gate_up_proj", params_dtype=torch.bfloat16
+    )
+    config.model_config = SimpleNamespace(model=str(checkpoint), revision=None)
+    held = {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    parts = (f"{stem}{part}_proj.weight" for part in ("gate", "up"))
+    load(layer, {index: (held[name], held[f"{name}_scale_inv"]) for index, name in enumerate(parts)})
+    with pytest.raises(CheckpointError) as caught:
+        layer.quant_method.process_weights_after_loading(layer)
+    assert f"{stem}gate_up_proj.weight[1068, 5] is nan" in str(caught.value)
+    place = re.search(rf"broken: {shard.name}: {stem}up_proj\.weight: .* \(byte (\d+)\)", str(caught.value))
+    assert shard.read_bytes()[int(place[1])] == 0x7F
 
 
 @pytest.fixture

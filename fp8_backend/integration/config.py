@@ -18,8 +18,8 @@ from vllm.platforms import current_platform
 from fp8_backend import settings
 from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
+from fp8_backend.integration.files import CheckedFiles
 from fp8_backend.integration.plugin import NAME
-from fp8_backend.integration.reload import CheckedFiles
 from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK

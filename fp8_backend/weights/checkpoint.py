@@ -185,5 +185,6 @@ def _check_scale_values(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
                     position = bad.nonzero()[0].tolist()
                     raise CheckpointError(
                         f"{name}: {scale[tuple(position)]:g} at {position}, {int(bad.sum())} such in {scale.numel()}; "
-                        "expected every scale finite and > 0; fetch or re-export the shard " + shard.name
+                        "expected every scale finite and > 0; fetch or re-export the shard "
+                        f"{shard.name} (byte {reader.offset_of(name, position)})"
                     )

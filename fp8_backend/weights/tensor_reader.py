@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,7 +10,7 @@ from typing import Self
 import torch
 
 from fp8_backend.errors import CheckpointError
-from fp8_backend.weights.safetensors_header import TensorInfo, read_header_and_length, unreadable
+from fp8_backend.weights.safetensors_header import DTYPE_BITS, TensorInfo, read_header_and_length, unreadable
 
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -61,6 +62,14 @@ class ShardReader:
                 )
             filled += got
         return buffer
+
+    def offset_of(self, name: str, position: Sequence[int]) -> int:
+        """Return the byte of the file at which an element of a tensor begins."""
+        info = self.info[name]
+        element = 0
+        for size, index in zip(info.shape, position, strict=True):
+            element = element * size + index
+        return self.data_begin + info.begin + element * DTYPE_BITS[info.dtype] // 8
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""

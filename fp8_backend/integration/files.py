@@ -1,7 +1,9 @@
-"""A weight reload from files that cannot be served is refused while every layer still has its weights."""
+"""The files a model is loaded from: checked before a load or reload, and named when a layer of it turns out broken."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import compat
 from fp8_backend.integration.hub import local_folder
 from fp8_backend.weights.checkpoint import CheckpointSummary, verify_checkpoint
+from fp8_backend.weights.deep import check_values
+from fp8_backend.weights.files import open_checkpoint, read_config
+from fp8_backend.weights.formats import read_format
 
 Stamp = list[tuple[str, int, int]]
 
@@ -51,6 +56,34 @@ class CheckedFiles:
             if self.model:
                 model_config.model, model_config.revision = self.model, self.revision
             raise CheckpointError(f"{error}; nothing was reloaded, the weights are those of before") from error
+
+
+@contextmanager
+def naming_file(model_config: Any, prefix: str) -> Iterator[None]:
+    """Add to the error of a layer that cannot be packed which file, tensor and byte is broken.
+
+    Args:
+        model_config: vLLM's, or None where it is not known.
+        prefix: of the names of the layer's tensors and of those beside them.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if found := _first_broken(model_config, prefix):
+            raise CheckpointError(f"{error}; broken: {found}") from error
+        raise
+
+
+def _first_broken(model_config: Any, prefix: str) -> str | None:
+    folder = None if model_config is None else local_folder(model_config.model, model_config.revision)
+    if folder is None:
+        return None
+    try:
+        config = read_config(folder)
+        findings, _ = check_values(open_checkpoint(folder, config), read_format(config), lambda _: None, prefix)
+    except CheckpointError:  # the files are others by now
+        return None
+    return next((f"{each.file}: {each.tensor}: {each.what}" for each in findings if each.fatal), None)
 
 
 def _stamp(folder: Path) -> Stamp:
