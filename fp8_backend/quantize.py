@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     chosen, kept = select(checkpoint, arguments.keep)
     if not chosen:
-        raise CheckpointError(f"{arguments.source}: none of {len(kept)} tensors is a weight to quantise")
+        reasons = "; ".join(dict.fromkeys(kept.values()))
+        raise CheckpointError(f"{arguments.source}: none of {len(kept)} tensors is a weight to quantise ({reasons})")
     began = time.monotonic()
     converted = convert(plan(checkpoint, chosen, kept, arguments), arguments.workers)
     seconds = time.monotonic() - began

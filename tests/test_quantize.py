@@ -209,6 +209,26 @@ def test_experts_stored_as_one_tensor_are_kept_and_listed(tmp_path: Path, method
         assert re.match(entries[0].removeprefix("re:"), f"{layer}.mlp.experts.0.gate_proj")
 
 
+def test_columns_that_vllm_does_not_take_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM's own quantisation of activations asserts whole groups of 128; experts of one layer are kept together."""
+    source, experts = tmp_path / "source", "model.layers.0.mlp.experts"
+    source.mkdir()
+    weights = {
+        f"{experts}.{expert}.{name}.weight": torch.randn(*shape)
+        for expert in range(2)
+        for name, shape in (("gate_proj", (192, 256)), ("up_proj", (192, 256)), ("down_proj", (256, 192)))
+    }
+    save_file(weights, source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    assert main(["quantize", str(source), str(tmp_path / "none"), "--workers", "1"]) == 2
+    assert "none of 6 tensors is a weight to quantise (192 columns: vLLM's own FP8" in capsys.readouterr().err
+    weights["model.layers.0.self_attn.o_proj.weight"] = torch.randn(200, 256)  # rows may end anywhere
+    save_file(weights, source / "model.safetensors")
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert verify_checkpoint(tmp_path / "out").fp8_weights == 1
+    assert read_format(config(tmp_path / "out")).lists_experts(experts)
+
+
 def test_projections_of_one_tensor_that_meet_within_a_block_are_kept(tmp_path: Path) -> None:
     """A block's scale would belong to gate and up, which no rank can then split."""
     source, out = tmp_path / "source", tmp_path / "out"

@@ -75,6 +75,8 @@ def _why_kept(name: str, checkpoint: Checkpoint, keep: re.Pattern[str] | None) -
     in_decoder = re.search(r"(^|\.)layers\.\d+\.", name) and not any(part.startswith(OTHER_MODELS) for part in parts)
     if not in_decoder or _projection(name) not in QUANTISED:
         return "not a projection that vLLM serves in FP8 blocks"
+    if info.shape[1] % BLOCK:
+        return f"{info.shape[1]} columns: vLLM's own FP8 kernels take multiples of {BLOCK}"
     return "--keep" if keep is not None and keep.search(name) else None
 
 
