@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ import torch
 from fp8_backend.errors import CheckpointError
 from fp8_backend.progress import Progress
 from fp8_backend.weights.files import INDEX, Checkpoint, read_json
-from fp8_backend.weights.safetensors_header import read_header
+from fp8_backend.weights.safetensors_header import DTYPE_BITS, read_header
 from fp8_backend.weights.safetensors_writer import PARTIAL
-from fp8_backend.weights.shard_conversion import LayerError, ShardTask, convert_shard
+from fp8_backend.weights.shard_conversion import LayerError, ShardTask, contents, convert_shard
 
 STATE = ".fp8-backend-conversion"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # other forms of the same weights
@@ -123,18 +124,20 @@ def _locked_state(conversion: Conversion) -> Iterator[Path]:
 
 
 def _is_done(task: ShardTask, state: Path) -> bool:
-    """Return whether an earlier run finished a shard; the report is written after the shard is in its place."""
+    """Return whether an earlier run finished a shard; the report is written after the shard is in its place.
+
+    The shard holds what this run would make of it: an earlier version of this package may have chosen other weights.
+    """
     try:
-        read_header(task.out)
-        return bool(read_json(_report_path(state, task)))
+        made = {name: (info.dtype, info.shape) for name, info in read_header(task.out).items()}
+        return made == contents(task, read_header(task.source)) and bool(read_json(_report_path(state, task)))
     except (CheckpointError, FileNotFoundError):
         return False
 
 
 def _check_free_space(tasks: list[ShardTask], out: Path) -> None:
-    # A dequantised shard is twice the size of its source.
-    needed = sum(task.source.stat().st_size * (2 if task.dequantized else 1) for task in tasks if not task.quantized)
-    needed += sum(task.source.stat().st_size // 2 for task in tasks if task.quantized) + FREE_MARGIN
+    made = (shape for task in tasks for shape in contents(task, read_header(task.source)).values())
+    needed = sum(prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in made) + FREE_MARGIN
     if (free := shutil.disk_usage(out).free) < needed:
         raise CheckpointError(f"{out}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f}; name a larger disk")
 
