@@ -28,7 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's error is printed without a traceback and gives 2."""
+    """Run a command and return its exit code.
+
+    A user's error, or one of the machine's files, is printed without a traceback and gives 2, an interrupt 130.
+    """
     parser = argparse.ArgumentParser(prog="fp8-backend", description="FP8 block-scaled kernels for vLLM on Hopper.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = sys.argv[1:] if argv is None else argv
@@ -50,10 +53,17 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (Fp8BackendError, OSError) as error:  # OSError: no space, no permission, with the name of the file
-        _drop_output()
-        print(f"fp8-backend {arguments[0]}: {error}", file=sys.stderr)
-        return 2
+    except Fp8BackendError as error:
+        return _fail(arguments[0], str(error), 2)
+    except OSError as error:  # no space, no permission
+        what = f"{error.filename}: " if error.filename else ""
+        return _fail(arguments[0], f"{what}{error.strerror or error}; check the path and the disk", 2)
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    _drop_output()
+    print(f"fp8-backend {command}: {message}", file=sys.stderr)
+    return code
 
 
 def _drop_output() -> None:

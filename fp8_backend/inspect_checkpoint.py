@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             findings, ranges = check_values(checkpoint, fp8_format, progress.advance)
         for weight, scales in ranges.items():
             if weight in checkpoint.info and (kind := kind_of(inventory, weight, checkpoint)):
-                kind.smallest_scale = min(kind.smallest_scale or scales.smallest, scales.smallest)
-                kind.largest_scale = max(kind.largest_scale or scales.largest, scales.largest)
+                kind.widen(scales.smallest, scales.largest)
     is_servable = (
         inventory.problem is None
         and not any(kind.refused for kind in inventory.kinds)

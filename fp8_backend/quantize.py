@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     chosen, kept = select(checkpoint, arguments.keep)
     if not chosen:
-        raise CheckpointError(f"{arguments.source}: none of {len(kept)} tensors is a weight to quantise")
+        reasons = "; ".join(dict.fromkeys(kept.values()))
+        raise CheckpointError(f"{arguments.source}: none of {len(kept)} tensors is a weight to quantise ({reasons})")
     began = time.monotonic()
     converted = convert(plan(checkpoint, chosen, kept, arguments), arguments.workers)
     seconds = time.monotonic() - began
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(checkpoint: Checkpoint, chosen: list[str], kept: dict[str, str], arguments: argparse.Namespace) -> Conversion:
     """Return the conversion the command line asks for."""
     modules = unquantised_modules(checkpoint, kept)
+    if arguments.format == "compressed-tensors":  # where experts are named by their projections alone
+        modules = [rf"re:{re.escape(name)}\..*" if name.endswith(".experts") else name for name in modules]
     names = Fp8Format(arguments.format, tuple(modules))
     by_shard: dict[Path, dict[str, str]] = defaultdict(dict)
     for name in chosen:

@@ -74,6 +74,13 @@ def check(version: str) -> None:
     experts = (DeepGemmFp8Experts, DeepGemmFp8BatchedExperts)
     for method in (type(resolved), DeepGemmFp8LinearMethod, DeepGemmFp8MoEMethod, *experts):
         assert not method.__abstractmethods__, f"{method.__name__} lacks {sorted(method.__abstractmethods__)}"
+    # Names that are vLLM's own business, without which no weight reload is watched.
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    from fp8_backend.integration import compat
+
+    assert callable(layerwise._place_kernel_tensors) and not compat.is_reloading()
+    compat.undo_reload()
     x = torch.zeros(3, 256, dtype=torch.bfloat16, device="meta")
     weight = torch.zeros(2, 128, 128, dtype=torch.float8_e4m3fn, device="meta")
     y = torch.ops.fp8_backend.linear(x, weight, torch.zeros(1, 4, device="meta"), None, 128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +84,34 @@ def test_header_longer_than_the_limit(folder: Path) -> None:
     assert f"header of {1 << 62} bytes" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", [b"{]", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}'])
+def test_header_of_more_numbers_than_can_be_multiplied(folder: Path) -> None:
+    """The product of this shape has 25 million bits; multiplying on costs hours."""
+    edit_header(home(folder, UP), lambda header: header[UP].update(shape=[2**62] * 400_000))
+    began = time.process_time()
+    message = refusal(folder)
+    assert "expected F8_E4M3 [4611686018427387904, 46" in message
+    assert len(message) < 500
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("metadata", [5, [], {"format": 1}, {"format": None}])
+def test_metadata_that_the_safetensors_library_refuses(folder: Path, metadata: Any) -> None:
+    shard = home(folder, UP)
+    edit_header(shard, lambda header: header.update(__metadata__=metadata))
+    assert refusal(folder).startswith(f"{shard.name}: __metadata__ is ")
+
+
+def test_disk_that_fails(folder: Path) -> None:
+    shard = home(folder, UP)
+    shard.unlink()
+    shard.symlink_to("/proc/self/mem")  # a file whose first bytes cannot be read
+    assert refusal(folder).startswith(f"{shard.name}: Input/output error; expected a readable file")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{]", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', rb'{"\ud800": 1}', rb'{"a": {"dtype": "\udfff"}}'],
+)
 def test_header_is_not_json_of_the_format(folder: Path, text: bytes) -> None:
     shard = home(folder, UP)
     shard.write_bytes(len(text).to_bytes(8, "little") + text)
@@ -150,6 +178,13 @@ def test_index_leads_out_of_the_folder(folder: Path, value: Any) -> None:
     index["weight_map"][UP] = value
     (folder / INDEX).write_text(json.dumps(index))
     assert f"{UP} is in {value!r}; expected a file of the same folder" in refusal(folder)
+
+
+def test_index_is_a_link_to_nothing(folder: Path) -> None:
+    """Without its index, the model would be whatever shards happen to lie there."""
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("../blobs/0")
+    assert f"{INDEX}: absent" in refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": []}', '{"weight_map": {}}'])

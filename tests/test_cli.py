@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fp8_backend.cli import COMMANDS
 from fp8_backend.kernels import warmup
@@ -137,7 +139,7 @@ def test_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
 @pytest.mark.parametrize("command", [("cache", "list"), ("cache", "path"), ("doctor",)])
 def test_output_that_cannot_be_written_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
     environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
-    for redirection, code, said in ((">/dev/full", 2, f"fp8-backend {command[0]}: [Errno 28]"), (">&-", 0, "")):
+    for redirection, code, said in ((">/dev/full", 2, f"fp8-backend {command[0]}: No space left on device"), (">&-", 0, "")):
         shell = f'exec "$0" -m fp8_backend.cli {" ".join(command)} {redirection}'
         done = subprocess.run(["sh", "-c", shell, sys.executable], stderr=subprocess.PIPE, text=True, env=environ)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said)), done.stderr
@@ -183,6 +185,32 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: fp8-backend")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ('inspect "$(printf "a%.0s" $(seq 5000))"', 2, "File name too long"),
+        ("cache path > /dev/full", 2, "No space left on device"),
+        ("cache path | true", 141, None),  # the reader has seen enough: nothing to say
+    ],
+)
+def test_errors_of_the_system_are_one_line(command: str, code: int, said: str | None, tmp_path: Path) -> None:
+    shell = f"set -o pipefail; {sys.executable} -m fp8_backend.cli {command}"
+    environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=300, env=environ)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (said is not None)
+    assert said is None or said in done.stderr
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"schön.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    done = run("inspect", str(tmp_path), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (1, "")  # described, and refused
+    assert r"sch\xf6n.weight" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ EXPERTS = "model.layers.1.mlp.experts"
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pristine")
-    for architecture in ("qwen3", "qwen3_moe"):
-        write_checkpoint(folder / architecture, architecture, replace(SIZES[architecture, "demo"], layers=2))
+    for architecture, layers in (("qwen3", 2), ("qwen3_moe", 2), ("deepseek_v3", 3)):
+        write_checkpoint(folder / architecture, architecture, replace(SIZES[architecture, "demo"], layers=layers))
     return folder
 
 
@@ -79,6 +79,10 @@ def narrow(tensors: Tensors) -> None:
         ("qwen3", without("model.embed_tokens."), "the model's embedding: absent"),
         ("qwen3", without("model.norm."), "the model's last norm: absent"),
         ("qwen3", without("model.layers.0.input_layernorm"), r"model\.layers\.0\.input_layernorm\.weight: absent"),
+        ("qwen3", without("model.layers.1.self_attn.k_norm"), r"layers\.1\.self_attn\.k_norm\.weight: absent"),
+        ("deepseek_v3", without("model.layers.0.post_attention"), r"0\.post_attention_layernorm\.weight: absent"),
+        ("deepseek_v3", without("model.layers.2.self_attn.kv_a_l"), r"2\.self_attn\.kv_a_layernorm\.weight: absent"),
+        ("deepseek_v3", without("model.layers.1.mlp.gate.e_"), r"1\.mlp\.gate\.e_score_correction_bias: absent"),
         ("qwen3_moe", without("model.layers.0.mlp.gate."), r"model\.layers\.0\.mlp\.gate\.weight: absent"),
         ("qwen3_moe", without(f"{EXPERTS}.7."), rf"{EXPERTS}\.7: no tensor; 7 of 8 experts are there"),
         ("qwen3_moe", without(f"{EXPERTS}.2.down_proj"), rf"{EXPERTS}\.2\.down_proj\.weight: absent"),
@@ -92,6 +96,39 @@ def test_layers_that_are_not_whole(
     verify_checkpoint(folder)
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match=expected):
+        verify_checkpoint(folder)
+
+
+def test_layers_of_other_modules_may_have_other_norms(folder: Path) -> None:
+    """As where some layers attend by a recurrence and are normalised elsewhere."""
+
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.1.self_attn.")]:
+            tensors[name.replace("self_attn", "linear_attn")] = tensors.pop(name)
+        del tensors["model.layers.1.input_layernorm.weight"], tensors["model.layers.1.linear_attn.k_norm.weight"]
+
+    rewrite(folder, rename)
+    verify_checkpoint(folder)
+
+
+def test_a_vector_that_most_layers_lack_is_not_missing(pristine: Path, tmp_path: Path) -> None:
+    """As the sinks of attention in some layers."""
+    folder = Path(shutil.copytree(pristine / "deepseek_v3", tmp_path / "model"))
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.sinks": torch.ones(4)}))
+    verify_checkpoint(folder)
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.2.self_attn.sinks": torch.ones(4)}))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.sinks: absent, and 2 layers like it have"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "model.layers.2.shared_head.head"])
+def test_codes_where_vllm_builds_an_unquantised_layer(folder: Path, module: str) -> None:
+    def quantise(tensors: Tensors) -> None:
+        tensors[f"{module}.weight"] = torch.zeros(1024, 512, dtype=torch.float8_e4m3fn)
+        tensors[f"{module}.weight_scale_inv"] = torch.ones(8, 4)
+
+    rewrite(folder, quantise)
+    with pytest.raises(CheckpointError, match=rf"{module}\.weight: F8_E4M3; expected BF16: vLLM builds embeddings"):
         verify_checkpoint(folder)
 
 

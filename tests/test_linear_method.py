@@ -146,7 +146,31 @@ def test_compressed_tensors_names_what_is_not_quantised() -> None:
         "model.layers.3.mlp.experts": False,
     }.items():
         assert config.is_skipped(prefix) is skipped, prefix
-    with pytest.raises(CheckpointError, match="model.layers.1.qk_proj: config.json's ignore lists some of"):
+    with pytest.raises(CheckpointError, match="model.layers.1.qk_proj: config.json leaves some of"):
+        config.is_skipped("model.layers.1.qk_proj")
+
+
+@pytest.mark.parametrize(
+    ("entries", "skipped"),
+    [
+        (["mlp.gate"], "model.layers.7.mlp.gate"),
+        (["model.layers.7.qk_proj"], "model.layers.7.qk_proj"),  # the merged layer's own name
+        (["q_proj", "k_proj"], "model.layers.7.qk_proj"),
+        ([r"model\.layers\.\d\.mlp\.experts"], "model.layers.7.mlp.experts"),
+        (["layers.7.mlp.experts"], "model.layers.7.mlp.experts"),
+    ],
+)
+def test_modules_to_not_convert_in_the_forms_that_tools_write(entries: list[str], skipped: str) -> None:
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", entries))
+    config.packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+    prefixes = ("mlp.gate", "mlp.gate_up", "qk_proj", "mlp.experts", "shared_experts.down_proj")
+    assert [name for prefix in prefixes if config.is_skipped(name := f"model.layers.7.{prefix}")] == [skipped]
+
+
+def test_part_of_a_merged_layer_left_unquantised_is_refused_by_name() -> None:
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", ["model.layers.1.k_proj"]))
+    config.packed_modules_mapping = {"qk_proj": ["q_proj", "k_proj"]}
+    with pytest.raises(CheckpointError, match="model.layers.1.qk_proj: config.json leaves some of"):
         config.is_skipped("model.layers.1.qk_proj")
 
 

@@ -3,7 +3,7 @@
 Usage: python tests/vllm_worker.py request.json answer.json
 The request holds `engine` (arguments of vllm.LLM), `prompts` (lists of token ids) and, where asked for, `events`: what
 to do to the engine after the first answers, each followed by the same questions again; or `refused`, a folder that
-it must not reload from.
+it must not reload from, followed by the same questions.
 """
 
 import json
@@ -33,6 +33,7 @@ def main() -> None:
         answer["events"].append(ask(llm, request["prompts"]))
     if folder := request.get("refused"):
         answer["refusal"] = refusal(llm, folder)
+        answer["events"].append(ask(llm, request["prompts"]))
     Path(sys.argv[2]).write_text(json.dumps(answer))
 
 

@@ -37,7 +37,7 @@ def untested_version(version: str | None = None) -> str | None:
 
 
 def is_skipped(config: Fp8Config, prefix: str) -> bool:
-    """Return whether the checkpoint keeps a layer unquantised.
+    """Return whether vLLM itself takes a layer for unquantised; False where it finds that of a part alone.
 
     0.26 fails on `match_mode=` with "unexpected keyword argument", and its config has no `ignored_layers_match_mode`;
     from 0.32 on a config may ask for another match than the exact one.
@@ -46,9 +46,12 @@ def is_skipped(config: Fp8Config, prefix: str) -> bool:
 
     mode = getattr(config, "ignored_layers_match_mode", None)
     match = {} if mode is None else {"match_mode": mode}
-    return is_layer_skipped(
-        prefix=prefix, ignored_layers=config.ignored_layers, fused_mapping=config.packed_modules_mapping, **match
-    )
+    try:
+        return is_layer_skipped(
+            prefix=prefix, ignored_layers=config.ignored_layers, fused_mapping=config.packed_modules_mapping, **match
+        )
+    except ValueError:  # "some but not all shards": the caller's own look finds the same and says which
+        return False
 
 
 def keep_from_amx_mla(layer: torch.nn.Module) -> None:
@@ -73,6 +76,26 @@ def unloaded_elements(layer: torch.nn.Module) -> int:
 
     info = layerwise.get_layerwise_info(layer)
     return max(0, info.load_numel_total - info.load_numel) if info.can_load() else 0
+
+
+def is_reloading() -> bool:
+    """Return whether a weight reload has begun: layers are empty, and what they held waits to be copied to."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    return any(info.can_load() and info.kernel_tensors is not None for info in layerwise.LAYERWISE_INFO.values())
+
+
+def undo_reload() -> None:
+    """Give every layer back what it held before a weight reload of which no tensor came yet.
+
+    From 0.26 on a reload empties all layers first, and an exception after that leaves them so.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer, info in list(layerwise.LAYERWISE_INFO.items()):
+        if info.can_load() and info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)
+            info.reset()
 
 
 def hide_moe_from_compiler(layer: RoutedExperts, prefix: str, config: CompilationConfig) -> None:

@@ -7,6 +7,7 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -17,13 +18,12 @@ from vllm.platforms import current_platform
 from fp8_backend import settings
 from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import compat
-from fp8_backend.integration.hub import local_folder
+from fp8_backend.integration.files import CheckedFiles
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
 from fp8_backend.kernels.backend import capability_reason
 from fp8_backend.kernels.reference import BLOCK
-from fp8_backend.weights.checkpoint import verify_checkpoint
-from fp8_backend.weights.formats import SCALE_SUFFIXES, Method, is_listed, read_format
+from fp8_backend.weights.formats import SCALE_SUFFIXES, Fp8Format, Method, read_format
 
 BLOCK_SHAPE = [BLOCK, BLOCK]
 EXPECTED = f"{NAME} serves checkpoints with quant_method 'fp8' or 'compressed-tensors' and blocks {BLOCK_SHAPE}"
@@ -88,6 +88,8 @@ class DeepGemmFp8Config(Fp8Config):
         self.method = method
         self.scale_name = f"weight{SCALE_SUFFIXES[method]}"  # vLLM finds a parameter by its name in the checkpoint
         self.summary = LoadSummary()
+        self.files = CheckedFiles()
+        self.model_config: Any = None  # vLLM's, of the model that this config's layers make
 
     @property
     def backend_name(self) -> str:
@@ -128,8 +130,7 @@ class DeepGemmFp8Config(Fp8Config):
         if backend.name == "vllm" and settings.load().strict:
             raise UnsupportedError(f"{backend.reason}; unset FP8_BACKEND_STRICT to use vLLM's FP8 path")
         # Where files are yet to be fetched, scales are checked when a layer is packed, as they are in any case.
-        if (folder := local_folder(model_name, revision)) is not None:
-            checked = verify_checkpoint(folder)
+        if (checked := self.files.check(model_name, revision)) is not None:
             logger.info(
                 "checkpoint is complete: %s, %d FP8 weights (%.2f GB) in %d shards",
                 checked.architecture,
@@ -140,6 +141,8 @@ class DeepGemmFp8Config(Fp8Config):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer, or None where vLLM's default is meant."""
+        if self.model_config is None:
+            self.model_config = get_current_vllm_config().model_config
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod() if self.is_skipped(prefix) else self._linear_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
@@ -148,22 +151,30 @@ class DeepGemmFp8Config(Fp8Config):
             return self._moe_method(layer, prefix)
         return super().get_quant_method(layer, prefix)
 
+    def get_cache_scale_mapper(self) -> Any:
+        """Return vLLM's own; it asks as it begins to load, before the first tensor, also when it loads again."""
+        if self.model_config is not None and compat.is_reloading():
+            self.files.check_reload(self.model_config)
+        return super().get_cache_scale_mapper()
+
     def is_skipped(self, prefix: str) -> bool:
         """Return whether the checkpoint leaves a layer unquantised.
 
         Raises:
             CheckpointError: it does so with some of the projections that vLLM merges into this layer.
         """
-        if self.method == "fp8":
-            return compat.is_skipped(self, prefix)
+        # Not the one that was read: vLLM has translated the entries to its own names by now.
+        checkpoint = Fp8Format(self.method, tuple(self.ignored_layers))
         stem, _, name = prefix.rpartition(".")
+        if checkpoint.lists(prefix) or (self.method == "fp8" and compat.is_skipped(self, prefix)):
+            return True
+        if name == "experts":
+            return checkpoint.lists_experts(prefix)
         parts = self.packed_modules_mapping.get(name, [name])
-        if name == "experts":  # left out by naming each projection of each expert
-            return any(entry.startswith(f"{prefix}.") for entry in self.ignored_layers)
-        skipped = [is_listed(f"{stem}.{part}".lstrip("."), self.ignored_layers) for part in parts]
+        skipped = [checkpoint.lists(f"{stem}.{part}".lstrip(".")) for part in parts]
         if any(skipped) != all(skipped):
             raise CheckpointError(
-                f"{prefix}: config.json's ignore lists some of {parts}, which vLLM merges; expected all or none; "
+                f"{prefix}: config.json leaves some of {parts} unquantised, which vLLM merges; expected all or none; "
                 "requantise the model"
             )
         return all(skipped)

@@ -14,6 +14,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.integration import compat, ops, warmup
+from fp8_backend.integration.files import naming_file
 from fp8_backend.integration.scales import refining_loader
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights import loader, partition
@@ -112,7 +113,8 @@ class DeepGemmFp8LinearMethod(LinearMethodBase):
         scale = getattr(layer, self.config.scale_name).data
         if self.dummy_weights:
             scale.abs_().clamp_min_(1e-6)
-        weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale, layer.fp8_shard)
+        with naming_file(self.config.model_config, f"{self.prefix.rpartition('.')[0]}."):
+            weight, scale = loader.pack_linear(self.prefix, layer.weight.data, scale, layer.fp8_shard)
         replace_parameter(layer, "weight", weight)
         replace_parameter(layer, self.config.scale_name, scale)
         compat.keep_from_amx_mla(layer)

@@ -18,6 +18,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from fp8_backend.errors import UnsupportedError
 from fp8_backend.integration import compat, ops, warmup
+from fp8_backend.integration.files import naming_file
 from fp8_backend.integration.linear import check_reload, loads_dummy_weights
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.weights import experts, loader
@@ -107,7 +108,9 @@ class DeepGemmFp8MoEMethod(FusedMoEMethodBase):
             scale = getattr(layer, scale_name).data
             if self.dummy_weights:
                 scale.abs_().clamp_min_(1e-6)
-            weight, scale = experts.pack_experts(self.prefix, scale_name, getattr(layer, f"{name}_weight").data, scale)
+            weight = getattr(layer, f"{name}_weight").data
+            with naming_file(self.config.model_config, f"{self.prefix}."):
+                weight, scale = experts.pack_experts(self.prefix, scale_name, weight, scale)
             replace_parameter(layer, f"{name}_weight", weight)
             replace_parameter(layer, scale_name, scale)
         compat.hide_moe_from_compiler(layer, self.prefix, self.compilation_config)

@@ -44,7 +44,8 @@ def block_errors(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor)
     """Return the squared norms of each block's error and of each block, both [n_blocks, k_blocks] float64."""
     weight = weight.float()
     error = dequantize(codes, scale.float(), BLOCK) - weight
-    return tuple(_blocks(x).square().sum(dim=(1, 3), dtype=torch.float64) for x in (error, weight))  # type: ignore[return-value]
+    # In float64 before squaring: float32 weights of 1e20, or of 1e-25, leave the range of float32 there.
+    return tuple(_blocks(x.double()).square().sum(dim=(1, 3), dtype=torch.float64) for x in (error, weight))  # type: ignore[return-value]
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:

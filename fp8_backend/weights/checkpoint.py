@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -16,6 +15,7 @@ from fp8_backend.weights.completeness import check_complete
 from fp8_backend.weights.files import Checkpoint, open_checkpoint, read_config
 from fp8_backend.weights.formats import Fp8Format, read_format
 from fp8_backend.weights.safetensors_header import TensorInfo
+from fp8_backend.weights.tensor_reader import ShardReader
 
 FP8 = "F8_E4M3"
 # What converts to the kernels' float32 without rounding: DeepSeek stores F32, Qwen BF16 or F16; F8_E8M0 holds powers
@@ -30,6 +30,10 @@ MERGED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+
+
+# Input and output embeddings, under the names in use.
+EMBEDDINGS = ("lm_head", "embed_tokens", "word_embeddings", "embed_out", "wte")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def check_headers(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
 
 def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_format: Fp8Format) -> None:
     for name, weight in fp8.items():
+        _check_kind(name)
         scale_name = fp8_format.scale_name(name)
         scale = checkpoint.info.get(scale_name)
         if scale is None:
@@ -100,11 +105,10 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
                 "fetch the missing tensor or re-export the checkpoint"
             )
         _check_scale_form(name, weight, scale_name, scale)
-        module = name.rpartition(".")[0]
-        if fp8_format.lists(module):
+        if fp8_format.skips(name):
             raise CheckpointError(
-                f"{name}: {FP8}, and config.json lists {module} as not quantised; expected one of both; take it off "
-                "the list, or re-export the checkpoint"
+                f"{name}: {FP8}, and config.json lists {name.rpartition('.')[0]} as not quantised; expected one of "
+                "both; take it off the list, or re-export the checkpoint"
             )
         # Nothing of vLLM's layers has such a name: it ends with a bare KeyError.
         for other in FOREIGN_SCALES:
@@ -124,11 +128,21 @@ def _check_weights(checkpoint: Checkpoint, fp8: dict[str, TensorInfo], fp8_forma
             )
         # vLLM would cast such a weight to e4m3 and leave its scales unset.
         is_like_fp8 = info.dtype != FP8 and re.sub(r"\d+", "*", name) in fp8_patterns
-        if is_like_fp8 and not fp8_format.is_skipped(name):
+        if is_like_fp8 and not fp8_format.skips(name):
             raise CheckpointError(
                 f"{name}: {info.dtype}, and the same weight of other layers is {FP8}; expected {FP8}, or its module in "
                 "modules_to_not_convert; add it there"
             )
+
+
+def _check_kind(name: str) -> None:
+    """Refuse codes where vLLM builds an unquantised layer: it would take them for weights."""
+    module = name.removesuffix(".weight")
+    if module.rpartition(".")[2] in EMBEDDINGS or module.endswith("shared_head.head"):
+        raise CheckpointError(
+            f"{name}: {FP8}; expected BF16: vLLM builds embeddings and lm_head unquantised for this format; export "
+            "again without quantising them"
+        )
 
 
 def _check_scale_form(name: str, weight: TensorInfo, scale_name: str, scale: TensorInfo) -> None:
@@ -163,13 +177,14 @@ def _check_scale_values(checkpoint: Checkpoint, fp8_format: Fp8Format) -> None:
         if fp8_format.weight_name(name) is not None:
             by_shard[shard].append(name)
     for shard, names in by_shard.items():
-        with safe_open(shard, "pt") as file:
+        with ShardReader(shard) as reader:
             for name in names:
-                scale = file.get_tensor(name).float()
+                scale = reader.read(name).float()
                 bad = ~(torch.isfinite(scale) & (scale > 0))
                 if bad.any():
                     position = bad.nonzero()[0].tolist()
                     raise CheckpointError(
                         f"{name}: {scale[tuple(position)]:g} at {position}, {int(bad.sum())} such in {scale.numel()}; "
-                        "expected every scale finite and > 0; fetch or re-export the shard " + shard.name
+                        "expected every scale finite and > 0; fetch or re-export the shard "
+                        f"{shard.name} (byte {reader.offset_of(name, position)})"
                     )

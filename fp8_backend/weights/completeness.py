@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from fp8_backend.errors import CheckpointError
 from fp8_backend.weights.files import Checkpoint
+from fp8_backend.weights.formats import EXPERT_PROJECTIONS, MAX_PARTS
 
 FETCH = "fetch the missing shard and its index, or export again"
-# Gate, up and down of one gated MLP, by the two sets of names in use.
-GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+LAYER = re.compile(r"((?:.*\.)?layers)\.(\d+)\.(.*)", re.DOTALL)
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Check that no layer, expert, part of a gated MLP, norm, router or embedding is missing, and MLPs' shapes agree.
+    """Check that no layer, expert, part of a gated MLP, norm, bias, router or embedding is missing, and MLPs are whole.
 
     Raises:
         CheckpointError: names what is missing or disagrees.
     """
-    for check in (_layers, _experts, _gated, _beside, _outside):
+    for check in (_layers, _experts, _gated, _routers, _vectors, _outside):
         for problem in check(checkpoint):
             raise CheckpointError(problem)
 
@@ -61,7 +62,7 @@ def _experts(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _gated(checkpoint: Checkpoint) -> Iterator[str]:
-    for group in GATED:
+    for group in EXPERT_PROJECTIONS:  # dense ones have the same names
         stems: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for name, info in checkpoint.info.items():
             stem, _, projection = name.removesuffix(".weight").rpartition(".")
@@ -80,22 +81,64 @@ def _gated(checkpoint: Checkpoint) -> Iterator[str]:
                 yield f"{stem}: {said}; expected gate and up of one shape and down of its transpose; export again"
 
 
-def _beside(checkpoint: Checkpoint) -> Iterator[str]:
-    """What stands in one layer of the decoder, under the same name, stands in all: norms, and routers of experts."""
-    stems: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+def _routers(checkpoint: Checkpoint) -> Iterator[str]:
+    """Where one layer's experts have a router, all have one."""
+    stems: dict[str, set[str]] = defaultdict(set)
     for name in checkpoint.info:
-        if found := re.match(r"((?:.*\.)?layers)\.(\d+)\.(.*)", name):
-            stems[found[1]][found[2]].add(found[3])
+        if (found := LAYER.match(name)) and ".experts." in name:
+            stems[found[1]].add(found[2])
     for stem, layers in stems.items():
-        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            yield from _lacking(stem, norm, layers)
-        with_experts = {layer: names for layer, names in layers.items() if any(".experts." in name for name in names)}
-        yield from _lacking(stem, "mlp.gate.weight", with_experts)
+        lacking = [layer for layer in layers if f"{stem}.{layer}.mlp.gate.weight" not in checkpoint.info]
+        if len(lacking) < len(layers):
+            yield from (f"{stem}.{layer}.mlp.gate.weight: absent; {FETCH}" for layer in lacking)
 
 
-def _lacking(stem: str, name: str, layers: dict[str, set[str]]) -> Iterator[str]:
-    if any(name in names for names in layers.values()):
-        yield from (f"{stem}.{layer}.{name}: absent; {FETCH}" for layer, names in layers.items() if name not in names)
+@dataclass(frozen=True)
+class _Module:
+    """What one module of one layer holds: names and shapes of matrices and of modules within; names of vectors."""
+
+    matrices: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
+    vectors: set[str] = field(default_factory=set)
+
+
+def _vectors(checkpoint: Checkpoint) -> Iterator[str]:
+    """Modules of the same matrices, one in each layer, have the same norms and biases.
+
+    vLLM's own are ones, zeros or whatever memory held, and no scale shows that.
+    """
+    modules: dict[tuple[str, str], dict[str, _Module]] = defaultdict(lambda: defaultdict(_Module))
+    for name, info in checkpoint.info.items():
+        if not (found := LAYER.match(name)) or name.endswith(("_scale_inv", "_scale")):
+            continue
+        stem, layer, within = found.groups()
+        outside, experts, _ = within.partition(".experts.")
+        parts = [*outside.split("."), "experts", ""] if experts else within.split(".")
+        if len(parts) > MAX_PARTS:
+            continue
+        module = modules[stem, ".".join(parts[:-2])][layer]
+        if experts:
+            module.matrices.add(("experts", ()))
+        elif len(info.shape) < 2:
+            module.vectors.add(".".join(parts[-2:]))
+            continue
+        else:
+            module.matrices.add((".".join(parts[-2:]), info.shape))
+        for depth, within in enumerate(parts[:-2]):
+            modules[stem, ".".join(parts[:depth])][layer].matrices.add((within, ()))
+    for (stem, parent), layers in modules.items():
+        alike: dict[frozenset[Any], dict[str, set[str]]] = defaultdict(dict)
+        for layer, module in layers.items():
+            alike[frozenset(module.matrices)][f"{stem}.{layer}.{parent}".rstrip(".")] = module.vectors
+        for peers in alike.values():
+            yield from _lacking(peers)
+
+
+def _lacking(peers: dict[str, set[str]]) -> Iterator[str]:
+    having = Counter(vector for vectors in peers.values() for vector in vectors)
+    for module, vectors in peers.items():
+        # What most of them lack, models may leave out by design.
+        if lacking := [vector for vector, count in having.items() if vector not in vectors and 2 * count >= len(peers)]:
+            yield f"{module}.{lacking[0]}: absent, and {having[lacking[0]]} layers like it have it; {FETCH}"
 
 
 def _outside(checkpoint: Checkpoint) -> Iterator[str]:

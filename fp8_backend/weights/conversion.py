@@ -12,12 +12,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,9 @@ import torch
 from fp8_backend.errors import CheckpointError
 from fp8_backend.progress import Progress
 from fp8_backend.weights.files import INDEX, Checkpoint, read_json
-from fp8_backend.weights.safetensors_header import read_header
+from fp8_backend.weights.safetensors_header import DTYPE_BITS, read_header
 from fp8_backend.weights.safetensors_writer import PARTIAL
-from fp8_backend.weights.shard_conversion import LayerError, ShardTask, convert_shard
+from fp8_backend.weights.shard_conversion import LayerError, ShardTask, contents, convert_shard
 
 STATE = ".fp8-backend-conversion"
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # other forms of the same weights
@@ -122,18 +124,20 @@ def _locked_state(conversion: Conversion) -> Iterator[Path]:
 
 
 def _is_done(task: ShardTask, state: Path) -> bool:
-    """Return whether an earlier run finished a shard; the report is written after the shard is in its place."""
+    """Return whether an earlier run finished a shard; the report is written after the shard is in its place.
+
+    The shard holds what this run would make of it: an earlier version of this package may have chosen other weights.
+    """
     try:
-        read_header(task.out)
-        return bool(read_json(_report_path(state, task)))
+        made = {name: (info.dtype, info.shape) for name, info in read_header(task.out).items()}
+        return made == contents(task, read_header(task.source)) and bool(read_json(_report_path(state, task)))
     except (CheckpointError, FileNotFoundError):
         return False
 
 
 def _check_free_space(tasks: list[ShardTask], out: Path) -> None:
-    # A dequantised shard is twice the size of its source.
-    needed = sum(task.source.stat().st_size * (2 if task.dequantized else 1) for task in tasks if not task.quantized)
-    needed += sum(task.source.stat().st_size // 2 for task in tasks if task.quantized) + FREE_MARGIN
+    made = (shape for task in tasks for shape in contents(task, read_header(task.source)).values())
+    needed = sum(prod(shape) * DTYPE_BITS[dtype] // 8 for dtype, shape in made) + FREE_MARGIN
     if (free := shutil.disk_usage(out).free) < needed:
         raise CheckpointError(f"{out}: {free / 1e9:.1f} GB free; expected {needed / 1e9:.1f}; name a larger disk")
 
@@ -151,10 +155,14 @@ def _run(tasks: list[ShardTask], state: Path, workers: int) -> None:
 def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progress: Progress) -> None:
     # spawn: forking a process whose torch has threads can deadlock the child.
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start_worker, (counter, workers)) as pool:
+    counter, stop = context.Value("q", 0), context.Value("b", False)
+    with ProcessPoolExecutor(workers, context, _start_worker, (counter, stop, workers)) as pool:
+        # Workers inherit the mask. A terminal interrupts all processes at once, and a worker that is still importing
+        # would print where; `stop` ends them in order.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         running = {pool.submit(_work, task, _report_path(state, task)) for task in tasks}
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             while running:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -165,17 +173,20 @@ def _run_in_processes(tasks: list[ShardTask], state: Path, workers: int, progres
                 f"{tasks[0].out.parent}: a worker was killed, perhaps for want of memory; run the command again with "
                 "fewer --workers: finished shards are kept"
             ) from None
-        except BaseException:
+        except BaseException as error:
+            stop.value = isinstance(error, KeyboardInterrupt)
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-_counter: Any = None  # of this worker process: bytes done by all of them
+# Of this worker process, shared with the others: bytes done by all of them, and whether to leave the rest.
+_counter: Any = None
+_stop: Any = None
 
 
-def _start_worker(counter: Any, workers: int) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(counter: Any, stop: Any, workers: int) -> None:
+    global _counter, _stop
+    _counter, _stop = counter, stop
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -190,6 +201,8 @@ def _start_worker(counter: Any, workers: int) -> None:
 
 def _work(task: ShardTask, report: Path) -> None:
     def advance(count: int) -> None:
+        if _stop.value:
+            raise KeyboardInterrupt
         with _counter.get_lock():
             _counter.value += count
 

@@ -44,7 +44,7 @@ def deep_bytes(checkpoint: Checkpoint, fp8_format: Fp8Format) -> int:
 
 
 def check_values(
-    checkpoint: Checkpoint, fp8_format: Fp8Format, advance: Callable[[int], None]
+    checkpoint: Checkpoint, fp8_format: Fp8Format, advance: Callable[[int], None], prefix: str = ""
 ) -> tuple[list[Finding], dict[str, ScaleRange]]:
     """Read every FP8 weight and its scales, one piece at a time.
 
@@ -52,16 +52,18 @@ def check_values(
         checkpoint: whose headers passed.
         fp8_format: how its scales are named.
         advance: is called with the bytes read since the last call.
+        prefix: of the names of the tensors to read; all by default.
 
     Returns:
         findings, in the order of files and offsets; and the range of each weight's scales.
     """
     findings: list[Finding] = []
     ranges: dict[str, ScaleRange] = {}
-    for shard in checkpoint.shards:
+    homes = {home for name, home in checkpoint.home.items() if name.startswith(prefix)}
+    for shard in [shard for shard in checkpoint.shards if shard in homes]:
         with ShardReader(shard) as reader:
             for name, info in reader.info.items():
-                if not _is_read(name, info.dtype, fp8_format):
+                if not name.startswith(prefix) or not _is_read(name, info.dtype, fp8_format):
                     continue
                 if info.dtype == FP8:
                     findings += _check_codes(reader, name, shard, advance)
@@ -74,7 +76,7 @@ def check_values(
                         ranges[weight] = ScaleRange(float(usable.min()), float(usable.max()))
                     findings += [
                         Finding(name, shard.name, what, fatal)
-                        for what, fatal in _check_scale(scale, fp8_format.power_of_two)
+                        for what, fatal in _check_scale(reader, name, scale, fp8_format.power_of_two)
                     ]
     return findings, ranges
 
@@ -86,21 +88,22 @@ def _is_read(name: str, dtype: str, fp8_format: Fp8Format) -> bool:
 def _check_codes(reader: ShardReader, name: str, shard: Path, advance: Callable[[int], None]) -> Iterator[Finding]:
     info = reader.info[name]
     step = rows_at_once(info, READ_AT_ONCE, 1)
-    count, first = 0, None
+    count, first = 0, list[int]()
     for row in range(0, info.shape[0] if info.shape else 0, step):
         codes = reader.read_rows(name, row, min(step, info.shape[0] - row)).view(torch.uint8)
         bad = (codes & E4M3_NAN) == E4M3_NAN
         if found := int(bad.sum()):
-            if first is None:
+            if not count:
                 position = bad.nonzero()[0].tolist()
                 first = [position[0] + row, *position[1:]]
             count += found
         advance(codes.numel())
     if count:
-        yield Finding(name, shard.name, f"code NaN at {first}, {count} such in {info.bytes}", fatal=True)
+        where = f"{first} (byte {reader.offset_of(name, first)})"
+        yield Finding(name, shard.name, f"code NaN at {where}, {count} such in {info.bytes}", fatal=True)
 
 
-def _check_scale(scale: torch.Tensor, power_of_two: bool) -> Iterator[tuple[str, bool]]:
+def _check_scale(reader: ShardReader, name: str, scale: torch.Tensor, power_of_two: bool) -> Iterator[tuple[str, bool]]:
     positive = torch.isfinite(scale) & (scale > 0)
     mantissa, _ = torch.frexp(scale)
     kinds = (
@@ -115,4 +118,5 @@ def _check_scale(scale: torch.Tensor, power_of_two: bool) -> Iterator[tuple[str,
     for what, bad, fatal in kinds:
         if count := int(bad.sum()):
             position = bad.nonzero()[0].tolist()
-            yield f"scale {what} ({scale[tuple(position)]:g} at {position}, {count} such in {scale.numel()})", fatal
+            where = f"{position} (byte {reader.offset_of(name, position)})"
+            yield f"scale {what} ({scale[tuple(position)]:g} at {where}, {count} such in {scale.numel()})", fatal

@@ -94,7 +94,8 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
             f"{file.name}: Mistral's own format, which vLLM loads in place of the other shards; expected none; move it "
             "out of the folder"
         )
-    if not (folder / INDEX).exists():
+    # A link to nothing is an index that was not fetched, not a checkpoint without one.
+    if not ((folder / INDEX).is_symlink() or (folder / INDEX).exists()):
         shards = sorted(folder.glob(f"*{SUFFIX}"))
         if not shards:
             raise CheckpointError(f"{folder}: holds no *{SUFFIX} file; fetch the weights")

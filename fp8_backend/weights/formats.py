@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from fp8_backend.errors import CheckpointError
@@ -22,6 +22,15 @@ COMPRESSED_WEIGHTS = {
 COMPRESSED_ACTIVATIONS = {
     "num_bits": 8, "type": "float", "strategy": "group", "group_size": BLOCK, "symmetric": True, "dynamic": True,
 }  # fmt: skip
+# What a field that is absent stands for.
+COMPRESSED_DEFAULTS = {"num_bits": 8, "symmetric": True, "dynamic": False}
+MAX_PARTS = 32  # of a module's name, between dots, that are compared with a list; no model has half as many
+# Gate, up and down of one expert, by the two sets of names in use.
+EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# A list of unquantised modules may name the layer that vLLM makes of a projection and its neighbours.
+MERGED_INTO = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Fp8Format:
     """How one checkpoint stores its 128x128 blocks; every format holds e4m3 codes, and weight = code * scale."""
 
     method: Method
-    skipped: tuple[str, ...]  # modules that are not quantised; compressed-tensors also takes `re:` patterns
+    skipped: tuple[str, ...]  # modules that are not quantised, see `lists`
     power_of_two: bool = False  # the checkpoint promises scales that are powers of two
 
     def scale_name(self, weight: str) -> str:
@@ -46,22 +55,65 @@ class Fp8Format:
         return tensor.removesuffix(suffix)
 
     def lists(self, module: str) -> bool:
-        """Return whether the config names this very module as unquantised, as vLLM reads it."""
-        return module in self.skipped if self.method == "fp8" else is_listed(module, self.skipped)
+        """Return whether the config leaves a module unquantised.
 
-    def is_skipped(self, tensor: str) -> bool:
-        """Return whether the config leaves the module of a tensor unquantised."""
-        module = tensor.rpartition(".")[0]
-        if self.method == "fp8":
-            return any(entry in tensor for entry in self.skipped)
-        return is_listed(module, self.skipped)
+        compressed-tensors' `ignore` names modules whole, or by a pattern after `re:`. `modules_to_not_convert` is
+        written by several tools: with whole names, with the end or the beginning of a name ("mlp.gate", "visual"), and
+        by transformers with regular expressions, which match from the beginning of a name.
+        """
+        if module in self._listed or any(pattern.match(module) for pattern in self._patterns):
+            return True
+        if self.method == "compressed-tensors":
+            return False
+        parts = module.split(".", MAX_PARTS)
+        runs = (".".join(parts[first : end + 1]) for end in range(len(parts)) for first in range(end + 1))
+        return not self._listed.isdisjoint(runs)
+
+    def skips(self, weight: str) -> bool:
+        """Return whether the config leaves a weight unquantised: lists its module, or the one vLLM merges it into."""
+        module = weight.rpartition(".")[0]
+        stem, _, projection = module.rpartition(".")
+        return self.lists(module) or (projection in MERGED_INTO and self.lists(f"{stem}.{MERGED_INTO[projection]}"))
+
+    def lists_experts(self, module: str) -> bool:
+        """Return whether the config leaves a layer's routed experts unquantised.
+
+        It may list them as one, each projection of each expert, or a pattern for those.
+
+        Args:
+            module: of the experts, such as "model.layers.0.mlp.experts".
+
+        Raises:
+            CheckpointError: it lists some of the projections of an expert.
+        """
+        if self.lists(module) or any(entry.startswith(f"{module}.") for entry in self.skipped):
+            return True
+        for names in EXPERT_PROJECTIONS:
+            listed = [name for name in names if self.lists(f"{module}.0.{name}")]
+            if len(listed) == len(names):
+                return True
+            if listed:
+                raise CheckpointError(
+                    f"{module}: config.json leaves {listed} unquantised and no other of {list(names)}, of which vLLM "
+                    "makes one layer; expected all or none; requantise the model"
+                )
+        return False
+
+    @cached_property
+    def _listed(self) -> frozenset[str]:
+        return frozenset(entry for entry in self.skipped if _pattern(entry, self.method) is None)
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        found = (_pattern(entry, self.method) for entry in self.skipped)
+        return [re.compile(pattern) for pattern in found if pattern is not None]
 
 
-def is_listed(module: str, entries: Iterable[str]) -> bool:
-    """Return whether compressed-tensors' `ignore` names a module, plainly or by a pattern after `re:`."""
-    return any(
-        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module for entry in entries
-    )
+def _pattern(entry: str, method: Method) -> str | None:
+    """Return the regular expression that an entry of a list of modules is, or None if it is a name."""
+    if entry.startswith("re:"):
+        return entry[3:]
+    return entry if method == "fp8" and not re.fullmatch(r"[\w.-]*", entry) else None
 
 
 def read_format(config: dict[str, Any]) -> Fp8Format:
@@ -108,7 +160,7 @@ def _read_fp8(quantization: dict[str, Any]) -> Fp8Format:
     if (scale_fmt := quantization.get("scale_fmt")) not in (None, "ue8m0", "float"):
         raise CheckpointError(f"config.json: scale_fmt is {scale_fmt!r}; expected 'ue8m0' or none; {STOCK}")
     skipped = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or []
-    return Fp8Format("fp8", _names("modules_to_not_convert", skipped), scale_fmt == "ue8m0")
+    return Fp8Format("fp8", _entries("modules_to_not_convert", skipped, "fp8"), scale_fmt == "ue8m0")
 
 
 def _read_compressed(quantization: dict[str, Any]) -> Fp8Format:
@@ -124,24 +176,23 @@ def _read_compressed(quantization: dict[str, Any]) -> Fp8Format:
         if not isinstance(given, dict):
             raise CheckpointError(f"config.json: {part} is {given!r}; expected {expected}; {STOCK}")
         for field, value in expected.items():
-            if given.get(field) != value:
-                raise CheckpointError(
-                    f"config.json: {field} of {part} is {given.get(field)!r}; expected {value!r}; {STOCK}"
-                )
+            if (found := given.get(field, COMPRESSED_DEFAULTS.get(field))) != value:
+                raise CheckpointError(f"config.json: {field} of {part} is {found!r}; expected {value!r}; {STOCK}")
     for field in ("output_activations", "sparsity_config", "transform_config", "kv_cache_scheme"):
         if value := group.get(field) or quantization.get(field):
             raise CheckpointError(f"config.json: {field} is {str(value)[:100]}; expected none; {STOCK}")
-    skipped = _names("ignore", quantization.get("ignore") or [])
-    for entry in skipped:
-        if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except re.error as error:
-                raise CheckpointError(f"config.json: ignore holds {entry!r} ({error}); expected a pattern") from None
+    skipped = _entries("ignore", quantization.get("ignore") or [], "compressed-tensors")
     return Fp8Format("compressed-tensors", skipped)
 
 
-def _names(field: str, value: Any) -> tuple[str, ...]:
+def _entries(field: str, value: Any, method: Method) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(f"config.json: {field} is {value!r}; expected a list of names; correct it")
+    for entry in value:
+        try:
+            re.compile(_pattern(entry, method) or "")
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json: {field} holds {entry!r} ({error}); expected a name or a pattern; correct it"
+            ) from None
     return tuple(value)

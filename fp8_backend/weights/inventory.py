@@ -32,6 +32,11 @@ class Kind:
     largest_scale: float | None = None
     refused: str | None = None  # why the kernels do not take it at the --tp asked for
 
+    def widen(self, smallest: float, largest: float) -> None:
+        """Take the scales of one more weight into the range."""
+        self.smallest_scale = smallest if self.smallest_scale is None else min(self.smallest_scale, smallest)
+        self.largest_scale = largest if self.largest_scale is None else max(self.largest_scale, largest)
+
 
 @dataclass
 class Inventory:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fp8_backend.errors import CheckpointError
 
 # The safetensors library refuses longer headers as well; a 671B-parameter model's shards stay under 1 MB.
 MAX_HEADER_BYTES = 100_000_000
+MAX_NUMBER = 2**63  # offsets of files are below; sizes of tensors too
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -43,13 +43,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Raises:
         CheckpointError: the file is shorter or longer than its header says, the header is not valid JSON of the
-            format, a dtype is unknown, or offsets overlap, leave gaps or disagree with the tensor's shape.
+            format, a dtype is unknown, or offsets overlap, leave gaps or disagree with the tensor's shape; or the file
+            cannot be read.
     """
     return read_header_and_length(path)[0]
 
 
 def read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """Return what `read_header` does, and the byte of the file where the tensors begin."""
+    try:
+        return _read_header_and_length(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error that says why a file cannot be read."""
+    return CheckpointError(
+        f"{path.name}: {error.strerror}; expected a readable file; check its permissions and the disk, or fetch it "
+        "again"
+    )
+
+
+def _read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -62,7 +78,8 @@ def read_header_and_length(path: Path) -> tuple[dict[str, TensorInfo], int]:
                 "the file holds; it is truncated or not safetensors: fetch it again"
             )
         header = _parse(path.name, file.read(length))
-    tensors = {name: _tensor_info(path.name, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    _check_metadata(path.name, header.pop("__metadata__", None))
+    tensors = {name: _tensor_info(path.name, name, entry) for name, entry in header.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_offsets(path.name, ordered, data_bytes=size - 8 - length)
     return ordered, 8 + length
@@ -73,6 +90,8 @@ def _parse(file_name: str, text: bytes) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             raise ValueError("a name appears twice")
+        for name, value in pairs:  # half a surrogate pair is no text: nothing could print it, and safetensors refuses
+            (name + value if isinstance(value, str) else name).encode("utf-8")
         return result
 
     try:
@@ -84,6 +103,17 @@ def _parse(file_name: str, text: bytes) -> dict[str, Any]:
             f"{file_name}: header is a JSON {type(header).__name__}; expected an object; fetch it again"
         )
     return header
+
+
+def _check_metadata(file_name: str, metadata: Any) -> None:
+    """Refuse what the safetensors library does, with which vLLM loads: anything but texts under names."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(
+            f"{file_name}: __metadata__ is {str(metadata)[:100]!r}; expected texts under names; the header is corrupt: "
+            "fetch the file again"
+        )
 
 
 def _tensor_info(file_name: str, name: str, entry: Any) -> TensorInfo:
@@ -99,13 +129,23 @@ def _tensor_info(file_name: str, name: str, entry: Any) -> TensorInfo:
         raise fail(f"shape {str(shape)[:100]}; expected a list of integers >= 0")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise fail(f"data_offsets {str(offsets)[:100]}; expected [begin, end] with 0 <= begin <= end")
-    if prod(shape) * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise fail(f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes; expected {dtype} {shape}")
+    if _count(shape) * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        raise fail(f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes; expected {dtype} {str(shape)[:100]}")
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_NUMBER for item in value)
+
+
+def _count(shape: list[int]) -> int:
+    """Return the number of elements, or more than any file holds: half a million large sizes take hours to multiply."""
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= MAX_NUMBER:
+            break
+    return count
 
 
 def _check_offsets(file_name: str, ordered: dict[str, TensorInfo], data_bytes: int) -> None:

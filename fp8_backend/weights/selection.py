@@ -7,7 +7,7 @@ import re
 from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.weights.checkpoint import MERGED
 from fp8_backend.weights.files import Checkpoint
-from fp8_backend.weights.shards import COLUMN, ROW
+from fp8_backend.weights.shards import COLUMN, FUSED, ROW, Layer, reason
 
 # Indexers and the multi-token head's eh_proj are left out: vLLM builds some of them without a quantisation method.
 QUANTISED = COLUMN | ROW | {"q_a_proj", "kv_a_proj_with_mqa"}
@@ -44,9 +44,19 @@ def select(checkpoint: Checkpoint, keep: re.Pattern[str] | None) -> tuple[list[s
 
 
 def unquantised_modules(checkpoint: Checkpoint, kept: dict[str, str]) -> list[str]:
-    """Return the modules for modules_to_not_convert: every kept weight that vLLM may otherwise take for FP8."""
-    names = (name for name in kept if name.endswith(".weight") and len(checkpoint.info[name].shape) > 1)
-    return sorted(name.removesuffix(".weight") for name in names)
+    """Return the modules for modules_to_not_convert: every kept weight that vLLM may otherwise take for FP8.
+
+    Experts that are stored in one tensor for all have no module of that name in vLLM, but one that ends in `experts`.
+    """
+    modules = set()
+    for name in kept:
+        shape = checkpoint.info[name].shape
+        outside, found, _ = name.partition(".experts.")
+        if found and len(shape) == 3:
+            modules.add(f"{outside}.experts")
+        elif name.endswith(".weight") and len(shape) > 1:
+            modules.add(name.removesuffix(".weight"))
+    return sorted(modules)
 
 
 def _why_kept(name: str, checkpoint: Checkpoint, keep: re.Pattern[str] | None) -> str | None:
@@ -65,6 +75,8 @@ def _why_kept(name: str, checkpoint: Checkpoint, keep: re.Pattern[str] | None) -
     in_decoder = re.search(r"(^|\.)layers\.\d+\.", name) and not any(part.startswith(OTHER_MODELS) for part in parts)
     if not in_decoder or _projection(name) not in QUANTISED:
         return "not a projection that vLLM serves in FP8 blocks"
+    if info.shape[1] % BLOCK:
+        return f"{info.shape[1]} columns: vLLM's own FP8 kernels take multiples of {BLOCK}"
     return "--keep" if keep is not None and keep.search(name) else None
 
 
@@ -86,6 +98,9 @@ def _merged_width(name: str, checkpoint: Checkpoint) -> str | None:
     stem = name.removesuffix(f"{projection}.weight")
     group = next((group for group in MERGED if projection in group), (projection,))
     after = [part for part in group[group.index(projection) + 1 :] if f"{stem}{part}.weight" in checkpoint.info]
+    if projection in FUSED:
+        layer = Layer(stem, (projection,), (rows,), checkpoint.info[name].shape[1])
+        return reason(layer, 1, checkpoint.config)
     if rows % BLOCK == 0 or not after:
         return None
     return f"{rows} rows, merged by vLLM before {after[0]}: not a multiple of {BLOCK}"

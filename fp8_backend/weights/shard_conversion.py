@@ -12,6 +12,7 @@ from fp8_backend.errors import CheckpointError
 from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize
 from fp8_backend.weights.block_quant import SCALE_DTYPES, ScaleKind, block_errors, quantize_blocks
 from fp8_backend.weights.loader import check_scale
+from fp8_backend.weights.safetensors_header import TensorInfo
 from fp8_backend.weights.safetensors_writer import ShardWriter
 from fp8_backend.weights.tensor_reader import ShardReader, rows_at_once
 
@@ -50,7 +51,7 @@ def convert_shard(task: ShardTask, advance: Advance) -> list[LayerError]:
         CheckpointError: a weight or scale holds what cannot be converted; names file, tensor and place.
     """
     errors: list[LayerError] = []
-    with ShardReader(task.source) as reader, ShardWriter(task.out, _contents(task, reader)) as writer:
+    with ShardReader(task.source) as reader, ShardWriter(task.out, contents(task, reader.info)) as writer:
         for name, info in reader.info.items():
             if name in task.dropped:
                 advance(info.bytes)
@@ -66,18 +67,24 @@ def convert_shard(task: ShardTask, advance: Advance) -> list[LayerError]:
     return errors
 
 
-def _contents(task: ShardTask, reader: ShardReader) -> dict[str, tuple[str, tuple[int, ...]]]:
-    contents: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, info in reader.info.items():
+def contents(task: ShardTask, source: dict[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of the converted shard.
+
+    Args:
+        task: what to make of the shard.
+        source: what its header says.
+    """
+    made: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, info in source.items():
         if name in task.quantized:
             n, k = info.shape
-            contents[name] = ("F8_E4M3", info.shape)
-            contents[task.quantized[name]] = (SCALE_DTYPES[task.scale_kind], (ceil_div(n, BLOCK), ceil_div(k, BLOCK)))
+            made[name] = ("F8_E4M3", info.shape)
+            made[task.quantized[name]] = (SCALE_DTYPES[task.scale_kind], (ceil_div(n, BLOCK), ceil_div(k, BLOCK)))
         elif name in task.dequantized:
-            contents[name] = ("BF16", info.shape)
+            made[name] = ("BF16", info.shape)
         elif name not in task.dropped:
-            contents[name] = (info.dtype, info.shape)
-    return contents
+            made[name] = (info.dtype, info.shape)
+    return made
 
 
 def _quantize(task: ShardTask, name: str, reader: ShardReader, writer: ShardWriter, advance: Advance) -> LayerError:

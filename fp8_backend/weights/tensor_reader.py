@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -9,7 +10,7 @@ from typing import Self
 import torch
 
 from fp8_backend.errors import CheckpointError
-from fp8_backend.weights.safetensors_header import TensorInfo, read_header_and_length
+from fp8_backend.weights.safetensors_header import DTYPE_BITS, TensorInfo, read_header_and_length, unreadable
 
 TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -23,7 +24,10 @@ class ShardReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info, self.data_begin = read_header_and_length(path)
-        self.file = path.open("rb", buffering=0)
+        try:
+            self.file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(path, error) from None
 
     def __enter__(self) -> Self:
         return self
@@ -37,14 +41,20 @@ class ShardReader:
         """Return `count` bytes of a tensor, from byte `begin` of it.
 
         Raises:
-            CheckpointError: the file ends before them; names file, tensor and offset.
+            CheckpointError: the file ends before them, or the disk fails; names file, tensor and offset.
         """
         offset = self.data_begin + self.info[name].begin + begin
         buffer = bytearray(count)
         view, filled = memoryview(buffer), 0
         self.file.seek(offset)
         while filled < count:
-            got = self.file.readinto(view[filled:])
+            try:
+                got = self.file.readinto(view[filled:])
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path.name}: {name}: {error.strerror} at byte {offset + filled}; check the disk, or fetch "
+                    "the file again"
+                ) from None
             if not got:
                 raise CheckpointError(
                     f"{self.path.name}: {name}: ends at byte {offset + filled}; expected {count - filled} more; the "
@@ -52,6 +62,14 @@ class ShardReader:
                 )
             filled += got
         return buffer
+
+    def offset_of(self, name: str, position: Sequence[int]) -> int:
+        """Return the byte of the file at which an element of a tensor begins."""
+        info = self.info[name]
+        element = 0
+        for size, index in zip(info.shape, position, strict=True):
+            element = element * size + index
+        return self.data_begin + info.begin + element * DTYPE_BITS[info.dtype] // 8
 
     def read(self, name: str) -> torch.Tensor:
         """Return a whole tensor."""
