@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _fail(arguments[0], "interrupted", 128 + signal.SIGINT)
     except Fp8BackendError as error:
         return _fail(arguments[0], str(error), 2)
     except OSError as error:  # no space, no permission

@@ -29,7 +29,9 @@ def unpack(version: str, folder: Path) -> Path:
     wheels = folder / "wheels"
     found = sorted(wheels.glob(f"vllm-{version}-*.whl"))
     if not found:
-        subprocess.run([sys.executable, "-m", "pip", *PIP, "-d", str(wheels), f"vllm=={version}"], check=True)
+        # The pip of the Python that made this environment, which has none of its own (demo/install.py).
+        pip = [sys._base_executable, "-m", "pip"]
+        subprocess.run([*pip, *PIP, "-d", str(wheels), f"vllm=={version}"], check=True)
         found = sorted(wheels.glob(f"vllm-{version}-*.whl"))
     with zipfile.ZipFile(found[0]) as wheel:
         wheel.extractall(target)

@@ -139,14 +139,15 @@ def test_reader_that_has_seen_enough_is_no_error(filled: Path) -> None:
 @pytest.mark.parametrize("command", [("cache", "list"), ("cache", "path"), ("doctor",)])
 def test_output_that_cannot_be_written_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
     environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path)}
-    for redirection, code, said in ((">/dev/full", 2, f"fp8-backend {command[0]}: No space left on device"), (">&-", 0, "")):
+    full = f"fp8-backend {command[0]}: No space left on device"
+    for redirection, code, said in ((">/dev/full", 2, full), (">&-", 0, "")):
         shell = f'exec "$0" -m fp8_backend.cli {" ".join(command)} {redirection}'
         done = subprocess.run(["sh", "-c", shell, sys.executable], stderr=subprocess.PIPE, text=True, env=environ)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(said)), done.stderr
         assert done.stderr.startswith(said)
 
 
-def test_interrupted_warm_says_nothing_and_keeps_what_is_made(tmp_path: Path) -> None:
+def test_interrupted_warm_is_one_line_and_keeps_what_is_made(tmp_path: Path) -> None:
     environ = {**os.environ, "FP8_BACKEND_CACHE_DIR": str(tmp_path), "FP8_BACKEND_JIT": "auto"}
     # A shell that runs the tests in the background has them ignore SIGINT, and their children with them.
     program = (
@@ -159,7 +160,8 @@ def test_interrupted_warm_says_nothing_and_keeps_what_is_made(tmp_path: Path) ->
         assert warm.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     warm.send_signal(signal.SIGINT)
-    assert (warm.communicate(timeout=60)[1], warm.returncode) == ("", 128 + signal.SIGINT)
+    said = warm.communicate(timeout=60)[1]
+    assert (said, warm.returncode) == ("fp8-backend cache: interrupted\n", 128 + signal.SIGINT)
     assert 0 < len(list(tmp_path.glob("v1/*.cubin"))) < COUNT
 
 
