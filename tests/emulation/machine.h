@@ -78,14 +78,12 @@ struct Cta {
     std::unordered_map<u32, Barrier> barriers;
     std::unordered_map<u32, Meeting> named;
     Meeting whole;
-    bool any = false, any_last = false;
+    bool any = false;  // of __syncthreads_or
     std::unordered_map<u64, WarpMeeting> warps;  // by warp and mask
     std::vector<u32> exited;                     // lanes of each warp that have ended
 };
 
-struct Operation {
-    std::function<void()> run;
-};
+using Operation = std::function<void()>;
 
 struct Fiber {
     ucontext_t context;
@@ -98,7 +96,7 @@ struct Fiber {
     u32 cluster_generation = 0;
     std::deque<Operation> copies;  // asynchronous copies of ordinary threads, and the arrivals behind them, in order
     u32 stores = 0;                // bulk stores that have not ended
-    std::vector<std::function<void()>> products;
+    std::vector<Operation> products;  // issued and not yet waited for
 };
 
 struct Machine {
@@ -150,10 +148,7 @@ inline void meet(Meeting& meeting, u32 expected, const char* what) {
     wait_until([&] { return meeting.generation != generation; }, what);
 }
 
-// Lanes that have ended count as arrived.
-inline bool all_there(const WarpMeeting& meeting, u32 mask) { return ((meeting.arrived | cta().exited[warp()]) & mask) == mask; }
-
-// Every lane of the mask brings `bytes`; returns where they all lie.
+// Every lane of the mask brings `size` bytes, unless it has ended; returns where they all lie.
 inline const u8 (*exchange(u32 mask, const void* bytes, u32 size))[16] {
     WarpMeeting& meeting = cta().warps[u64(warp()) << 32 | mask];
     if (!(mask >> lane() & 1)) fail("takes part in a warp's operation whose mask leaves it out");
@@ -259,7 +254,6 @@ inline Barrier& barrier_at(Cta& of, u32 address) {
 
 // ---- a run -------------------------------------------------------------------------------------------------------------
 
-extern Dim3 thread_index, block_index, block_size, grid_size;
 inline Dim3 thread_index, block_index, block_size, grid_size;
 
 inline bool step_engine() {
@@ -269,7 +263,7 @@ inline bool step_engine() {
         std::swap(engine[machine->random() % engine.size()], engine.back());
         const Operation operation = std::move(engine.back());
         engine.pop_back();
-        operation.run();
+        operation();
         moved = true;
     }
     return moved;
@@ -286,7 +280,7 @@ inline void run_fibers(const std::vector<Fiber*>& order) {
             if (!fiber.copies.empty() && machine->random() % 2) {
                 const Operation operation = std::move(fiber.copies.front());
                 fiber.copies.pop_front();
-                operation.run();
+                operation();
                 moved = true;
             }
             if (fiber.done || (fiber.ready && !(*fiber.ready)())) continue;

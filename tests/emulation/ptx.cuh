@@ -121,11 +121,11 @@ DEVICE u32 load_remote(u32 address) {
 DEVICE void store_async(u32 target, float4 value, u32 barrier) {
     emulation::Cta& of = emulation::owner_of(target);
     emulation::begin_write(of, target, 16);
-    emulation::machine->engine.push_back({[=, &of] {
+    emulation::machine->engine.push_back([=, &of] {
         std::memcpy(emulation::at(of, target, 16), &value, 16);
         emulation::end_write(of, target, 16);
         emulation::barrier_at(of, barrier).arrive(0, -16);
-    }});
+    });
 }
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void launch_next_kernel() {}
@@ -136,11 +136,11 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
     emulation::Cta& of = emulation::cta();
     if (bytes == 0 || bytes % 16 || target % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk copy that is not in units of 16 bytes");
     emulation::begin_write(of, target, bytes);
-    emulation::machine->engine.push_back({[=, &of] {
+    emulation::machine->engine.push_back([=, &of] {
         std::memcpy(emulation::at(of, target, bytes), source, bytes);
         emulation::end_write(of, target, bytes);
         emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
-    }});
+    });
 }
 
 // Where byte `offset` of a box at `address` lies: swizzled by the address, as the engine and wgmma do it.
@@ -165,11 +165,11 @@ DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y
         if (!(ranks >> rank & 1)) continue;
         emulation::Cta& of = emulation::owner_of(map_to_rank(target, rank));
         emulation::begin_write(of, target, bytes);
-        emulation::machine->engine.push_back({[=, &of] {
+        emulation::machine->engine.push_back([=, &of] {
             copy_box(of, target, described, x, y, z);
             emulation::end_write(of, target, bytes);
             emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
-        }});
+        });
     }
 }
 DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
@@ -182,7 +182,7 @@ DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
     const u32 row_bytes = described.box[0] * described.element;
     ++fiber.stores;
     emulation::mark(of.to_be_stored, source, row_bytes * described.box[1], 1);
-    emulation::machine->engine.push_back({[=, &fiber, &of] {
+    emulation::machine->engine.push_back([=, &fiber, &of] {
         for (u32 row = 0; row < described.box[1]; ++row)
             for (u32 byte = 0; byte < row_bytes; ++byte) {
                 if (x + byte / described.element >= described.dims[0] || y + row >= described.dims[1]) continue;
@@ -192,7 +192,7 @@ DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
             }
         emulation::mark(of.to_be_stored, source, row_bytes * described.box[1], -1);
         --fiber.stores;
-    }});
+    });
 }
 DEVICE void bulk_commit() {}
 DEVICE void bulk_wait() {
@@ -205,16 +205,16 @@ DEVICE void prefetch_map(const TensorMap*) {}
 DEVICE void copy_async(u32 target, const void* source, u32 bytes) {
     emulation::Cta& of = emulation::cta();
     emulation::begin_write(of, target, bytes);
-    emulation::self().copies.push_back({[=, &of] {
+    emulation::self().copies.push_back([=, &of] {
         std::memcpy(emulation::at(of, target, bytes), source, bytes);
         emulation::end_write(of, target, bytes);
-    }});
+    });
 }
 DEVICE void copy_16_async(u32 target, const void* source) { copy_async(target, source, 16); }
 DEVICE void copy_4_async(u32 target, const void* source) { copy_async(target, source, 4); }
 DEVICE void barrier_arrive_after_copies(u32 barrier) {
     emulation::Cta& of = emulation::cta();
-    emulation::self().copies.push_back({[=, &of] { emulation::barrier_at(of, barrier).arrive(1); }});
+    emulation::self().copies.push_back([=, &of] { emulation::barrier_at(of, barrier).arrive(1); });
 }
 DEVICE void load_fresh(const void* source, u32 (&words)[4]) { std::memcpy(words, source, 16); }
 template <class T> DEVICE T __ldcg(const T* source) { return *source; }
