@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from fp8_backend.kernels import experts, gemm, heuristics, layout, m_grouped, reference
+from fp8_backend.kernels import experts, gemm, heuristics, layout, m_grouped, reference, routing
 from fp8_backend.kernels.compiler import CUDA_FOLDER
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
@@ -129,6 +129,43 @@ def test_experts(form, on_input, folder):
             out = torch.full_like(x, float("nan"))
             experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, here, on_input)
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
+
+
+# One CTA, and a cluster that counts together; ids that are skipped, a group of no row and one of several tiles.
+@pytest.mark.parametrize("entries", [700, 2500])
+def test_route(entries, folder):
+    torch.manual_seed(5)
+    ids, num_groups = torch.randint(-1, 6, (entries,), dtype=torch.int32), 7
+    ids[ids == 2] = 3
+    with emulated(folder, MACHINE):
+        routed = routing.route(ids, None, num_groups)
+    words = routed.storage.view(torch.int32)
+    tiles = words[4 : 4 + 4 * int(words[2])].view(-1, 4).tolist()
+    order = words[4 + 4 * routing.max_tiles(entries, num_groups) :]
+    rows = [(group, first, count & 0xFFFF) for group, first, count, _ in tiles]
+    counts = torch.bincount(ids[ids >= 0], minlength=num_groups).tolist()
+    expected = [(g, i) for g, count in enumerate(counts) for i in range(ceil_div(count, routing.TILE_ROWS))]
+    assert [group for group, _, _ in rows] == [group for group, _ in expected]
+    found = [order[first : first + count] for _, first, count in rows]
+    assert all((ids[entry.long()] == group).all() for (group, _, _), entry in zip(rows, found, strict=True))
+    assert sorted(torch.cat(found).tolist()) == (ids >= 0).nonzero().flatten().tolist()
+
+
+# DeepGEMM's padded layout with rows of group -1 between the groups, and groups that end anywhere.
+def test_contiguous_grouped_gemm(folder):
+    torch.manual_seed(6)
+    indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [3] * 65, dtype=torch.int32)
+    n, k = 264, 6 * BLOCK
+    codes, scale, packed, packed_scale = make_experts(4, n, k)
+    x = torch.randn(len(indices), k, dtype=torch.bfloat16)
+    out = torch.full((len(indices), n), float("nan"), dtype=torch.bfloat16)
+    with emulated(folder, MACHINE):
+        a = reference.per_token_group_quant(x)
+        m_grouped.m_grouped_fp8_gemm_nt_contiguous(a, (packed, packed_scale), out, indices)
+    for group in (0, 1, 3):
+        rows = indices == group
+        assert reference.relative_error(out[rows], truth(x[rows], codes[group], scale[group])) < BF16_ERROR
+    assert out[indices < 0].isnan().all()
 
 
 # Groups of no row, of a few, of more than a narrow tile holds.
