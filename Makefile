@@ -10,7 +10,7 @@ help:
 	@echo "make lint         ruff check and format check, mypy"
 	@echo "make docs         write docs/settings.md from the settings"
 	@echo "make test-compat  load the plugin into every supported vLLM release (downloads them)"
-	@echo "make evidence     on a Hopper GPU: correctness and serving results into benchmarks/results/h200"
+	@echo "make evidence     on a Hopper GPU: correctness and serving results into benchmarks/results/<gpu>"
 	@echo "make clean        delete what the commands above wrote, except .venv"
 
 install:

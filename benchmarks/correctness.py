@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS
+from benchmarks import results
 from fp8_backend.measure.child import run_child, stop_children_on_signals
 from fp8_backend.measure.environment import environment, write_json
 
@@ -51,7 +51,7 @@ def problems_of(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Run the parts and judge the whole."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correctness", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "correctness.json")
+    parser.add_argument("--out", type=Path, default=results() / "correctness.json")
     parser.add_argument("--logs", type=Path, help="folder to keep the parts' logs in; default: nowhere")
     parser.add_argument("--commit", help="where the tree is no repository")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="default: a fresh one")

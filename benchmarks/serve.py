@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import ROOT, results
 from demo.architectures import SIZES, Architecture
 from demo.checkpoint import write_checkpoint
 from demo.server import Completion, DemoError, Server
@@ -236,7 +236,7 @@ def run_model(
 def main() -> None:
     """Run every arm of every model."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serve.json")
+    parser.add_argument("--out", type=Path, default=results() / "serve.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serve-logs", help="of the servers")
     parser.add_argument("--commit", help="where the tree is no repository")
     parser.add_argument("--models", default="deepseek_v3,qwen3,qwen3_moe")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import ROOT, results
 from benchmarks.storm import COUNTERS, ENVIRONMENT, kernels_ready, log_problems
 from demo.architectures import Size, model_config
 from demo.server import DemoError, Server
@@ -103,7 +103,7 @@ def problems_of(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
 def main() -> None:
     """Start the servers and report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
+    parser.add_argument("--out", type=Path, default=results() / "startup.json")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "startup-logs")
     parser.add_argument("--start-limit", type=float, default=300, help="seconds until a server must answer")
     parser.add_argument("--starts", default=";".join(STARTS), help="which of them, in their order")

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import ROOT, results
 from demo.architectures import SIZES
 from demo.checkpoint import write_checkpoint
 from demo.server import DemoError, Server
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--size", default="demo", choices=["demo", "large"])
     parser.add_argument("--start-limit", type=float, default=300, help="seconds until the server must answer")
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "storm-server.log", help="of the server")
-    parser.add_argument("--out", type=Path, default=RESULTS / "storm.json")
+    parser.add_argument("--out", type=Path, default=results() / "storm.json")
     parser.add_argument("--commit", help="where the tree is no repository")
     options = parser.parse_args()
     if bool(options.url) != bool(options.model):

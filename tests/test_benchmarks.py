@@ -97,6 +97,22 @@ def test_selection_lines_lose_time_and_process() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"),
+        (None, "cpu"),
+    ],
+)
+def test_results_lie_in_the_folder_of_their_gpu(name, folder):
+    from benchmarks import folder_of
+
+    assert folder_of(name) == folder
+
+
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 

@@ -37,7 +37,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([_program(), *map(_without_folders, sys.argv[1:])]),
         "versions": {"python": platform.python_version(), **_versions()},
-        "gpu": _gpu(),
+        "gpu": gpu(),
         "cpus": os.cpu_count(),
     }
 
@@ -92,6 +92,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _gpu() -> dict[str, str] | None:
+def gpu() -> dict[str, str] | None:
+    """Return what nvidia-smi says of the first GPU, by `GPU_FIELDS`; None without one."""
     line = _output(["nvidia-smi", "--id=0", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"])
     return dict(zip(GPU_FIELDS, line.split(", "), strict=False)) if line else None
