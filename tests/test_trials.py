@@ -1,0 +1,46 @@
+"""Kernels on trial compile without spills and are right on the emulated machine, before a GPU spends time on them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from benchmarks.trials import panel
+from fp8_backend.kernels import gemm, layout, reference
+from fp8_backend.kernels.compiler import compile_kernel
+from fp8_backend.kernels.problem import Machine
+from fp8_backend.kernels.reference import BLOCK, ceil_div
+from tests.emulation import emulated
+
+MACHINE = Machine(2, (1, 1, 1))
+
+
+@pytest.mark.parametrize("config", panel.CONFIGS, ids=str)
+def test_panels_compile(config, tmp_path):
+    compiled = compile_kernel(config.spec(panel.sources(tmp_path)))
+    assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
+    assert 3 <= config.num_stages <= panel.MAX_STAGES
+
+
+# Panels that end in the middle of a scale block and of the weight, several a CTA; more k-blocks than stages.
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
+@pytest.mark.parametrize("config", [each for each in panel.CONFIGS if each.columns in (64, 96, 112)], ids=str)
+def test_panels_are_right(config, tmp_path):
+    torch.manual_seed(config.columns)
+    m, n, k = 37, 5 * 96 + 8, (config.num_stages * config.split + 2) * BLOCK - 8
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(n, BLOCK), ceil_div(k, BLOCK)) * 1e-3 + 1e-4
+    weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    q, s = reference.per_token_group_quant(x)
+    expected = reference.fp8_gemm_nt(q[:, :k], s, codes, scale)
+    folder = panel.sources(tmp_path / "sources")
+    (folder / "wgmma_columns.cuh").write_text("")  # the emulated wgmma has every N
+    with emulated(tmp_path, MACHINE) as machine:
+        kernel = machine.load(config.spec(folder), panel.LAYOUT)
+        for machine.seed in (0, 1):
+            out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
+            panel.PanelPlan(config, kernel, x, out)(x, weight, out)
+            assert reference.relative_error(out, expected) < 0.002
