@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.trials import panel
+from benchmarks.trials import experts_rows, panel
 from fp8_backend.kernels import gemm, layout, reference
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import Machine
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from tests.emulation import emulated
+from tests.test_device_code import make_experts
 
 MACHINE = Machine(2, (1, 1, 1))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile device code for the CPU")
 
 
 @pytest.mark.parametrize("config", panel.CONFIGS, ids=str)
@@ -25,7 +28,7 @@ def test_panels_compile(config, tmp_path):
 
 
 # Panels that end in the middle of a scale block and of the weight, several a CTA; more k-blocks than stages.
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
+@needs_compiler
 @pytest.mark.parametrize("config", [each for each in panel.CONFIGS if each.columns in (64, 96, 112)], ids=str)
 def test_panels_are_right(config, tmp_path):
     torch.manual_seed(config.columns)
@@ -44,3 +47,34 @@ def test_panels_are_right(config, tmp_path):
             out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
             panel.PanelPlan(config, kernel, x, out)(x, weight, out)
             assert reference.relative_error(out, expected) < 0.002
+
+
+@pytest.mark.parametrize("rows", experts_rows.ROWS)
+def test_experts_rows_compile(rows, tmp_path):
+    compiled = compile_kernel(experts_rows.spec(rows, experts_rows.sources(tmp_path)))
+    assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
+
+
+# Units of several chunks of rows, skipped ids, tiles of more and of fewer than 64 rows of the weight.
+@needs_compiler
+@pytest.mark.parametrize(("m", "hidden"), [(3, 272), (20, 264), (20, 640)])
+def test_experts_rows_are_right(m, hidden, tmp_path):
+    torch.manual_seed(m)
+    intermediate, num_groups, top_k = 256, 4, 2
+    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
+    x, weights = torch.randn(m, hidden, dtype=torch.bfloat16), torch.rand(m, top_k)
+    ids = torch.rand(m, num_groups).topk(top_k, dim=1).indices.int()
+    ids[0] = -1
+    expected = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2)
+    folder = experts_rows.sources(tmp_path / "sources")
+    with emulated(tmp_path, MACHINE) as machine:
+        for machine.seed in (0, 1):
+            out = torch.full_like(x, float("nan"))
+            kernel = partial(_load, machine, folder)
+            experts_rows.run(kernel, x, weights, ids, *packed_13, *packed_2, out)
+            assert reference.relative_error(out, expected) < 0.008 and (out[0] == 0).all()
+
+
+def _load(machine, folder, rows):
+    return machine.load(experts_rows.spec(rows, folder), experts_rows.LAYOUT)
