@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.trials import experts_rows, panel
+from benchmarks.trials import experts_rows, panel, rows
 from fp8_backend.kernels import gemm, layout, reference
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import Machine
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-from tests.emulation import emulated
+from tests.emulation import HERE, emulated
 from tests.test_device_code import make_experts
 
 MACHINE = Machine(2, (1, 1, 1))
@@ -78,3 +78,27 @@ def test_experts_rows_are_right(m, hidden, tmp_path):
 
 def _load(machine, folder, rows):
     return machine.load(experts_rows.spec(rows, folder), experts_rows.LAYOUT)
+
+
+def test_rows_compile(tmp_path):
+    compiled = compile_kernel(rows.spec(rows.sources(tmp_path)))
+    assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
+
+
+# Fewer k-blocks than warps, and so many that a warp loads behind what it had ahead; rows past the last; k of no block.
+@needs_compiler
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 500, 200), (3, 84, 84 * BLOCK - 8), (8, 136, 13 * BLOCK)])
+def test_rows_are_right(m, n, k, tmp_path):
+    torch.manual_seed(m)
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(ceil_div(n, BLOCK), ceil_div(k, BLOCK)) * 1e-3 + 1e-4
+    weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    q, s = reference.per_token_group_quant(x)
+    expected = reference.fp8_gemm_nt(q[:, :k], s, codes, scale)
+    folder = rows.sources(tmp_path / "sources")
+    shutil.copy(HERE / "mma.cuh", folder)
+    with emulated(tmp_path, MACHINE) as machine:
+        out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
+        rows.RowsPlan(machine.load(rows.spec(folder), rows.LAYOUT), x, out)(x, weight, out)
+    assert reference.relative_error(out, expected) < 0.002
