@@ -57,6 +57,20 @@ def caplog_vllm() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a bf16 checkpoint of two layers, one of them with four experts."""
+    from dataclasses import replace
+
+    from demo.architectures import SIZES
+    from demo.checkpoint import dequantize_checkpoint, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("source")
+    write_checkpoint(folder / "fp8", "qwen3_moe", replace(SIZES["qwen3_moe", "demo"], layers=2, experts=4))
+    dequantize_checkpoint(folder / "fp8", folder / "bf16")
+    return folder / "bf16"
+
+
 @pytest.fixture(scope="session")
 def warm_cache_and_said(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Fill a cache with every kernel, as `fp8-backend cache warm` does it for an image; return it and what was said."""

@@ -23,15 +23,6 @@ from fp8_backend.weights.formats import read_format
 from fp8_backend.weights.selection import select
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
-TINY = replace(SIZES["qwen3_moe", "demo"], layers=2, experts=4)
-
-
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    write_checkpoint(folder / "fp8", "qwen3_moe", TINY)
-    dequantize_checkpoint(folder / "fp8", folder / "bf16")
-    return folder / "bf16"
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 // Linear layer for at most 64 quantised tokens: out[m, n] = x[m, k] . weight[n, k]^T with block scales, limited by how fast the weights stream.
 //
-// A multiprocessor takes in 54 bytes/ns from L2 (measured), and its share of the memory's bandwidth is 34: tokens that are fetched again for every
+// A multiprocessor takes in 54 bytes/ns from L2 (fitted, heuristics.py), and its share of the memory's bandwidth is 34: tokens that are fetched again for every
 // few rows of the weight are what decode.cuh loses with 64 of them. Here a CTA owns a panel as wide as its share of the weight, 2 x COLUMNS rows of it,
 // and fetches the tokens once for all of them, only those there are. Tokens take wgmma's 64-row side, so that a thread needs two of their scales.
 // A cluster of SPLIT CTAs owns a panel and splits k; fp32 sums meet in the CTA that owns their columns, which adds them in the order of ranks.

@@ -8,7 +8,6 @@ against float64 in the run that times it, its output poisoned before.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.trials import replay_into_nan
+from benchmarks.trials import Measure, replay_into_nan, time_linears
 from fp8_backend.bench.operands import RandomLinear
 from fp8_backend.bench.stream import stream_us
 from fp8_backend.kernels import gemm, launcher, layout, quantize
 from fp8_backend.kernels.compiler import CUDA_FOLDER, KernelSpec
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div, relative_error
-from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
 
 HERE = Path(__file__).parent
@@ -134,7 +132,7 @@ class PanelPlan:
         return out
 
 
-def measure(n: int, k: int, ms: list[int], kernel: Any) -> Iterator[dict[str, Any]]:
+def measure(kernel: Any, n: int, k: int, ms: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Yield a row for each m: microseconds of the linear in use, of every configuration, and of the stream floor."""
     weight = RandomLinear(n, k, bf16=False, plain=False)
     alone, chained = stream_us([copy.codes for copy in weight.ours])
@@ -158,29 +156,15 @@ def measure(n: int, k: int, ms: list[int], kernel: Any) -> Iterator[dict[str, An
 
 
 def main() -> None:
-    """Measure and print the best of each problem; write the rows where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trials.panel", description="Time a kernel on trial.")
-    parser.add_argument("--m", default="8,16,32,64")
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--commit", help="of a tree without a repository")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"env": environment(arguments.commit), "rows": []}
+    """Measure and print; write the rows where asked."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = sources(Path(scratch))
-        kernel = cache(lambda config: launcher.load(config.spec(folder), LAYOUT))
-        for shape in arguments.shapes.split(","):
-            n, k = map(int, shape.split("x"))
-            for row in measure(n, k, [int(m) for m in arguments.m.split(",")], kernel):
-                result["rows"].append(row)
-                best = min((name for name in row["us"] if name != "in use"), key=row["us"].__getitem__)
-                print(
-                    f"{row['m']:3d} {n:6d}x{k:<6d} in use {row['us']['in use']:7.2f}, best {row['us'][best]:7.2f} "
-                    f"({best}), floor {row['stream_us']:7.2f}, error at most {max(row['rel_err'].values()):.5f}",
-                    flush=True,
-                )
-            if arguments.json:
-                write_json(arguments.json, result)
+
+        def prepare() -> Measure:
+            folder = sources(Path(scratch))
+            kernel = cache(lambda config: launcher.load(config.spec(folder), LAYOUT))
+            return partial(measure, kernel)
+
+        time_linears("panel", SHAPES, "8,16,32,64", prepare)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Linear layer for at most 8 tokens whose time is latency: out[m, n] = x[m, k] . weight[n, k]^T with block scales, quantisation inside.
 //
-// What decode.cuh waits for behind griddepcontrol.wait (tokens into shared memory, a k-block through wgmma, an exchange between CTAs: 3000 clocks) is paid once a
+// What decode.cuh waits for behind griddepcontrol.wait (tokens into shared memory, a k-block through wgmma, an exchange between CTAs, the output: 3450 clocks, docs/kernel-notes.md) is paid once a
 // linear, half of the time of a small one. Here a CTA owns whole rows of the weight, in groups of 8, so nothing is exchanged but between its warps; weights go to
 // registers, kAhead k-blocks a warp of them before the previous kernel has ended; codes become halves, exactly, for mma.sync, with any order of k that both
 // operands share, so a lane takes 32 codes of a row that lie in one sector.

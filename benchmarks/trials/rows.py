@@ -9,7 +9,6 @@ before.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.trials import replay_into_nan
+from benchmarks.trials import Measure, replay_into_nan, time_linears
 from fp8_backend.bench.operands import RandomLinear
 from fp8_backend.bench.stream import stream_us
 from fp8_backend.kernels import gemm, launcher, layout, quantize
 from fp8_backend.kernels.compiler import CUDA_FOLDER, KernelSpec
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, ceil_div, relative_error
-from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
 
 HERE = Path(__file__).parent
@@ -93,7 +91,7 @@ class RowsPlan:
         return out
 
 
-def measure(n: int, k: int, ms: list[int], kernel: launcher.Kernel) -> Iterator[dict[str, Any]]:
+def measure(kernel: launcher.Kernel, n: int, k: int, ms: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Yield a row for each m that fits: microseconds of the linear in use, of the trial, and of the stream floors."""
     weight = RandomLinear(n, k, bf16=False, plain=False)
     alone, chained = stream_us([copy.codes for copy in weight.ours])
@@ -114,22 +112,12 @@ def measure(n: int, k: int, ms: list[int], kernel: launcher.Kernel) -> Iterator[
 
 def main() -> None:
     """Measure and print; write the rows where asked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trials.rows", description="Time a kernel on trial.")
-    parser.add_argument("--m", default="1,2,4,8")
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--commit", help="of a tree without a repository")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"env": environment(arguments.commit), "rows": []}
     with tempfile.TemporaryDirectory() as scratch:
-        kernel = launcher.load(spec(sources(Path(scratch))), LAYOUT)
-        for shape in arguments.shapes.split(","):
-            n, k = map(int, shape.split("x"))
-            for row in measure(n, k, [int(m) for m in arguments.m.split(",")], kernel):
-                result["rows"].append(row)
-                print(row, flush=True)
-            if arguments.json:
-                write_json(arguments.json, result)
+
+        def prepare() -> Measure:
+            return partial(measure, launcher.load(spec(sources(Path(scratch))), LAYOUT))
+
+        time_linears("rows", SHAPES, "1,2,4,8", prepare)
 
 
 if __name__ == "__main__":

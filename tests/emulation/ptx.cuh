@@ -250,16 +250,6 @@ template <u32> DEVICE void give_registers() {}
 template <u32> DEVICE void take_registers() {}
 DEVICE void keep_in_registers(u32&, u32&, u32&, u32&, u32&, u32&) {}
 
-struct Ring {
-    u32 stage = 0, parity = 0;
-    DEVICE void advance(u32 stages) {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // ---- conversions and arithmetic ----------------------------------------------------------------------------------------
 
 template <class To, class From> DEVICE To bits_as(From value) {
@@ -302,19 +292,6 @@ DEVICE float high_bf16(u32 pair) { return bits_as<float>(pair & 0xffff0000u); }
 DEVICE float low_f16(u32 pair) { return bits_as<_Float16>(static_cast<u16>(pair)); }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
 
-enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
-
-DEVICE float load_element(const void* base, i64 index, u32 type) {
-    if (type == kF32) return static_cast<const float*>(base)[index];
-    const u32 bits = static_cast<const u16*>(base)[index];
-    return type == kBf16 ? low_bf16(bits) : low_f16(bits);
-}
-DEVICE void store_element(void* base, i64 index, u32 type, float value) {
-    if (type == kF32) static_cast<float*>(base)[index] = value;
-    else static_cast<u16*>(base)[index] = static_cast<u16>(type == kBf16 ? pack_bf16(value, 0.f) : pack_f16(value, 0.f));
-}
-DEVICE u32 pack_elements(float low, float high, u32 type) { return type == kBf16 ? pack_bf16(low, high) : pack_f16(low, high); }
-
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
 DEVICE float __fdividef(float a, float b) { return a / b; }
 DEVICE float __expf(float x) { return std::exp(x); }
@@ -326,3 +303,5 @@ DEVICE u32 __byte_perm(u32 low, u32 high, u32 selector) {
     for (u32 i = 0; i < 4; ++i) result |= static_cast<u32>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return result;
 }
+
+#include "plain.cuh"

@@ -15,35 +15,10 @@
 // Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4
 // warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3: 256 math threads, sums are handed over.
 #define MATRICES 2
-#include "expert_units.cuh"
+#include "expert_walk.cuh"
 
 constexpr u32 kProducers = 2;
 constexpr u32 kGroupBytes = 2 * 8 * kBlockK;
-
-struct Tile {
-    u32 unit, expert, rows, row, groups;  // rows: of activations; row: first of gate; groups: of 8 rows of it
-};
-
-// A CTA's run of row groups, cut into tiles: every role walks it by itself.
-struct Walk {
-    const Units& units;
-    u32 unit_groups, tile_groups, next, end;
-
-    DEVICE Walk(const Units& units_, u32 unit_groups_, u32 tile_groups_, u32 run)
-        : units(units_), unit_groups(unit_groups_), tile_groups(tile_groups_), next(blockIdx.x * run),
-          end(min(blockIdx.x * run + run, units_.number * unit_groups_)) {}
-    DEVICE bool advance(Tile& tile) {
-        if (next >= end) return false;
-        tile.unit = next / unit_groups;
-        const u32 first = next - tile.unit * unit_groups, left = min(unit_groups - first, end - next);
-        tile.groups = ceil_div(left, ceil_div(left, tile_groups));
-        tile.row = first * 8;
-        tile.expert = units.expert[tile.unit];
-        tile.rows = units.rows(tile.unit);
-        next += tile.groups;
-        return true;
-    }
-};
 
 struct Sums {
     float first[ROWS / 2], second[ROWS / 2];  // gate, up

@@ -207,7 +207,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
             const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
-            // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits 15 clocks for that.
+            // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits for that.
             const u32 block_scale = scales + (BLOCK_M + tile_scale_b) * 4 + lane * (k_blocks >> 31);
             float sum[kWaves][BLOCK_N / 2];
 #pragma unroll

@@ -194,17 +194,6 @@ DEVICE void keep_in_registers(u32& a, u32& b, u32& c, u32& d, u32& e, u32& f) {
 template <u32 kRegisters> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 template <u32 kRegisters> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
-// Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
-struct Ring {
-    u32 stage = 0, parity = 0;
-    DEVICE void advance(u32 stages) {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 // ---- conversions -------------------------------------------------------------------------------------------------------
 
 DEVICE u32 pack_bf16(float low, float high) {
@@ -231,16 +220,4 @@ DEVICE float low_f16(u32 pair) {
 }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
 
-// Element types of activations and outputs, chosen at run time: a uniform branch costs nothing and halves the kernels.
-enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
-
-DEVICE float load_element(const void* base, i64 index, u32 type) {
-    if (type == kF32) return static_cast<const float*>(base)[index];
-    const u32 bits = static_cast<const u16*>(base)[index];
-    return type == kBf16 ? low_bf16(bits) : low_f16(bits);
-}
-DEVICE void store_element(void* base, i64 index, u32 type, float value) {
-    if (type == kF32) static_cast<float*>(base)[index] = value;
-    else static_cast<u16*>(base)[index] = static_cast<u16>(type == kBf16 ? pack_bf16(value, 0.f) : pack_f16(value, 0.f));
-}
-DEVICE u32 pack_elements(float low, float high, u32 type) { return type == kBf16 ? pack_bf16(low, high) : pack_f16(low, high); }
+#include "plain.cuh"

@@ -1,0 +1,27 @@
+// What needs no instruction of its own; ptx.cuh includes it last. The emulated machine of the tests runs this very text.
+#pragma once
+
+// Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
+struct Ring {
+    u32 stage = 0, parity = 0;
+    DEVICE void advance(u32 stages) {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Element types of activations and outputs, chosen at run time: a uniform branch costs nothing and halves the kernels.
+enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
+
+DEVICE float load_element(const void* base, i64 index, u32 type) {
+    if (type == kF32) return static_cast<const float*>(base)[index];
+    const u32 bits = static_cast<const u16*>(base)[index];
+    return type == kBf16 ? low_bf16(bits) : low_f16(bits);
+}
+DEVICE void store_element(void* base, i64 index, u32 type, float value) {
+    if (type == kF32) static_cast<float*>(base)[index] = value;
+    else static_cast<u16*>(base)[index] = static_cast<u16>(type == kBf16 ? pack_bf16(value, 0.f) : pack_f16(value, 0.f));
+}
+DEVICE u32 pack_elements(float low, float high, u32 type) { return type == kBf16 ? pack_bf16(low, high) : pack_f16(low, high); }
