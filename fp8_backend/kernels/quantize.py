@@ -13,7 +13,7 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
-ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of ptx.cuh
+ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of elements.cuh
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 7)
 _ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
 _THREADS = 16 * _ROWS_PER_CTA * _GROUPS_PER_CTA

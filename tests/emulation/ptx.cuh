@@ -250,6 +250,16 @@ template <u32> DEVICE void give_registers() {}
 template <u32> DEVICE void take_registers() {}
 DEVICE void keep_in_registers(u32&, u32&, u32&, u32&, u32&, u32&) {}
 
+struct Ring {
+    u32 stage = 0, parity = 0;
+    DEVICE void advance(u32 stages) {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 // ---- conversions and arithmetic ----------------------------------------------------------------------------------------
 
 template <class To, class From> DEVICE To bits_as(From value) {
@@ -303,5 +313,3 @@ DEVICE u32 __byte_perm(u32 low, u32 high, u32 selector) {
     for (u32 i = 0; i < 4; ++i) result |= static_cast<u32>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return result;
 }
-
-#include "plain.cuh"

@@ -1,6 +1,6 @@
 // What wgmma.cuh of the package gives the kernels, on machine.h. A product reads its operands when it is issued or, in other runs, when it is waited for.
 #pragma once
-#include "ptx.cuh"
+#include "elements.cuh"
 
 DEVICE u64 matrix_descriptor(u32 address) { return address >> 4; }
 DEVICE u32 matrix_descriptor_low(u32 address) { return address >> 4; }

@@ -1,7 +1,7 @@
 // One quantisation group: 128 neighbouring columns of a row, held by 16 lanes of 8 elements each.
 // scale = amax / 448, code = e4m3(x * (448 / amax)), both divisions in float32; reference.per_token_group_quant is the same bit for bit.
 #pragma once
-#include "ptx.cuh"
+#include "elements.cuh"
 
 constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX

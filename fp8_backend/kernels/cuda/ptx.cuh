@@ -194,6 +194,17 @@ DEVICE void keep_in_registers(u32& a, u32& b, u32& c, u32& d, u32& e, u32& f) {
 template <u32 kRegisters> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 template <u32 kRegisters> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
+// Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
+struct Ring {
+    u32 stage = 0, parity = 0;
+    DEVICE void advance(u32 stages) {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
 // ---- conversions -------------------------------------------------------------------------------------------------------
 
 DEVICE u32 pack_bf16(float low, float high) {
@@ -219,5 +230,3 @@ DEVICE float low_f16(u32 pair) {
     return value;
 }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
-
-#include "plain.cuh"

@@ -2,7 +2,7 @@
 // Accumulators: warp w of the warpgroup holds rows 16w..16w+15; lane l, group j of 8 columns: d[4j], d[4j+1] = row l/4, columns
 // 8j + 2(l%4) + {0, 1}; d[4j+2], d[4j+3] = the same columns of row l/4 + 8.
 #pragma once
-#include "ptx.cuh"
+#include "elements.cuh"
 
 // Shared-memory descriptor of a tile that starts at a multiple of 1024 bytes: 1024 bytes between groups of 8 rows, swizzle 128B.
 // Adding 2 to it advances 32 codes of k.

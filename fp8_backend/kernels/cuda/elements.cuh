@@ -1,16 +1,6 @@
-// What needs no instruction of its own; ptx.cuh includes it last. The emulated machine of the tests runs this very text.
+// Elements of activations and outputs. The emulated machine of the tests, which has another ptx.cuh, runs this very text.
 #pragma once
-
-// Where a walk around a ring of stages stands; parity is that of the barrier phase it waits for.
-struct Ring {
-    u32 stage = 0, parity = 0;
-    DEVICE void advance(u32 stages) {
-        if (++stage == stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
+#include "ptx.cuh"
 
 // Element types of activations and outputs, chosen at run time: a uniform branch costs nothing and halves the kernels.
 enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
