@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+
 import pytest
 import torch
 
@@ -31,6 +34,22 @@ def test_packing_is_undone_bit_for_bit(n, k):
     packed_scale = layout.pack_scale(scale, n, k)
     assert packed_scale.shape == layout.packed_scale_shape(n, k) and packed_scale.is_contiguous()
     assert torch.equal(layout.unpack_scale(packed_scale, n), scale)
+
+
+def test_packing_keeps_no_tensor():
+    """While vLLM loads, memory may come from a pool that its sleep level 2 forgets: a kept table would be garbage then."""
+    spec = importlib.util.find_spec(layout.__name__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    codes, scale = random_weight(24, 256)
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    before = alive()
+    fresh.pack_weight(codes), fresh.pack_scale(scale, 24, 256)
+    assert alive() == before
 
 
 def test_packed_chunks_lie_where_the_swizzle_puts_them():

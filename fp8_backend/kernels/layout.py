@@ -11,8 +11,6 @@ neighbours, and padded so that the 8 that a kernel fetches with a tile start at 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from fp8_backend.errors import ArgumentError
@@ -38,8 +36,8 @@ def _word(device: torch.device) -> torch.dtype:
     return torch.complex128 if device.type == "cpu" else torch.int64
 
 
-@cache
 def _chunk_order(device: torch.device) -> torch.Tensor:
+    # Not kept: while vLLM loads, memory comes from a pool that its sleep level 2 forgets, and all later packing with it.
     c = torch.arange(8, device=device)
     return c[:, None] ^ c[None, :]
 
