@@ -24,6 +24,7 @@ from fp8_backend.measure.timing import Captured, capture, interleaved_us
 
 REPLAY_US = 3000  # a graph holds as many cold copies as take about this long, at least MIN_CALLS
 MIN_CALLS = 3
+OUTPUT_BYTES = 3 << 30  # of one graph, which keeps the outputs of all its calls; up to nine graphs live at once
 # What a call takes at least, to choose the number of calls by: bytes a us and operations a us of an H200.
 BYTES_PER_US, OPERATIONS_PER_US = 4.0e6, 1.3e9
 PEER_LIMIT = 0.05  # a peer quantises by its own rules; more than this is another product
@@ -50,9 +51,9 @@ class Plan:
 
 
 def calls_for(m: int, n: int, k: int, copies: int) -> int:
-    """Return how many calls a graph holds: every copy where that takes at most REPLAY_US, fewer of long calls."""
+    """Return how many calls a graph holds: every copy, or as many as take REPLAY_US or fill OUTPUT_BYTES."""
     us = max(n * k / BYTES_PER_US, 2 * m * n * k / OPERATIONS_PER_US)
-    return max(min(MIN_CALLS, copies), min(copies, int(REPLAY_US / us)))
+    return max(min(MIN_CALLS, copies), min(copies, int(REPLAY_US / us), OUTPUT_BYTES // (2 * m * n)))
 
 
 def run(plan: Plan) -> Iterator[ROW]:
