@@ -153,10 +153,21 @@ def test_wrong_arguments_are_named(
         fp8_backend.fp8_experts(**{**given, **change})
 
 
+# As measured (docs/kernel-notes-moe-decode.md): the last number of tokens for the one form, the first for the other.
+@pytest.mark.parametrize(
+    ("num_groups", "hidden", "intermediate", "last", "first"),
+    [(128, 2048, 768, 1, 2), (128, 4096, 384, 8, 16), (256, 7168, 2048, 2, 4), (256, 7168, 256, 16, 65)],
+    ids=["Qwen3-30B", "Qwen3-235B at TP4", "DeepSeek-V3", "DeepSeek-V3 at TP8"],
+)
+def test_form_follows_tokens_and_widths(num_groups: int, hidden: int, intermediate: int, last: int, first: int) -> None:
+    widths = 8, num_groups, hidden, intermediate
+    assert [select_form(m, *widths) for m in (1, last, first, 8192)] == ["decode"] * 2 + ["prefill"] * 2
+    assert {select_form(m, *widths, batch_invariant=True) for m in (1, last, first)} == {"prefill"}
+
+
 def test_form_follows_rows_per_expert() -> None:
-    assert [select_form(m, 8, 128) for m in (1, 8, 64, 65, 8192)] == ["decode"] * 3 + ["prefill"] * 2
-    assert select_form(64, 8, 8) == "prefill" and select_form(1, 8, 1) == "decode"
-    assert {select_form(m, 8, 128, batch_invariant=True) for m in (1, 8, 64, 65, 8192)} == {"prefill"}
+    """Few experts, all of them hit by many tokens: rows of an expert fill the tensor core's 64-row side."""
+    assert select_form(64, 8, 8, 7168, 256) == "prefill" and select_form(1, 8, 1, 7168, 256) == "decode"
 
 
 # Qwen3-30B-A3B at TP4 and Qwen3-235B-A22B at TP8 (192 rows each), a part within one block, and whole blocks.

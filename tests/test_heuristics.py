@@ -42,14 +42,14 @@ def check_gemm(problem, choice):
     config = choice.config
     assert config.shared_bytes * config.ctas_per_sm <= MAX_SHARED_BYTES - 1024 * (config.ctas_per_sm - 1)
     tiles_m = ceil_div(problem.m, config.block_m)
-    tiles = tiles_m * ceil_div(problem.n, config.block_n * config.cluster_n)
-    assert choice.grid > 0 and choice.grid % choice.cluster == 0 and choice.strip >= 1
+    tiles = tiles_m * ceil_div(problem.n, config.block_n)
+    assert choice.grid > 0 and choice.grid % choice.split == 0 and choice.strip >= 0
     if choice.split > 1:  # a cluster has one tile, and each of its CTAs some of k
         assert config.split_k and choice.split <= problem.k_blocks
-        assert choice.grid == tiles * choice.cluster
+        assert choice.grid == tiles * choice.split
     else:
-        most = problem.machine.max_clusters(choice.cluster) * config.ctas_per_sm
-        assert choice.grid // choice.cluster <= min(tiles, most)
+        most = problem.machine.max_clusters(choice.split) * config.ctas_per_sm
+        assert choice.grid // choice.split <= min(tiles, most)
 
 
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])

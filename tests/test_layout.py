@@ -37,7 +37,7 @@ def test_packing_is_undone_bit_for_bit(n, k):
 
 
 def test_packing_keeps_no_tensor():
-    """While vLLM loads, memory may come from a pool that its sleep level 2 forgets: a kept table would be garbage then."""
+    """While vLLM loads, memory may come from a pool that its sleep level 2 forgets: a kept table would be garbage."""
     spec = importlib.util.find_spec(layout.__name__)
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)

@@ -124,7 +124,7 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
         **verified,
         "peer_rel_err": {name: errors[name] for name in NAMES if name in errors},
         "experts_hit": round(hit, 1),
-        "form": select_form(tokens, shape.top_k, shape.experts),
+        "form": select_form(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate),
         "calls": count,
     }
 

@@ -21,21 +21,30 @@ Form = Literal["decode", "prefill"]
 DECODE_ROWS_PER_EXPERT = 8
 # The decode form walks every (token, expert) pair; beyond this many tokens sorting them by expert is cheaper.
 MAX_DECODE_TOKENS = 64
+# The decode form gives a CTA hidden / 132 rows of every expert hit, the prefill form tiles of 128 columns of the first
+# GEMM: the fewer the rows and the more the tiles, the sooner the second is faster. Columns of h, of all experts hit,
+# for each column of x from where on it is: fitted to four layers at 1 to 64 tokens, on an H100. The form chosen is
+# 0.1 % slower than the better one on average, 1.5 % at most.
+PREFILL_COLUMNS = 5.5
 
 
-def select_form(m: int, top_k: int, num_groups: int, batch_invariant: bool = False) -> Form:
+def select_form(
+    m: int, top_k: int, num_groups: int, hidden: int, intermediate: int, batch_invariant: bool = False
+) -> Form:
     """Return which kernels serve m tokens: those for few rows an expert, or those for many.
 
     Args:
         m: tokens.
         top_k: experts a token.
         num_groups: experts on this rank.
+        hidden: columns of x.
+        intermediate: columns of h, of one expert.
         batch_invariant: a token's bits must not depend on m: the form for many serves any m, in one order of sums.
     """
-    if batch_invariant:
-        return "prefill"
     few = m <= MAX_DECODE_TOKENS and m * top_k <= min(MAX_PAIRS, DECODE_ROWS_PER_EXPERT * num_groups)
-    return "decode" if few or m == 1 else "prefill"
+    hit = num_groups * (1 - (1 - min(1.0, top_k / num_groups)) ** m)  # experts, where all are as likely
+    filled = hit * intermediate > PREFILL_COLUMNS * hidden
+    return "decode" if not batch_invariant and (m == 1 or (few and not filled)) else "prefill"
 
 
 def fp8_experts(
@@ -102,7 +111,8 @@ def fp8_experts(
         return out
     topk_weights, topk_ids = topk_weights.float().contiguous(), topk_ids.to(torch.int32).contiguous()
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
-    form = select_form(x.shape[0], topk_ids.shape[1], w13.shape[0], batch_invariant())
+    (m, hidden), top_k, intermediate = x.shape, topk_ids.shape[1], w13.shape[2] // 2
+    form = select_form(m, top_k, w13.shape[0], hidden, intermediate, batch_invariant())
     launch(form, x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
     return out
 

@@ -12,7 +12,7 @@ from fp8_backend.kernels.layout import ROW_ALIGNMENT
 from fp8_backend.kernels.problem import GemmConfig
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import BYTES, MovableMap
+from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle
 
 # Maps of a, b and out; packed b, scale_a, scale_b, out, bias; then the row stride of out and 11 numbers.
 _LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 11)
@@ -50,12 +50,16 @@ class GemmLaunch:
         config, (m, n), k_blocks = choice.config, out.shape, ceil_div(k, BLOCK)
         mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
         # Boxes have no rows that a does not have: the copy engine would write zeros for them.
-        rows_a = config.block_m if config.cluster_n > 1 else min(config.block_m, align(m, ROW_ALIGNMENT))
-        self._a = _row_major_map(code_stride, m, k_blocks, rows_a // config.cluster_n)
+        rows_a = min(config.block_m, align(m, ROW_ALIGNMENT))
+        self._a = _row_major_map(code_stride, m, k_blocks, rows_a)
         self._b = None
         if rows is not None:
             self._b = _row_major_map(rows.stride(0), n, k_blocks, config.block_n)
-        self._out = MovableMap((n, m), (out.stride(0) * 2,), (64, 16), 2) if mapped else None
+        self._out = None
+        if mapped:
+            columns = config.stored_columns
+            swizzle: Swizzle = "128B" if columns == 64 else "64B"
+            self._out = MovableMap((n, m), (out.stride(0) * 2,), (columns, 16), 2, swizzle)
         params = (
             *(out.stride(0), m, n, k_blocks, align(m, 4), layout.packed_scale_shape(n, k)[1], choice.strip),
             *(ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype], int(mapped)),
@@ -68,7 +72,7 @@ class GemmLaunch:
             config.shared_bytes,
             _CHANGING,
             params,
-            choice.cluster,
+            choice.split,
         )
 
     def __call__(

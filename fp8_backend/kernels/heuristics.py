@@ -22,14 +22,19 @@ HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocesso
 # CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
 RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
+# Rows of tiles up to which the CTAs beside each other share a tile of b, which comes from memory, and columns in a
+# strip where there are more (4 and 8 were as fast).
+FEW_TILES_M, STRIP = 8, 16
 
 GEMM_CONFIGS = (
     GemmConfig(64, 64, 1, 5, split_k=True, ctas_per_sm=2),
     GemmConfig(64, 128, 1, 8, split_k=True),
     GemmConfig(128, 64, 2, 7, split_k=True, unrolled=True),
-    GemmConfig(128, 128, 2, 5, split_k=True),
-    GemmConfig(192, 128, 3, 4, cluster_n=2, unrolled=True),
-    GemmConfig(256, 128, 2, 3, cluster_n=2, unrolled=True),
+    GemmConfig(128, 96, 2, 6, split_k=True),
+    GemmConfig(128, 128, 2, 5, split_k=True, unrolled=True),
+    GemmConfig(128, 160, 2, 5, unrolled=True),
+    GemmConfig(128, 192, 2, 4, unrolled=True),
+    GemmConfig(256, 128, 2, 3, unrolled=True),
 )
 DECODE_CONFIGS = tuple(
     DecodeConfig(tokens, fused, split)
@@ -57,20 +62,16 @@ class DecodeChoice:
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """A GEMM kernel, its grid, and how many cluster columns of tiles are walked before the next rows.
+    """A GEMM kernel, its grid, and the order of tiles.
 
-    split: CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
+    strip: columns of tiles that are walked before the next rows of them; 0: every column from top to bottom. split:
+    CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
     """
 
     config: GemmConfig
     strip: int
     grid: int
     split: int = 1
-
-    @property
-    def cluster(self) -> int:
-        """CTAs of a cluster."""
-        return self.config.cluster_n * self.split
 
 
 def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
@@ -100,15 +101,20 @@ _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their o
 _QUANTISE_NS = 1980
 _GEMM_LAUNCH_NS = 1520
 # One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
-_GEMM_NS = {
-    (64, 64, 1): (365, 490, 2280),
-    (64, 128, 1): (293, 875, 4120),
-    (128, 64, 1): (308, 750, 2540),
-    (128, 128, 1): (420, 760, 4980),
-    (192, 128, 2): (568, 1790, 0),
-    (256, 128, 2): (759, 2090, 0),
+_GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
+    (64, 64): (335, 1158, 1430),
+    (64, 128): (291, 673, 4810),
+    (128, 64): (274, 415, 2501),
+    (128, 96): (334, 1041, 2762),
+    (128, 128): (418, 433, 5700),
+    (128, 160): (500, 926, 0),
+    (128, 192): (556, 1553, 0),
+    (256, 128): (729, 1870, 0),
 }
 _ALONE = 0.69  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
+_HALF_IDLE = 0.85  # of it, where at most half of the multiprocessors work: the clock is higher
+# Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
+_BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
 
 
 def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
@@ -171,24 +177,29 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
     """
     for config in GEMM_CONFIGS:
         tiles_m = ceil_div(problem.m, config.block_m)
-        tiles_n = ceil_div(problem.n, config.block_n * config.cluster_n)
-        for split in SPLITS if config.split_k else (1,):
+        tiles_n = ceil_div(problem.n, config.block_n)
+        for split in config.splits:
             if split > max(1, problem.k_blocks // 2):
                 continue
-            most = problem.machine.max_clusters(config.cluster_n * split) * config.ctas_per_sm
+            most = problem.machine.max_clusters(split) * config.ctas_per_sm
             clusters = min(tiles_m * tiles_n, most) if split == 1 else tiles_m * tiles_n
-            choice = GemmChoice(config, max(1, 16 // config.cluster_n), clusters * config.cluster_n * split, split)
+            strip = 0 if tiles_m <= FEW_TILES_M else STRIP
+            choice = GemmChoice(config, strip, clusters * split, split)
             yield _gemm_ns(problem, choice, tiles_m, ceil_div(tiles_m * tiles_n, most)), choice
 
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
     config, split = choice.config, choice.split
-    tile_block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n, config.cluster_n]
-    crowded = choice.grid > problem.machine.num_sms
-    block_ns = tile_block_ns * (_ALONE if config.ctas_per_sm > 1 and not crowded else 1.0)
+    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n]
+    num_sms = problem.machine.num_sms
+    if config.ctas_per_sm > 1 and choice.grid <= num_sms:
+        block_ns *= _ALONE
+    if choice.grid <= num_sms // 2:
+        block_ns *= _HALF_IDLE
     # With few rows of tiles the weights come from memory, not from L2.
-    share = config.ctas_per_sm if crowded else 1
-    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * share)
+    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * choice.grid / num_sms)
+    if (problem.m + problem.n) * problem.k > _BEYOND_L2_BYTES and waves > _BEYOND_L2_WAVES:
+        block_ns = max(block_ns, (config.block_m + config.block_n) * BLOCK / _BEYOND_L2_BYTES_PER_NS)
     if split > 1:
         tile_ns += split_ns + 50 * split
     return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)

@@ -37,7 +37,7 @@ def _word(device: torch.device) -> torch.dtype:
 
 
 def _chunk_order(device: torch.device) -> torch.Tensor:
-    # Not kept: while vLLM loads, memory comes from a pool that its sleep level 2 forgets, and all later packing with it.
+    # Not kept: while vLLM loads, memory may come from a pool that its sleep level 2 forgets.
     c = torch.arange(8, device=device)
     return c[:, None] ^ c[None, :]
 

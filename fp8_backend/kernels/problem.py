@@ -52,16 +52,14 @@ class GemmProblem:
 class GemmConfig:
     """One compiled form of gemm.cuh: FP8 activations, any m.
 
-    cluster_n: CTAs of a cluster, whose tiles lie beside each other along n and share a. split_k: can be launched in
-    clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor. unrolled: the loop over k
-    takes all stages a round.
+    split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
+    unrolled: the loop over k takes all stages a round.
     """
 
     block_m: int
     block_n: int
     math_warpgroups: int
     num_stages: int
-    cluster_n: int = 1
     split_k: bool = False
     ctas_per_sm: int = 1
     unrolled: bool = False
@@ -70,6 +68,17 @@ class GemmConfig:
     def threads(self) -> int:
         """Threads of a CTA: one producer warpgroup and the math warpgroups."""
         return 128 * (1 + self.math_warpgroups)
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """How many CTAs can share a tile's k-blocks: each owns as many groups of 8 columns x 64 rows of the sums."""
+        groups = self.block_m * self.block_n // (512 * self.math_warpgroups)
+        return tuple(split for split in (1, 2, 4, 8) if groups % split == 0) if self.split_k else (1,)
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns of the boxes in which outputs are stored, kStored of gemm.cuh."""
+        return 64 if self.block_n % 64 == 0 else 32
 
     @property
     def shared_bytes(self) -> int:
@@ -88,7 +97,6 @@ class GemmConfig:
                 ("BLOCK_N", self.block_n),
                 ("MATH_WARPGROUPS", self.math_warpgroups),
                 ("NUM_STAGES", self.num_stages),
-                ("CLUSTER_N", self.cluster_n),
                 ("SPLIT_K", int(self.split_k)),
                 ("CTAS_PER_SM", self.ctas_per_sm),
                 ("UNROLLED", int(self.unrolled)),

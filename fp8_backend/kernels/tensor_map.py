@@ -12,11 +12,12 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import driver
 
 BYTES = 128
+Swizzle = Literal["none", "64B", "128B"]
 _ALIGNMENT = 64  # of the map itself
 
 # Values of cuda.h (13.0). Elements are described as unsigned integers of their size: the engine only moves them.
 _DATA_TYPE = {1: 0, 2: 1, 4: 2}
-_SWIZZLE = {"none": 0, "128B": 3}
+_SWIZZLE = {"none": 0, "64B": 2, "128B": 3}
 _L2_PROMOTION = {0: 0, 64: 1, 128: 2, 256: 3}
 _NO_INTERLEAVE = _FILL_WITH_ZEROS = 0
 
@@ -30,7 +31,7 @@ def encode_tiled(
     dims: tuple[int, ...],
     strides_bytes: tuple[int, ...],
     box: tuple[int, ...],
-    swizzle: Literal["none", "128B"],
+    swizzle: Swizzle,
     element_bytes: int,
     l2_promotion: int = 256,
 ) -> bytes:
@@ -43,7 +44,7 @@ def encode_tiled(
         dims: elements of each dimension, the contiguous one first; 1 to 5 dimensions.
         strides_bytes: bytes from one element to the next in dimension 1, 2, ...; one fewer than dims.
         box: elements of a box in each dimension.
-        swizzle: how a box lies in shared memory; "128B" takes rows of at most 128 bytes.
+        swizzle: how a box lies in shared memory; "64B" and "128B" take rows of at most so many bytes.
         element_bytes: 1, 2 or 4.
         l2_promotion: bytes of an L2 fetch: 0, 64, 128 or 256.
 
@@ -84,10 +85,17 @@ class MovableMap:
     and compared, and where more than these bytes differs, each map comes from the driver.
     """
 
-    def __init__(self, dims: tuple[int, ...], strides_bytes: tuple[int, ...], box: tuple[int, ...], size: int) -> None:
-        """Describe a tensor of elements of `size` bytes, its boxes swizzled "128B"; for the rest see `encode_tiled`."""
-        self._described = (dims, strides_bytes, box, "128B", size)
-        first, second = (encode_tiled(address, dims, strides_bytes, box, "128B", size) for address in _TWO_ADDRESSES)
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        strides_bytes: tuple[int, ...],
+        box: tuple[int, ...],
+        size: int,
+        swizzle: Swizzle = "128B",
+    ) -> None:
+        """Describe a tensor of elements of `size` bytes; for the rest see `encode_tiled`."""
+        self._described = (dims, strides_bytes, box, swizzle, size)
+        first, second = (encode_tiled(address, *self._described) for address in _TWO_ADDRESSES)
         self._tail = first[8:]
         self._patched = (first, second) == tuple(_head(address) + self._tail for address in _TWO_ADDRESSES)
 
@@ -123,4 +131,5 @@ def _limits(
     yield all(1 <= extent <= 256 for extent in box), f"box {box}; each extent must be in 1..256"
     row = box[0] * element_bytes
     yield row % 16 == 0, f"box rows of {row} bytes; must be a multiple of 16"
-    yield swizzle == "none" or row <= 128, f"box rows of {row} bytes; swizzle 128B takes at most 128"
+    most = int(swizzle.removesuffix("B")) if swizzle in _SWIZZLE and swizzle != "none" else row
+    yield row <= most, f"box rows of {row} bytes; swizzle {swizzle} takes at most {most}"

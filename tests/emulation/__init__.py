@@ -133,7 +133,7 @@ def encode_tiled(
     l2_promotion: int = 256,
 ) -> bytes:
     """Return the emulated tensor map, `TensorMap` of ptx.cuh beside this file; stands for `tensor_map.encode_tiled`."""
-    rank, swizzled = len(dims), int(swizzle == "128B")
+    rank, swizzled = len(dims), {"none": 0, "64B": 64, "128B": 128}[swizzle]
     dims, strides, box = (*dims, 1, 1)[:3], (*strides_bytes, 0, 0)[:2], (*box, 1, 1)[:3]
     return _MAP.pack(pointer, *dims, *strides, *box, element_bytes, swizzled, rank)
 

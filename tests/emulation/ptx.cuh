@@ -26,7 +26,7 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
-// emulated.py writes it: address, dimensions, strides in bytes, box, bytes of an element, whether rows of 128 bytes are swizzled.
+// emulated.py writes it: address, dimensions, strides in bytes, box, bytes of an element, bytes by which rows are swizzled (0, 64 or 128).
 struct alignas(64) TensorMap {
     u64 address, dims[3], strides[2];
     u32 box[3], element, swizzled, rank;
@@ -69,9 +69,6 @@ DEVICE float load_shared(u32 address) {
 DEVICE float2 load_shared_pair(u32 address) { return {load_shared(address), load_shared(address + 4)}; }
 DEVICE void store_shared_pair(u32 address, uint2 value) { std::memcpy(emulation::at(emulation::cta(), address, 8), &value, 8); }
 DEVICE void barrier_arrive_after(u32 barrier, float) { barrier_arrive(barrier); }
-template <bool = false> DEVICE void barrier_arrive_after(u32 barrier, float, float, bool arrives) {
-    if (arrives) barrier_arrive(barrier);
-}
 DEVICE void barrier_arrive_after_words(u32 barrier, float, float, u32 arrives) {
     if (arrives) barrier_arrive(barrier);
 }
@@ -143,8 +140,8 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
     });
 }
 
-// Where byte `offset` of a box at `address` lies: swizzled by the address, as the engine and wgmma do it.
-DEVICE u32 swizzle(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+// Where the byte for an address lies, swizzled as the engine and wgmma do it, in rows of 128 or 64 bytes.
+DEVICE u32 swizzle(u32 address, u32 row_bytes = 128) { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 
 DEVICE void copy_box(emulation::Cta& of, u32 target, const TensorMap& map, u32 x, u32 y, u32 z) {
     const u32 row_bytes = map.box[0] * map.element;
@@ -155,25 +152,19 @@ DEVICE void copy_box(emulation::Cta& of, u32 target, const TensorMap& map, u32 x
                 const bool inside = column < map.dims[0] && y + row < map.dims[1] && z + plane < map.dims[2];
                 const u32 place = target + (plane * map.box[1] + row) * row_bytes + byte;
                 const u8* source = reinterpret_cast<const u8*>(map.address) + x * map.element + byte + (y + row) * map.strides[0] + (z + plane) * map.strides[1];
-                *emulation::at(of, map.swizzled ? swizzle(place) : place, 1) = inside ? *source : 0;
+                *emulation::at(of, map.swizzled ? swizzle(place, map.swizzled) : place, 1) = inside ? *source : 0;
             }
 }
-DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier, u16 ranks) {
+DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
     const TensorMap described = *map;
     const u32 bytes = described.box[0] * described.box[1] * described.box[2] * described.element;
-    for (u32 rank = 0; rank < 16; ++rank) {
-        if (!(ranks >> rank & 1)) continue;
-        emulation::Cta& of = emulation::owner_of(map_to_rank(target, rank));
-        emulation::begin_write(of, target, bytes);
-        emulation::machine->engine.push_back([=, &of] {
-            copy_box(of, target, described, x, y, z);
-            emulation::end_write(of, target, bytes);
-            emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
-        });
-    }
-}
-DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
-    tensor_copy_multicast(target, map, x, y, z, barrier, 1 << emulation::cta().rank);
+    emulation::Cta& of = emulation::cta();
+    emulation::begin_write(of, target, bytes);
+    emulation::machine->engine.push_back([=, &of] {
+        copy_box(of, target, described, x, y, z);
+        emulation::end_write(of, target, bytes);
+        emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
+    });
 }
 DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
     emulation::Fiber& fiber = emulation::self();
@@ -188,7 +179,7 @@ DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
                 if (x + byte / described.element >= described.dims[0] || y + row >= described.dims[1]) continue;
                 const u32 place = source + row * row_bytes + byte;
                 reinterpret_cast<u8*>(described.address)[x * described.element + byte + (y + row) * described.strides[0]] =
-                    *emulation::at(of, described.swizzled ? swizzle(place) : place, 1);
+                    *emulation::at(of, described.swizzled ? swizzle(place, described.swizzled) : place, 1);
             }
         emulation::mark(of.to_be_stored, source, row_bytes * described.box[1], -1);
         --fiber.stores;

@@ -4,20 +4,18 @@
 //   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches, per stage, the tile of a, the tile of b (tensor copies), and the
 //                    scales (bulk copies); the other warp idles (a warpgroup is the unit that can give registers away).
 //   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns.
-// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp of every CTA that receives what
-// this CTA's producer writes). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
+// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
 // because the FP8 accumulator keeps fewer bits than fp32.
 //
 // The time from a product's end to the warpgroup's next one decides, so little is done between them: descriptors stay in uniform registers,
 // a stage is released by one comparison and its arrivals, the next stage's barrier is asked for before the promotion. What lost is in
-// docs/kernel-notes.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time.
+// docs/kernel-notes.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time, clusters that share a or b.
 //
 // 16-bit outputs leave through the copy engine while the next tile is computed, from a room of their own: were it the last stages of the
 // tile, their next data would be late.
 //
-// Clusters: CLUSTER_N CTAs with the same rows fetch one slice of a each and multicast it. Without, SPLIT_K kernels can be launched in
-// clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that owns their columns (st.async, counted
-// by the barrier `exchanged`), which adds them in the order of ranks.
+// SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that
+// owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
 //
 // a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros; where a has
 // fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no output needs the others. A packed b is swizzled in memory,
@@ -25,6 +23,10 @@
 #include "wgmma.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
+// Columns that share a scale of b wherever the tile starts, a multiple of BLOCK_N.
+constexpr u32 kScaled = BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : 32;
+constexpr u32 kScales = BLOCK_N / kScaled;
+constexpr u32 kStored = BLOCK_N % 64 == 0 ? 64 : 32;  // columns of a box of outputs, as many bytes as its rows are swizzled by
 constexpr bool kPeeled = UNROLLED && NUM_STAGES <= 4;
 constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
 constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
@@ -32,25 +34,25 @@ constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
-constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * CLUSTER_N;
+constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4;
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
-static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 64 == 0, "tiles are whole wgmma slices");
-static_assert(BLOCK_N <= 128, "a slice of columns must not straddle two scale blocks");
-static_assert(!SPLIT_K || CLUSTER_N == 1, "a cluster shares either operands or k");
-static_assert(BLOCK_M % (8 * CLUSTER_N) == 0, "multicast slices are whole swizzle periods");
+static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
+static_assert(kStored == 64 || !SPLIT_K || kGroups % 4 == 0, "GemmConfig.splits");
 
 struct Tile {
     u32 m, n;  // of this CTA, in elements
 };
 
-// Tiles in strips of `strip` cluster columns, n fastest, so that a wave of CTAs shares rows of a and b in L2.
-DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 rank) {
+// Tiles in strips of `strip` columns of tiles, n fastest, so that a wave of CTAs shares rows of a and b in L2; without strips m fastest, so
+// that CTAs beside each other share a tile of b as it comes from memory.
+DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip) {
+    if (strip == 0) return {index % tiles_m * BLOCK_M, index / tiles_m * BLOCK_N};
     const u32 per_strip = strip * tiles_m;
     const u32 first = index / per_strip * strip;
     const u32 width = min(strip, tiles_n - first);
     const u32 local = index % per_strip;
-    return {local / width * BLOCK_M, ((first + local % width) * CLUSTER_N + rank) * BLOCK_N};
+    return {local / width * BLOCK_M, (first + local % width) * BLOCK_N};
 }
 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
@@ -95,19 +97,19 @@ struct Output {
     }
 };
 
-// Lays 16 rows x 64 columns of a warp's accumulators into 128-byte rows, swizzled as the copy engine expects. The target is a multiple
-// of 1024 bytes away from a swizzle period.
+// Lays 16 rows x kStored columns of a warp's accumulators into rows of 128 or 64 bytes, swizzled as the copy engine expects. The target
+// is a multiple of 1024 bytes away from a swizzle period.
 template <bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
-    const u32 row = lane % 16, row_address = target + row * 128;
+    const u32 row = lane % 16, row_address = target + row * kStored * 2, swizzle = kStored == 64 ? row % 8 : row / 2 % 4;
 #pragma unroll
-    for (u32 q = 0; q < 4; ++q) {  // 16 columns: two groups of 8
+    for (u32 q = 0; q < kStored / 16; ++q) {  // 16 columns: two groups of 8
         u32 words[4];
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
             words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
         }
-        store_matrices(row_address + ((q * 2 + lane / 16) ^ row % 8) * 16, words);
+        store_matrices(row_address + ((q * 2 + lane / 16) ^ swizzle) * 16, words);
     }
 }
 
@@ -122,8 +124,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
     const u32 exchanged = empty + NUM_STAGES * 8;  // of SPLIT_K kernels
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), split = SPLIT_K ? cluster_size() : 1;
-    const u32 cluster_rank_or_0 = CLUSTER_N > 1 || SPLIT_K ? cluster_rank() : 0;
-    const u32 rank = CLUSTER_N > 1 ? cluster_rank_or_0 : 0, split_rank = SPLIT_K ? cluster_rank_or_0 : 0;
+    const u32 split_rank = SPLIT_K ? cluster_rank() : 0;
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
@@ -138,7 +139,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         barrier_init_fence();
     }
-    if (CLUSTER_N > 1 || split > 1) {
+    if (split > 1) {
         cluster_arrive();
         cluster_wait();
     } else {
@@ -146,21 +147,18 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     }
     launch_next_kernel();
 
-    const u32 tiles_m = ceil_div(m, u32(BLOCK_M)), tiles_n = ceil_div(n, u32(BLOCK_N * CLUSTER_N));
-    const u32 ctas_per_tile = CLUSTER_N * split;
-    const u32 first_tile = blockIdx.x / ctas_per_tile, tile_step = gridDim.x / ctas_per_tile, num_tiles = tiles_m * tiles_n;
+    const u32 tiles_m = ceil_div(m, u32(BLOCK_M)), tiles_n = ceil_div(n, u32(BLOCK_N));
+    const u32 first_tile = blockIdx.x / split, tile_step = gridDim.x / split, num_tiles = tiles_m * tiles_n;
     const u32 first_block = k_blocks * split_rank / split, end_block = k_blocks * (split_rank + 1) / split;
     Ring ring;
 
     if (warpgroup == 0) {
-        if (MATH_WARPGROUPS > 1) give_registers<MATH_WARPGROUPS == 2 ? 40 : 32>();
+        if (MATH_WARPGROUPS == 2) give_registers<40>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kProducers && elect_lane()) {
             if (producer != 1 || !packed_b) wait_for_previous_kernel();
-            constexpr u16 kRanks = (1 << CLUSTER_N) - 1;
-            const u32 offset_a = rank * (BLOCK_M / CLUSTER_N);
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-                const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
+                const Tile tile = tile_at(t, tiles_m, tiles_n, strip);
                 const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
@@ -170,10 +168,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (producer == 0) {
-                        const u32 target = tiles + s * kStageBytes + offset_a * kBlockK;
                         barrier_expect(bar, bytes_a);
-                        if (CLUSTER_N > 1) tensor_copy_multicast(target, &map_a, 0, tile.m + offset_a, kb, bar, kRanks);
-                        else tensor_copy(target, &map_a, 0, tile.m, kb, bar);
+                        tensor_copy(tiles + s * kStageBytes, &map_a, 0, tile.m, kb, bar);
                     } else if (producer == 1) {
                         const u32 target = tiles + s * kStageBytes + kBytesA;
                         barrier_expect(bar, packed_b ? rows_b * kBlockK : kBytesB);
@@ -192,23 +188,24 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
     } else {
         if (MATH_WARPGROUPS == 2) take_registers<232>();
-        if (MATH_WARPGROUPS == 3) take_registers<160>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
         const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
-        // The lanes that tell a producer that this warp has read a stage: of every CTA whose copies arrive here.
-        const bool releases = lane < CLUSTER_N;
-        const u32 peer_empty = CLUSTER_N > 1 ? map_to_rank(empty, releases ? lane : rank) : empty;
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
         bool full_already = false;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-            const Tile tile = tile_at(t, tiles_m, tiles_n, strip, rank);
-            const u32 tile_scale_b = tile.n < n ? tile.n / 128 - first_scale_of(tile, scale_b_stride) : 0;
-            // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits for that.
-            const u32 block_scale = scales + (BLOCK_M + tile_scale_b) * 4 + lane * (k_blocks >> 31);
+            const Tile tile = tile_at(t, tiles_m, tiles_n, strip);
+            u32 block_scale[kScales];
+#pragma unroll
+            for (u32 i = 0; i < kScales; ++i) {
+                const u32 column = tile.n + i * kScaled;
+                const u32 tile_scale_b = column < n ? column / 128 - first_scale_of(tile, scale_b_stride) : 0;
+                // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits for that.
+                block_scale[i] = scales + (BLOCK_M + tile_scale_b) * 4 + lane * (k_blocks >> 31);
+            }
             float sum[kWaves][BLOCK_N / 2];
 #pragma unroll
             for (u32 wave = 0; wave < kWaves; ++wave)
@@ -216,7 +213,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
             auto multiply_block = [&](u32 s) {
                 if (!full_already) barrier_wait(full + 8 * s, ring.parity);
-                float scale_of_block;
+                float scale_of_block[kScales];
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) {
                     const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
@@ -227,22 +224,27 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     for (u32 i = 0; i < kBlockK / 32; ++i)
                         Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
                     wgmma_commit();
-                    if (wave == 0) scale_of_block = load_shared(block_scale + s * kStageScaleBytes);
-                    const float low = load_shared(row_scales + s * kStageScaleBytes + wave * 256) * scale_of_block;
-                    const float high = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32) * scale_of_block;
+#pragma unroll
+                    for (u32 i = 0; i < (wave == 0 ? kScales : 0); ++i) scale_of_block[i] = load_shared(block_scale[i] + s * kStageScaleBytes);
+                    const float low_row = load_shared(row_scales + s * kStageScaleBytes + wave * 256);
+                    const float high_row = load_shared(row_scales + s * kStageScaleBytes + wave * 256 + 32);
+                    float low[kScales], high[kScales];
+#pragma unroll
+                    for (u32 i = 0; i < kScales; ++i) {
+                        low[i] = low_row * scale_of_block[i];
+                        high[i] = high_row * scale_of_block[i];
+                    }
                     wgmma_wait<0>();
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
                         __syncwarp();
-                        // Not .release.cluster in peers: that compiles to MEMBAR.ALL.GPU (measured: half the speed), and what is released are reads
-                        // by wgmma, which have completed.
-                        barrier_arrive_after<(CLUSTER_N > 1)>(peer_empty + 8 * s, low, high, releases);
+                        barrier_arrive_after_words(empty + 8 * s, low[0], high[0], lane == 0);
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
                     }
 #pragma unroll
-                    for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high) * partial[i];
+                    for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high)[i * 2 / kScaled] * partial[i];
                 }
             };
             u32 remaining = end_block - first_block;
@@ -303,19 +305,21 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 if (lane == 0) bulk_wait_read();  // of the last tile's outputs
                 __syncwarp();
 #pragma unroll
-                for (u32 j = 0; j < BLOCK_N / 64; ++j) {
-                    const u32 target = room + (j * BLOCK_M + first_row) * kBlockK;
+                for (u32 j = 0; j < BLOCK_N / kStored; ++j) {
+                    constexpr u32 kRowBytes = kStored * 2;
+                    const u32 target = room + (j * BLOCK_M + first_row) * kRowBytes;
 #pragma unroll
                     for (u32 wave = 0; wave < kWaves; ++wave) {
-                        if (out_type == kBf16) lay_out<true>(sum[wave] + j * 32, target + wave * 64 * kBlockK, lane);
-                        else lay_out<false>(sum[wave] + j * 32, target + wave * 64 * kBlockK, lane);
+                        const float* columns = sum[wave] + j * (kStored / 2);
+                        if (out_type == kBf16) lay_out<true>(columns, target + wave * 64 * kRowBytes, lane);
+                        else lay_out<false>(columns, target + wave * 64 * kRowBytes, lane);
                     }
                     fence_async_shared();
                     __syncwarp();
                     if (lane == 0)
 #pragma unroll
                         for (u32 wave = 0; wave < kWaves; ++wave)
-                            tensor_store(&map_out, target + wave * 64 * kBlockK, tile.n + j * 64, tile.m + first_row + wave * 64);
+                            tensor_store(&map_out, target + wave * 64 * kRowBytes, tile.n + j * kStored, tile.m + first_row + wave * 64);
                 }
                 if (lane == 0) bulk_commit();
             } else {
@@ -324,10 +328,5 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             }
         }
         if (stores_by_copy && lane == 0) bulk_wait();
-    }
-    if (CLUSTER_N > 1) {  // a peer may still arrive at this CTA's barriers
-        __syncwarp();
-        cluster_arrive();
-        cluster_wait();
     }
 }

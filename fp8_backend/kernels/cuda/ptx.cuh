@@ -73,21 +73,8 @@ DEVICE void barrier_arrive_after(u32 barrier, float seen) {
             barrier),
         "f"(seen) : "memory");
 }
-// The same for two values and the lanes that are to arrive, at a barrier of this CTA or of any of its cluster.
-template <bool kOfCluster = false> DEVICE void barrier_arrive_after(u32 barrier, float first, float second, bool arrives) {
-    if (kOfCluster)
-        asm volatile(
-            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
-            "@p mbarrier.arrive.shared::cluster.b64 _, [%0]; @q mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier),
-            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
-    else
-        asm volatile(
-            "{ .reg .pred c, p, q; setp.ne.u32 c, %3, 0; setp.num.and.f32 p|q, %1, %2, c;"
-            "@p mbarrier.arrive.shared::cta.b64 _, [%0]; @q mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
-            "f"(first), "f"(second), "r"(u32(arrives)) : "memory");
-}
-// The same with one predicated arrival instead of two: no two values of which one is a product of scales have the bits that are compared
-// in common, a NaN's.
+// The same for two values and the lanes that are to arrive, by one arrival: no two values of which one is a product of scales have the bits
+// that are compared in common, a NaN's.
 DEVICE void barrier_arrive_after_words(u32 barrier, float first, float second, u32 arrives) {
     asm volatile(
         "{ .reg .pred p, q; .reg .b32 both; and.b32 both, %1, %2; setp.ne.u32 q, %3, 0; setp.ne.and.u32 p, both, 0xfff0dead, q;"
@@ -148,12 +135,6 @@ DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
-}
-DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier, u16 ranks) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks) : "memory");
 }
 // Writes a box to global memory, what lies outside of the tensor left out; what this thread has issued ends together, at its bulk_commit.
 DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
