@@ -23,9 +23,11 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: the parts come from different commits or machines, so they are not one measurement.
     """
+    versions = {name: version for part in parts for name, version in part["env"]["versions"].items()}
     for key, of_part in (
         ("commit", [part["env"]["commit"] for part in parts]),
-        ("versions", [part["env"]["versions"] for part in parts]),
+        # A part that has no use for a peer may run without it.
+        *((name, [part["env"]["versions"].get(name, versions[name]) for part in parts]) for name in versions),
         ("GPU", [(part["env"].get("gpu") or {}).get("name") for part in parts]),
     ):
         if any(value != of_part[0] for value in of_part):
@@ -35,7 +37,7 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     result = _joined(parts)
     # What was missing in any part; of all else in env, what the first part says.
     missing = _joined([{key: value for key, value in part["env"].items() if key in MISSING} for part in parts])
-    return {**result, "env": {**parts[0]["env"], **missing, "command": commands}}
+    return {**result, "env": {**parts[0]["env"], **missing, "versions": versions, "command": commands}}
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

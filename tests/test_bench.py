@@ -93,11 +93,20 @@ def test_stream_kernel_compiles_without_spills() -> None:
         assert ctas * stages * stream.TILE_BYTES >= 192 * 1024
 
 
+def test_a_merged_result_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "dense.json"
+    assert cli.main(["bench", "--from", str(recorded)]) == 0
+    said = capsys.readouterr().out
+    assert "verified: 330 of 330 cells" in said
+    assert "chain qwen3-8b m=1: 8 dependent linears" in said and "host m=512 512x512: op" in said
+
+
 def test_calls_of_a_graph() -> None:
     assert dense.calls_for(1, 512, 7168, 109) == 109
     assert dense.calls_for(16384, 51200, 5120, 2) == 2
     assert dense.calls_for(8192, 7168, 16384, 4) == 3
     assert 3 < dense.calls_for(1024, 7168, 2048, 28) <= 28
+    assert dense.calls_for(4096, 7168, 256, 256) == 54  # outputs of 56 MiB
 
 
 def test_sampled_rows() -> None:

@@ -116,15 +116,20 @@ def test_results_lie_in_the_folder_of_their_gpu(name, folder):
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 
-    def part(commit, gpu="NVIDIA H200", **content):
+    def part(commit, gpu="NVIDIA H200", versions=None, **content):
         command = f"python -m benchmarks.serve --models a --out /somewhere/{commit}.json --logs x"
-        env = {"commit": commit, "versions": {"torch": "2.11"}, "command": command, "gpu": {"name": gpu}}
+        versions = {"torch": "2.11", **(versions or {})}
+        env = {"commit": commit, "versions": versions, "command": command, "gpu": {"name": gpu}}
         return {"env": env | {"failures": {"triton: slow": [str(content.get("rows"))]}}, **content}
 
     both = merged([part("a", rows=[{"m": 1}]), part("a", rows=[{"m": 2}], sanitizer={"memcheck": {"clean": True}})])
     assert both["rows"] == [{"m": 1}, {"m": 2}] and both["sanitizer"]["memcheck"]["clean"]
     assert both["env"]["command"] == ["python -m benchmarks.serve --models a"] * 2
     assert both["env"]["failures"] == {"triton: slow": ["[{'m': 1}]", "[{'m': 2}]"]}
+    with_peer = merged([part("a", rows=[]), part("a", versions={"peer": "1"}, rows=[])])
+    assert with_peer["env"]["versions"] == {"torch": "2.11", "peer": "1"}
+    with pytest.raises(ValueError, match="the parts differ in peer"):
+        merged([part("a", versions={"peer": "2"}, rows=[]), part("a", versions={"peer": "1"}, rows=[])])
     with pytest.raises(ValueError, match="the parts differ in commit"):
         merged([part("a", rows=[]), part("b", rows=[])])
     with pytest.raises(ValueError, match="the parts differ in GPU: .*H100"):

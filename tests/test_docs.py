@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -179,6 +180,23 @@ def test_times_of_the_kernels_page_are_in_the_notes() -> None:
     assert len(times) >= 20
     for time in times:
         assert re.search(rf"(?<![\d.]){re.escape(time)}(?![\d]|\.\d)", notes), time
+
+
+def test_the_table_of_linears_is_that_of_the_result() -> None:
+    from fp8_backend.bench import peers, report, shapes
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "h200" / "dense.json").read_text())["rows"]
+    table = re.findall(r"^\| (\d+) to (\d+) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(table) == len(shapes.REGIMES)
+    for (first, last, cells), regime in zip(table, shapes.REGIMES, strict=True):
+        assert (int(first), int(last)) == (regime.ms[0], regime.ms[-1])
+        found = [row for row in rows if "stream_us" in row and row["m"] in regime.ms]
+        expected = [str(len(found)), f"{report.geomean(report.ratio(row, peers.FP8_NAMES) for row in found):.2f}"]
+        for name in peers.NAMES:
+            each = [row["peers"][name] / row["us"] for row in found if name in row["peers"]]
+            ran = len(each) > len(found) / 2
+            expected.append(f"{report.geomean(each):.2f}" if ran else "-")
+        assert cells.split(" | ") == [*expected, str(len(report.lost_cells(found)))]
 
 
 def sources(folder: Path) -> str:

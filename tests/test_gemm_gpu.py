@@ -168,7 +168,7 @@ def test_overlapping_launches_give_the_same_bits(tokens, rows):
 
 
 # Scales once overtook the answer that they had arrived: 39 of 2000 launches of 256 x 128 tiles, 158 of 4000 of 128 x 64
-# tiles with k shared by two CTAs (docs/kernel-notes.md, 2026-11-26).
+# tiles with k shared by two CTAs (docs/kernel-notes-gemm.md, 2026-11-26).
 @pytest.mark.parametrize("config", heuristics.GEMM_CONFIGS, ids=str)
 def test_every_launch_of_a_gemm_gives_the_same_bits(config):
     m, n, k = 389, 712, 2176

@@ -148,15 +148,19 @@ def _dense(plan: dense.Plan, out: Path | None, result: dict[str, Any]) -> None:
 
 
 def _report(result: dict[str, Any], chart: Path | None) -> None:
-    print("\n".join(report.table(result["rows"])))
+    """Print what was measured; rows of --chain and --host may have been merged into a result."""
+    linears = [row for row in result["rows"] if "stream_us" in row]
+    print("\n".join(report.table(linears)))
     for failure, cells in result["env"]["failures"].items():
         print(f"left out: {failure} ({len(cells)} cells, {cells[0]} first)")
     for name, reason in result["env"]["absent_peers"].items():
         print(f"absent: {name}: {reason}")
-    print("\n".join(report.summary(result["rows"])))
-    if chart and result["rows"]:
+    print("\n".join(report.summary(linears)))
+    for kind, line in (("chain", chain.line), ("function_us", host.line)):
+        print("".join(f"{line(row)}\n" for row in result["rows"] if kind in row), end="")
+    if chart and linears:
         gpu = (result["env"]["gpu"] or {}).get("name", "GPU")
-        plot(result["rows"], f"{gpu}, FP8 linear, bf16 in and out, weights cold", chart)
+        plot(linears, f"{gpu}, FP8 linear, bf16 in and out, weights cold", chart)
         print(f"chart: {chart}")
 
 

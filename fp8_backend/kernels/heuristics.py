@@ -82,7 +82,7 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds on one H200. Each constant was fitted to a sweep (docs/kernel-notes.md); they rank
+# The cost model, in nanoseconds on one H200. Each constant was fitted to a sweep (docs/kernel-notes*.md); they rank
 # kernels (the choice is within 5 % of the best one on average) and are not meant to predict.
 _LAUNCH_NS = 2350  # from the start of a kernel to its first product, and its end
 _STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
@@ -91,6 +91,9 @@ _ROUND_TRIP_NS = 3400  # of a stage, from its release to new data in it, with al
 _BLOCK_NS, _BLOCK_TOKEN_NS = 240, 2.6  # one k-block through a CTA, and more for each token
 _BLOCK_ROWS_TOKEN_NS = 30  # and for each where both math warpgroups multiply every k-block
 _SHARED_SM = 1.17  # how much longer a k-block takes beside another CTA
+# And longer yet from 32 tokens and this many bytes of weights on: 12 cells of m = 32 were up to 13 % slower than the
+# GEMM is at m = 64.
+_SHARED_LARGE, _LARGE_BYTES = 1.25, 12e6
 _OVERLAP = (0.2, 0.3, 0.0)  # of the early stages, the part that arrives before the tokens, by residency
 _EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 120, 40, 17  # sums to another CTA of the cluster
 _OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
@@ -165,6 +168,8 @@ def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> fl
         cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
     else:
         cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
+    if ctas > 1 and tokens >= 32 and problem.n * problem.k > _LARGE_BYTES:
+        cost *= _SHARED_LARGE
     if config.fused:
         return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
     return cost + _LATE_TOKENS_NS + _LATE_GROUP_NS * m * problem.k_blocks

@@ -9,7 +9,7 @@
 //
 // The time from a product's end to the warpgroup's next one decides, so little is done between them: descriptors stay in uniform registers,
 // a stage is released by one comparison and its arrivals, the next stage's barrier is asked for before the promotion. What lost is in
-// docs/kernel-notes.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time, clusters that share a or b.
+// docs/kernel-notes-gemm.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time, clusters that share a or b.
 //
 // 16-bit outputs leave through the copy engine while the next tile is computed, from a room of their own: were it the last stages of the
 // tile, their next data would be late.
