@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
+from fp8_backend.kernels.reference import BLOCK
 from fp8_backend.measure.timing import copies_for, graph_us
 
 SHAPES = (
@@ -35,14 +39,20 @@ def weights_of(n: int, k: int) -> list[gemm.Weight]:
     return [gemm.Weight(packed.clone(), packed_scale.clone(), n, k) for _ in range(copies_for(n * k))]
 
 
-def decode_candidates(problem: GemmProblem, per_config: int) -> list[DecodeChoice]:
-    """Return the best-predicted ways of cutting the weight for each decode configuration."""
+def decode_candidates(problem: GemmProblem, per_config: int, ahead_kib: Sequence[int] = ()) -> list[DecodeChoice]:
+    """Return the best-predicted ways of cutting the weight for each decode configuration and residency.
+
+    ahead_kib: with each of these amounts of weights in flight ahead of the activations instead of the one chosen.
+    """
     by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
-    for cost, choice in heuristics.decode_choices(problem):
-        by_config.setdefault(choice.config, []).append((cost, choice))
-    return [
-        choice for found in by_config.values() for _, choice in sorted(found, key=lambda pair: pair[0])[:per_config]
-    ]
+    for residency in range(len(heuristics.RESIDENCIES)):
+        for cost, choice in heuristics.resident_choices(problem, residency):
+            by_config.setdefault((choice.config, residency), []).append((cost, choice))
+    best = [choice for found in by_config.values() for _, choice in sorted(found, key=itemgetter(0))[:per_config]]
+    if not ahead_kib:
+        return best
+    stages = {(choice, max(1, kib * 1024 // (choice.rows * BLOCK))) for choice in best for kib in ahead_kib}
+    return list({replace(choice, prefetch=min(choice.num_stages, ahead)): None for choice, ahead in stages})
 
 
 def _quantise_and_launch(choice: GemmChoice, x: torch.Tensor, weight: gemm.Weight, out: torch.Tensor) -> None:
@@ -68,7 +78,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--m", default="1,8,16,32,64,128,256,1024,4096")
     parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--per-config", type=int, default=2)
+    parser.add_argument("--per-config", type=int, default=2, help="ways of cutting the weight, for each residency")
+    parser.add_argument(
+        "--ahead", default="", help="KiB of weights ahead of the activations to try, such as 16,32,48,96"
+    )
     arguments = parser.parse_args()
     rows = []
     for shape in arguments.shapes.split(","):
@@ -81,7 +94,8 @@ def main() -> None:
             codes, scale = reference.per_token_group_quant(x)
             truth = reference.fp8_gemm_nt(codes, scale, *weights[0].plain())
             used = weights if m <= 256 else weights[:3]
-            candidates: list[DecodeChoice | GemmChoice] = list(decode_candidates(problem, arguments.per_config))
+            ahead = [int(kib) for kib in arguments.ahead.split(",") if kib]
+            candidates: list[DecodeChoice | GemmChoice] = list(decode_candidates(problem, arguments.per_config, ahead))
             candidates += [choice for _, choice in heuristics.gemm_choices(problem)] if m >= 32 else []
             found = []
             for choice in candidates:

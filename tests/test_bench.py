@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
@@ -172,6 +173,27 @@ def test_failed_peer_processes_are_named() -> None:
     (problem,) = warm.compile_peers(["deepgemm", "bf16"], [(256, 256)], [1], 120, said.append)
     assert problem.startswith("peers' kernels for 256x256, m=1: ") and len(said) == 1
     assert warm.compile_peers(["bf16"], [(256, 256)], [1], 120, said.append) == []
+
+
+@dataclass(frozen=True)
+class Nap:
+    """A process that takes so many seconds; and one of its own, which takes a minute."""
+
+    seconds: int
+
+    @property
+    def command(self) -> list[str]:
+        child = "subprocess.Popen(['sleep', '60'])"
+        return ["timeit", "-n1", "-r1", "-s", f"import subprocess, time; {child}", f"time.sleep({self.seconds})"]
+
+
+def test_portions_that_do_not_end_are_stopped_with_what_they_started() -> None:
+    said: list[str] = []
+    problems, late = warm.run_portions([Nap(50), Nap(0)], 3, said.append)
+    assert late == [Nap(50)] and problems == ["peers' kernels: stopped after 3 s, 1 portions left"] and not said
+    # What a stopped process had started is of its group, and gone with it.
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sum(line == "sleep 60" for line in running) == 0
 
 
 def test_ratios() -> None:

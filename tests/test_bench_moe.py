@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8_backend import cli
-from fp8_backend.bench import moe, moe_grouped, moe_operands, moe_peers, moe_report, moe_shapes
+from fp8_backend.bench import moe, moe_grouped, moe_operands, moe_peers, moe_report, moe_shapes, moe_warm
 from fp8_backend.bench.moe_shapes import MODELS, MoeShape
 from fp8_backend.bench.peers import parse_peers
 from fp8_backend.errors import ArgumentError
@@ -41,6 +41,26 @@ def test_layers_are_those_of_the_models() -> None:
     assert moe_shapes.parse_models("64,1024,256,4") == (MoeShape("64,1024,256,4", 64, 1024, 256, 4),)
     assert [shape.name for shape in moe_shapes.parse_models("dsv3,qwen3-30b,dsv3")] == ["dsv3", "qwen3-30b"]
     assert len(moe_shapes.parse_models(None)) == 4
+
+
+def test_portions_hold_every_layer_and_weight_once() -> None:
+    shapes = [MODELS["qwen3-30b"], MODELS["dsv3"]]
+    found = moe_warm.experts_portions(["flashinfer", "cutlass", "deepgemm"], shapes, [1, 64])
+    assert [portion.peer for portion in found] == ["deepgemm"] * 2 + ["flashinfer"] * 2
+    assert found[0].command[1:] == ["experts", "deepgemm", "128,2048,768,8", "1,64"]
+    assert moe_shapes.parse_models(found[1].command[3])[0].expert_bytes == MODELS["dsv3"].expert_bytes
+    weights = {tuple(map(int, portion.command[2:])) for portion in moe_warm.grouped_portions(["deepgemm"])}
+    assert weights == {(n, k, len(cell.counts)) for n, k in moe_grouped.SHAPES for cell in moe_grouped.CELLS}
+    assert moe_warm.grouped_portions(["triton"]) == []
+
+
+@needs_no_gpu
+def test_a_peer_that_is_not_compiled_in_time_is_left_out() -> None:
+    portions = moe_warm.experts_portions(["triton"], [SMALL], [1])
+    problems, late = moe_warm.compile_peers(portions, 120, print)
+    assert len(problems) == 1 and problems[0].startswith("peers' kernels for triton 8,256,128,2 1: ") and not late
+    _, late = moe_warm.compile_peers(portions, 0, print)
+    assert late == {"triton": "its kernels were not compiled after 0 s"}
 
 
 @pytest.mark.parametrize(

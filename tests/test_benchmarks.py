@@ -113,6 +113,20 @@ def test_results_lie_in_the_folder_of_their_gpu(name, folder):
     assert folder_of(name) == folder
 
 
+def test_the_sweep_tries_every_residency_and_amount_ahead():
+    from benchmarks.sweep import decode_candidates
+    from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES
+    from fp8_backend.kernels.problem import GemmProblem
+
+    problem = GemmProblem(1, 4096, 4096)
+    found = decode_candidates(problem, 1)
+    taken = [each.config.shared_bytes(each.rows, problem.k_blocks, each.num_stages) for each in found]
+    assert max(taken) > HALF_SHARED_BYTES >= min(taken) and max(each.grid for each in found) > 132
+    ahead = decode_candidates(problem, 1, [16, 96])
+    assert len(set(ahead)) == len(ahead) > len(found) and {each.rows for each in ahead} == {each.rows for each in found}
+    assert all(each.prefetch <= each.num_stages and each.prefetch * each.rows * 128 <= 96 * 1024 for each in ahead)
+
+
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fp8_backend.bench import moe, moe_grouped, moe_report
+from fp8_backend.bench import moe, moe_grouped, moe_report, moe_warm
 from fp8_backend.bench.moe_peers import NAMES
 from fp8_backend.bench.moe_shapes import ALL_TOKENS, parse_models, parse_routings
 from fp8_backend.bench.peers import parse_peers
@@ -21,7 +21,7 @@ from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.watchdog import Watchdog
 from fp8_backend.progress import Progress
 
-CELL_LIMIT_S = 240.0  # a cell takes seconds, and minutes where a peer still has to compile
+CELL_LIMIT_S = 240.0  # a cell takes seconds, and more where a peer still has to compile
 Row = dict[str, Any]
 
 
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace, plan: moe.Plan) -> int:
     env = {**environment(arguments.commit), "absent_peers": plan.absent, "failures": plan.failures}
     result: dict[str, Any] = {"env": env, "rows": []}
     print(f"our kernels: {warmup.warm_up()}", flush=True)
+    _compile_peers(arguments, plan, env)
     sections: list[tuple[int, Iterator[Row], Callable[[Row], str]]] = []
     if arguments.moe:
         sections.append((plan.cells, moe.run(plan), _moe_line))
@@ -58,6 +59,20 @@ def run(arguments: argparse.Namespace, plan: moe.Plan) -> int:
     report(result)
     good = result["rows"] and "stopped" not in env and all(row["verified"] for row in result["rows"])
     return 0 if good else 1
+
+
+def _compile_peers(arguments: argparse.Namespace, plan: moe.Plan, env: dict[str, Any]) -> None:
+    """Compile the peers' kernels; one that is not done in time is absent from the plan."""
+    portions = moe_warm.experts_portions(plan.peers, plan.shapes, plan.tokens) if arguments.moe else []
+    portions += moe_warm.grouped_portions(plan.peers) if arguments.grouped else []
+    if not portions:
+        return
+    with Progress("compiling peers", len(portions), "portions") as progress:
+        problems, late = moe_warm.compile_peers(portions, arguments.peer_compile_limit, progress.step)
+    plan.absent |= late
+    plan.peers = tuple(name for name in plan.peers if name not in late)
+    env["peer_compilation"] = problems
+    print("\n".join(problems), flush=True)
 
 
 def _measure(

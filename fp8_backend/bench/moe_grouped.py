@@ -71,13 +71,14 @@ CELLS = (
 class GroupedWeight:
     """Random weights of some groups, as stored and packed, in copies that are cold."""
 
-    def __init__(self, groups: int, n: int, k: int) -> None:
+    def __init__(self, groups: int, n: int, k: int, copies: int | None = None) -> None:
+        """Draw the weights on the current GPU; copies: by default enough to be cold."""
         self.n, self.k = n, k
         codes = torch.empty(groups, n, k, dtype=torch.float8_e4m3fn, device="cuda")
         for group in codes:
             group.copy_((torch.randn(n, k, device="cuda") * 60).clamp(-448, 448))
         scale = (torch.rand(groups, ceil_div(n, BLOCK), k // BLOCK, device="cuda") + 0.1) / (60 * k**0.5)
-        copies = copies_for(groups * n * k, 8)
+        copies = copies_for(groups * n * k, 8) if copies is None else copies
         self.plain = [(codes.clone(), scale.clone()) for _ in range(copies)]
         packed = pack_experts(codes), pack_expert_scales(scale, n, k)
         self.packed = [packed, *((packed[0].clone(), packed[1].clone()) for _ in range(copies - 1))]
@@ -136,6 +137,13 @@ def measure(cell: GroupedCell, weight: GroupedWeight, module: Any, failures: dic
         "deepgemm_rel_err": errors.get("deepgemm"),
         "verified": verified(errors["ours"], errors.get("deepgemm")),
     }
+
+
+def call_deepgemm(cell: GroupedCell, weight: GroupedWeight, module: Any) -> None:
+    """Let DeepGEMM compute a cell once."""
+    theirs = (_masked if cell.layout == "masked" else _contiguous)(cell, weight, module)[1]
+    if theirs is not None:
+        theirs(weight.plain[0])
 
 
 Call = Callable[[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]

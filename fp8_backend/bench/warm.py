@@ -8,12 +8,15 @@ The peers compile inside a call, one kernel after the other, and keep them on di
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from fp8_backend.bench import peers, stream
 from fp8_backend.bench.shapes import DECODE_M, Shape
@@ -46,10 +49,10 @@ class Portion:
     ms: tuple[int, ...]
 
     @property
-    def arguments(self) -> list[str]:
-        """What this module is called with for it."""
+    def command(self) -> list[str]:
+        """The module that compiles it, and its arguments."""
         n, k = self.shape
-        return [",".join(self.names), f"{n}x{k}", ",".join(map(str, self.ms))]
+        return ["fp8_backend.bench.warm", ",".join(self.names), f"{n}x{k}", ",".join(map(str, self.ms))]
 
     def __str__(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, m={','.join(map(str, self.ms))}"
@@ -73,43 +76,63 @@ def compile_peers(
 ) -> list[str]:
     """Call each such peer once for every cell, one process a portion.
 
-    Two run at once for each core: they wait for the GPU and for locks, too.
-
     Returns:
         One line for every process that failed or was stopped; the rest is compiled just before its cell is timed.
     """
-    cores, problems = os.cpu_count() or 1, []
-    waiting = portions(names, shapes, ms, cores)
-    running: dict[Portion, subprocess.Popen[str]] = {}
+    return run_portions(portions(names, shapes, ms, os.cpu_count() or 1), limit_s, say)[0]
+
+
+class Compiled(Protocol):
+    """What one process compiles; its text names it."""
+
+    @property
+    def command(self) -> list[str]:
+        """The module that compiles it, and its arguments."""
+
+
+Each = TypeVar("Each", bound=Compiled)
+
+
+def run_portions(found: Sequence[Each], limit_s: float, say: Callable[[str], None]) -> tuple[list[str], list[Each]]:
+    """Run a process for each portion; after the limit stop what still runs, and the compilers that it started.
+
+    Two run at once for each core: they wait for the GPU and for locks, too.
+
+    Returns:
+        One line for every process that failed, and for all that were stopped; the portions that did not end.
+    """
+    waiting, problems = list(found), []
+    running: dict[Each, subprocess.Popen[str]] = {}
     end = time.monotonic() + limit_s
     try:
         while waiting or running:
-            while waiting and len(running) < 2 * cores:
+            while waiting and len(running) < 2 * (os.cpu_count() or 1):
                 portion = waiting.pop(0)
                 running[portion] = subprocess.Popen(
-                    [sys.executable, "-m", "fp8_backend.bench.warm", *portion.arguments],
+                    [sys.executable, "-m", *portion.command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
+                    start_new_session=True,
                 )
             portion, process = next(iter(running.items()))
             try:
                 errors = process.communicate(timeout=max(0.1, end - time.monotonic()))[1]
             except subprocess.TimeoutExpired:
-                problems.append(
-                    f"peers' kernels: stopped after {limit_s:.0f} s, {len(waiting) + len(running)} portions left"
-                )
-                break
+                late = [*(each for each, process in running.items() if process.poll() is None), *waiting]
+                problems.append(f"peers' kernels: stopped after {limit_s:.0f} s, {len(late)} portions left")
+                return problems, late
             del running[portion]
             if process.returncode:
                 problems.append(f"peers' kernels for {portion}: {errors.strip()[-200:]}")
             say(f"peers compiled for {portion}, {len(waiting) + len(running)} portions left")
     finally:
         for process in running.values():
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    return problems
+    return problems, []
 
 
 def main() -> None:
