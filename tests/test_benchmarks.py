@@ -127,6 +127,24 @@ def test_the_sweep_tries_every_residency_and_amount_ahead():
     assert all(each.prefetch <= each.num_stages and each.prefetch * each.rows * 128 <= 96 * 1024 for each in ahead)
 
 
+def test_variants_are_timed_on_problems_and_compiled_from_their_folder(tmp_path):
+    import shutil
+
+    from benchmarks import variants
+    from fp8_backend.errors import ArgumentError
+    from fp8_backend.kernels.compiler import CUDA_FOLDER, cache_key
+    from fp8_backend.kernels.heuristics import GEMM_CONFIGS
+
+    assert variants.parse_problems("1x2x3,4096x7168x2048") == [(1, 2, 3), (4096, 7168, 2048)]
+    assert len(variants.parse_problems(variants.PROBLEMS)) == 7
+    with pytest.raises(ArgumentError, match="--problems 1x2: expected MxNxK"):
+        variants.parse_problems("1x2")
+    shutil.copytree(CUDA_FOLDER, tmp_path / "edited")
+    (tmp_path / "edited" / "gemm.cuh").open("a").write("// edited\n")
+    keys = [cache_key(variants.spec_of(GEMM_CONFIGS[0], folder)) for folder in (CUDA_FOLDER, tmp_path / "edited")]
+    assert keys[0] == cache_key(GEMM_CONFIGS[0].spec()) != keys[1]
+
+
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 
