@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from benchmarks.experts_parts import launches_up_to
 from fp8_backend.kernels import experts, gemm, heuristics, layout, m_grouped, reference, routing
 from fp8_backend.kernels.compiler import CUDA_FOLDER
 from fp8_backend.kernels.decode import DecodePlan
@@ -131,6 +133,29 @@ def test_experts(form, on_input, folder):
             out = torch.full_like(x, float("nan"))
             experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, here, on_input)
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "kernels"),
+    [
+        ("decode", ["experts_quantize", "experts_up", "experts_quantize", "experts_down"]),
+        ("prefill", ["quantize", "route", "grouped", "grouped", "combine"]),
+    ],
+)
+def test_experts_are_cut_launch_by_launch(form, kernels, folder):
+    """What benchmarks.experts_parts times: the op as far as it has come."""
+    packed_13, packed_2 = make_experts(3, 256, 256)[2:], make_experts(3, 256, 128)[2:]
+    x, ids = torch.randn(2, 256, dtype=torch.bfloat16), torch.tensor([[0], [2]], dtype=torch.int32)
+    out = torch.full_like(x, float("nan"))
+    with emulated(folder, MACHINE):
+        call = partial(experts.launch, form, x, torch.rand(2, 1), ids, *packed_13, *packed_2, out, None, False)
+        with launches_up_to(len(kernels) - 1) as begun:
+            call()
+        assert out.isnan().all()
+        with launches_up_to() as names:
+            call()
+    assert [name.partition("-")[0] for name in names] == kernels and begun == names[:-1]
+    assert out.isfinite().all()
 
 
 # One CTA, and a cluster that counts together; ids that are skipped, a group of no row and one of several tiles.

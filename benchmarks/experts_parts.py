@@ -1,0 +1,104 @@
+"""Time the experts' launches: both forms, cut off behind the first launch, the second, ...
+
+    python -m benchmarks.experts_parts [--model qwen3-30b,...] [--tokens 1,4,16] [--json parts.json]
+
+Weights cold from memory, balanced random routing, CUDA-graph replays, all cuts of a form in turns. The difference
+of two neighbours is what a launch adds behind the others, dependent launches overlapping as they do in serving; a call that
+is cut off leaves its output unwritten, so nothing is verified here: `fp8-backend bench --moe` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+import torch
+
+from fp8_backend.bench.moe import calls_for, floor_us
+from fp8_backend.bench.moe_operands import RandomExperts, Routed, copies_for
+from fp8_backend.bench.moe_shapes import MoeShape, parse_models, route
+from fp8_backend.bench.shapes import parse_ms
+from fp8_backend.kernels import experts, launcher
+from fp8_backend.measure.environment import environment, write_json
+from fp8_backend.measure.timing import capture, interleaved_us
+
+ROUNDS = 11
+
+
+@contextmanager
+def launches_up_to(most: int | None = None) -> Iterator[list[str]]:
+    """Let only the first launches of this package reach the driver; yield the names of those that did."""
+    names: list[str] = []
+    submit = launcher.Kernel.submit
+
+    def counted(self: launcher.Kernel, *arguments: Any) -> None:
+        if most is None or len(names) < most:
+            names.append(self.name)
+            submit(self, *arguments)
+
+    with patch.object(launcher.Kernel, "submit", counted):
+        yield names
+
+
+def cut(call: Callable[[], object], most: int) -> None:
+    """Run a call, cut off behind its first `most` launches."""
+    with launches_up_to(most):
+        call()
+
+
+def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict[str, Any]]:
+    """Yield a row for each form: its kernels, and microseconds up to and with each of them."""
+    x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    drawn: list[Routed] = [_cuda(route(shape, tokens, "balanced", 0))]
+    hit = len(drawn[0][1].unique())
+    drawn += [_cuda(route(shape, tokens, "balanced", seed)) for seed in range(1, calls_for(shape, tokens, hit))]
+    out = torch.empty_like(x)
+    for form in get_args(experts.Form):
+        calls = []
+        for index, routed in enumerate(drawn):
+            each = layer.ours[index % len(layer.ours)]
+            operands = (x, *routed, each.w13, each.scale_13, each.w2, each.scale_2, out, None, False)
+            calls.append(partial(experts.launch, form, *operands))
+        with launches_up_to() as names:
+            calls[0]()
+        arms = {str(most): capture([partial(cut, call, most) for call in calls]) for most in range(1, len(names) + 1)}
+        us = interleaved_us(arms, ROUNDS)
+        up_to = [[name, round(us[str(most)], 2)] for most, name in enumerate(names, 1)]
+        floor = round(floor_us(shape, hit), 2)
+        yield {"model": shape.name, "tokens": tokens, "form": form, "us_up_to": up_to, "floor_us": floor}
+
+
+def _cuda(routed: Routed) -> Routed:
+    return routed[0].cuda(), routed[1].cuda()
+
+
+def main() -> None:
+    """Measure and print; write the rows where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experts_parts", description="Time launch by launch.")
+    parser.add_argument("--model", default="qwen3-30b,qwen3-235b-tp4,dsv3-tp8", help="as for bench --moe")
+    parser.add_argument("--tokens", default="1,4,16,64")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--commit", help="of a tree without a repository")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"env": environment(arguments.commit), "rows": []}
+    device = torch.device("cuda", torch.cuda.current_device())
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    for shape in parse_models(arguments.model):
+        layer = RandomExperts(shape, device, copies_for(shape, l2, torch.cuda.mem_get_info()[0], False), plain=False)
+        for tokens in parse_ms(arguments.tokens):
+            for row in measure(shape, tokens, layer):
+                result["rows"].append(row)
+                print(row, flush=True)
+        del layer
+        torch.cuda.empty_cache()
+        if arguments.json:
+            write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    main()
