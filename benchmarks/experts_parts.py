@@ -3,8 +3,8 @@
     python -m benchmarks.experts_parts [--model qwen3-30b,...] [--tokens 1,4,16] [--json parts.json]
 
 Weights cold from memory, balanced random routing, CUDA-graph replays, all cuts of a form in turns. The difference
-of two neighbours is what a launch adds behind the others, dependent launches overlapping as they do in serving; a call that
-is cut off leaves its output unwritten, so nothing is verified here: `fp8-backend bench --moe` does that.
+of two neighbours is what a launch adds behind the others, dependent launches overlapping as they do in serving; a call
+that is cut off leaves its output unwritten, so nothing is verified here: `fp8-backend bench --moe` does that.
 """
 
 from __future__ import annotations
