@@ -228,7 +228,8 @@ GOOD_MAP = {
         ({"box": (8, 64)}, "rows of 8 bytes; must be a multiple of 16"),
         ({"box": (256, 64)}, "at most 128"),
         ({"element_bytes": 8}, "elements of 8 bytes"),
-        ({"swizzle": "64B"}, "swizzle '64B'"),
+        ({"swizzle": "256B"}, "swizzle '256B'"),
+        ({"swizzle": "64B"}, "box rows of 128 bytes; swizzle 64B takes at most 64"),
         ({"l2_promotion": 512}, "512 bytes"),
     ],
 )
