@@ -4,8 +4,8 @@
 //   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches, per stage, the tile of a, the tile of b (tensor copies), and the
 //                    scales (bulk copies); the other warp idles (a warpgroup is the unit that can give registers away).
 //   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns.
-// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp). The tensor core accumulates one 128-deep block of k in `partial`; promotion scales it into fp32 `sum`,
-// because the FP8 accumulator keeps fewer bits than fp32.
+// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp). The tensor core accumulates one
+// 128-deep block of k in `partial`; promotion scales it into fp32 `sum`, because the FP8 accumulator keeps fewer bits than fp32.
 //
 // The time from a product's end to the warpgroup's next one decides, so little is done between them: descriptors stay in uniform registers,
 // a stage is released by one comparison and its arrivals, the next stage's barrier is asked for before the promotion. What lost is in
@@ -23,7 +23,7 @@
 #include "wgmma.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
-// Columns that share a scale of b wherever the tile starts, a multiple of BLOCK_N.
+// Columns that share a scale of b in every tile: tiles start at multiples of BLOCK_N, blocks of scales at multiples of 128.
 constexpr u32 kScaled = BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : 32;
 constexpr u32 kScales = BLOCK_N / kScaled;
 constexpr u32 kStored = BLOCK_N % 64 == 0 ? 64 : 32;  // columns of a box of outputs, as many bytes as its rows are swizzled by
@@ -38,7 +38,7 @@ constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4;
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
-static_assert(kStored == 64 || !SPLIT_K || kGroups % 4 == 0, "GemmConfig.splits");
+static_assert(!SPLIT_K || kGroups % 4 == 0, "up to 4 CTAs, and 8 where GemmConfig.splits says so, own as many groups each");
 
 struct Tile {
     u32 m, n;  // of this CTA, in elements
