@@ -99,6 +99,9 @@ _EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 120, 40, 17  # sums to anot
 _OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
 _GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
+# Each token and k-block beyond the third, of weights of fewer bytes than this: without it 512x7168, 3072x1536 and
+# 2112x7168 took up to a fifth longer with 4 tokens than with the 8 of which a kernel of their own makes codes.
+_SMALL_BYTES, _SMALL_BLOCKS, _SMALL_TOKEN_NS = 16e6, 3, 50
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
 # Quantisation ahead of a GEMM: with _GEMM_LAUNCH_NS 3500, what the choice between decode and GEMM was fitted to.
 _QUANTISE_NS = 1980
@@ -171,6 +174,8 @@ def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> fl
     if ctas > 1 and tokens >= 32 and problem.n * problem.k > _LARGE_BYTES:
         cost *= _SHARED_LARGE
     if config.fused:
+        if problem.n * problem.k < _SMALL_BYTES:
+            cost += _SMALL_TOKEN_NS * m * max(0, blocks - _SMALL_BLOCKS)
         return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
     return cost + _LATE_TOKENS_NS + _LATE_GROUP_NS * m * problem.k_blocks
 
