@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from fp8_backend.bench.moe import calls_for, floor_us
-from fp8_backend.bench.moe_operands import RandomExperts, Routed, copies_for
-from fp8_backend.bench.moe_shapes import MoeShape, parse_models, route
+from fp8_backend.bench.moe import calls_for, floor_us, route_on_gpu
+from fp8_backend.bench.moe_operands import RandomExperts, copies_for
+from fp8_backend.bench.moe_shapes import MoeShape, parse_models
 from fp8_backend.bench.shapes import parse_ms
 from fp8_backend.kernels import experts, launcher
 from fp8_backend.measure.environment import environment, write_json
@@ -54,9 +54,9 @@ def cut(call: Callable[[], object], most: int) -> None:
 def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict[str, Any]]:
     """Yield a row for each form: its kernels, and microseconds up to and with each of them."""
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    drawn: list[Routed] = [_cuda(route(shape, tokens, "balanced", 0))]
+    drawn = [route_on_gpu(shape, tokens, "balanced", 0)]
     hit = len(drawn[0][1].unique())
-    drawn += [_cuda(route(shape, tokens, "balanced", seed)) for seed in range(1, calls_for(shape, tokens, hit))]
+    drawn += [route_on_gpu(shape, tokens, "balanced", seed) for seed in range(1, calls_for(shape, tokens, hit))]
     out = torch.empty_like(x)
     for form in get_args(experts.Form):
         calls = []
@@ -71,10 +71,6 @@ def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict
         up_to = [[name, round(us[str(most)], 2)] for most, name in enumerate(names, 1)]
         floor = round(floor_us(shape, hit), 2)
         yield {"model": shape.name, "tokens": tokens, "form": form, "us_up_to": up_to, "floor_us": floor}
-
-
-def _cuda(routed: Routed) -> Routed:
-    return routed[0].cuda(), routed[1].cuda()
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.T
 
 
 def launch_gemm(config: GemmConfig, packed: bool) -> None:
-    """Launch one configuration on partial tiles, two tiles by two clusters, k split in every way that it can be."""
+    """Launch one configuration on partial tiles, two tiles by two, k split in every way that it can be."""
     m = config.block_m + 3
     # An n that allows stores of 16 bytes, and one that does not.
     n, k = config.block_n + (8 if packed else 7), 1024 if config.split_k else 384

@@ -51,8 +51,8 @@ def decode_candidates(problem: GemmProblem, per_config: int, ahead_kib: Sequence
     best = [choice for found in by_config.values() for _, choice in sorted(found, key=itemgetter(0))[:per_config]]
     if not ahead_kib:
         return best
-    stages = {(choice, max(1, kib * 1024 // (choice.rows * BLOCK))) for choice in best for kib in ahead_kib}
-    return list({replace(choice, prefetch=min(choice.num_stages, ahead)): None for choice, ahead in stages})
+    stages = [(choice, max(1, kib * 1024 // (choice.rows * BLOCK))) for choice in best for kib in ahead_kib]
+    return list(dict.fromkeys(replace(choice, prefetch=min(choice.num_stages, ahead)) for choice, ahead in stages))
 
 
 def _quantise_and_launch(choice: GemmChoice, x: torch.Tensor, weight: gemm.Weight, out: torch.Tensor) -> None:

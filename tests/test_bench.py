@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -176,24 +177,28 @@ def test_failed_peer_processes_are_named() -> None:
 
 
 @dataclass(frozen=True)
-class Nap:
-    """A process that takes so many seconds; and one of its own, which takes a minute."""
+class Portion:
+    """A process that runs a statement, once."""
 
-    seconds: int
+    statement: str
 
     @property
     def command(self) -> list[str]:
-        child = "subprocess.Popen(['sleep', '60'])"
-        return ["timeit", "-n1", "-r1", "-s", f"import subprocess, time; {child}", f"time.sleep({self.seconds})"]
+        return ["timeit", "-n1", "-r1", self.statement]
 
 
-def test_portions_that_do_not_end_are_stopped_with_what_they_started() -> None:
+def test_portions_that_do_not_end_are_stopped_with_what_they_started(tmp_path: Path) -> None:
+    """The first waits for a compiler of its own, which holds a pipe open as long as it runs; the second is done."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    endless = Portion(f"import subprocess; subprocess.run(['sh', '-c', 'exec sleep 600 > {pipe}'])")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     said: list[str] = []
-    problems, late = warm.run_portions([Nap(50), Nap(0)], 3, said.append)
-    assert late == [Nap(50)] and problems == ["peers' kernels: stopped after 3 s, 1 portions left"] and not said
-    # What a stopped process had started is of its group, and gone with it.
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert sum(line == "sleep 60" for line in running) == 0
+    problems, late = warm.run_portions([endless, Portion("pass")], 10, said.append)
+    assert late == [endless] and problems == ["peers' kernels: stopped after 10 s, 1 portions left"] and not said
+    readable, _, _ = select.select([reader], [], [], 10)
+    assert readable and os.read(reader, 1) == b""  # the end of the pipe: nobody can write any more
+    os.close(reader)
 
 
 def test_ratios() -> None:

@@ -89,9 +89,9 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
     """
     shape, cell = layer.shape, f"{layer.shape.name} {tokens} {routing}"
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
-    first = _route(shape, tokens, routing, 0)
+    first = route_on_gpu(shape, tokens, routing, 0)
     count = calls_for(shape, tokens, len(first[1].unique()))
-    routed = [first, *(_route(shape, tokens, routing, seed) for seed in range(1, count))]
+    routed = [first, *(route_on_gpu(shape, tokens, routing, seed) for seed in range(1, count))]
     hit = sum(len(ids.unique()) for _, ids in routed) / count
     rows = sampled_tokens(tokens).cuda()
     truth = layer.truth(x, first, rows)
@@ -129,7 +129,8 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
     }
 
 
-def _route(shape: MoeShape, tokens: int, routing: Routing, seed: int) -> Routed:
+def route_on_gpu(shape: MoeShape, tokens: int, routing: Routing, seed: int) -> Routed:
+    """Return what `moe_shapes.route` does, on the current GPU."""
     weights, ids = route(shape, tokens, routing, seed)
     return weights.cuda(), ids.cuda()
 

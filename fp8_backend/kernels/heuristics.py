@@ -9,6 +9,7 @@ from functools import lru_cache
 from fp8_backend.kernels.problem import (
     MAX_DECODE_TOKENS,
     MAX_SHARED_BYTES,
+    SPLITS,
     DecodeConfig,
     GemmConfig,
     GemmProblem,
@@ -16,7 +17,6 @@ from fp8_backend.kernels.problem import (
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 TOKENS = (8, 16, 32, 64)
-SPLITS = (1, 2, 4, 8)
 MAX_STAGES = 16
 HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
 # CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.

@@ -11,6 +11,7 @@ MAX_SHARED_BYTES = 232448  # 227 KiB, the most a CTA may have on sm_90
 MAX_DECODE_TOKENS = 64
 DECODE_THREADS = 384
 MAX_DECODE_ROWS = 128
+SPLITS = (1, 2, 4, 8)  # CTAs of a cluster, up to the largest that is portable
 _STAGE_EXTRA_BYTES = 8 * 4 + 16  # kScaleFloats weight scales, two barriers
 
 
@@ -73,7 +74,7 @@ class GemmConfig:
     def splits(self) -> tuple[int, ...]:
         """How many CTAs can share a tile's k-blocks: each owns as many groups of 8 columns x 64 rows of the sums."""
         groups = self.block_m * self.block_n // (512 * self.math_warpgroups)
-        return tuple(split for split in (1, 2, 4, 8) if groups % split == 0) if self.split_k else (1,)
+        return tuple(split for split in SPLITS if groups % split == 0) if self.split_k else (1,)
 
     @property
     def stored_columns(self) -> int:
