@@ -1,4 +1,4 @@
-"""Time the experts' launches: both forms, cut off behind the first launch, the second, ...
+"""Time the experts' launches: all forms, cut off behind the first launch, the second, ...
 
     python -m benchmarks.experts_parts [--model qwen3-30b,...] [--tokens 1,4,16] [--json parts.json]
 
@@ -59,6 +59,8 @@ def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict
     drawn += [route_on_gpu(shape, tokens, "balanced", seed) for seed in range(1, calls_for(shape, tokens, hit))]
     out = torch.empty_like(x)
     for form in get_args(experts.Form):
+        if not experts.can_serve(form, tokens, shape.top_k, shape.hidden, shape.intermediate):
+            continue
         calls = []
         for index, routed in enumerate(drawn):
             each = layer.ours[index % len(layer.ours)]

@@ -12,10 +12,11 @@ from fp8_backend.kernels.backend import batch_invariant, is_current, runs_cuda_k
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
 from fp8_backend.kernels.experts_decode import MAX_PAIRS, experts_decode
 from fp8_backend.kernels.experts_prefill import experts_prefill
+from fp8_backend.kernels.experts_single import experts_single, fits
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK
 
-Form = Literal["decode", "prefill"]
+Form = Literal["single", "decode", "prefill"]
 
 # With more rows of an expert than this on average, tokens on wgmma's 64-row side waste less than weights there save.
 DECODE_ROWS_PER_EXPERT = 8
@@ -26,12 +27,21 @@ MAX_DECODE_TOKENS = 64
 # for each column of x from where on it is: fitted to four layers at 1 to 64 tokens, on an H100. The form chosen is
 # 0.1 % slower than the better one on average, 1.5 % at most.
 PREFILL_COLUMNS = 5.5
+# One launch saves about 6 us over four, and streams large weights a little slower: bytes of the experts hit up to where
+# it is faster, by four layers at 1 to 8 tokens on an H100.
+SINGLE_BYTES = 150_000_000
 
 
 def select_form(
-    m: int, top_k: int, num_groups: int, hidden: int, intermediate: int, batch_invariant: bool = False
+    m: int,
+    top_k: int,
+    num_groups: int,
+    hidden: int,
+    intermediate: int,
+    batch_invariant: bool = False,
+    router_weight_on_input: bool = False,
 ) -> Form:
-    """Return which kernels serve m tokens: those for few rows an expert, or those for many.
+    """Return which kernels serve m tokens: the one for very few, those for few rows an expert, or those for many.
 
     Args:
         m: tokens.
@@ -40,11 +50,17 @@ def select_form(
         hidden: columns of x.
         intermediate: columns of h, of one expert.
         batch_invariant: a token's bits must not depend on m: the form for many serves any m, in one order of sums.
+        router_weight_on_input: a token's codes differ from expert to expert, which the form for very few cannot do.
     """
+    if batch_invariant:
+        return "prefill"
     few = m <= MAX_DECODE_TOKENS and m * top_k <= min(MAX_PAIRS, DECODE_ROWS_PER_EXPERT * num_groups)
     hit = num_groups * (1 - (1 - min(1.0, top_k / num_groups)) ** m)  # experts, where all are as likely
+    small = hit * 3 * hidden * intermediate <= SINGLE_BYTES
+    if small and not router_weight_on_input and fits(m, top_k, hidden, intermediate):
+        return "single"
     filled = hit * intermediate > PREFILL_COLUMNS * hidden
-    return "decode" if not batch_invariant and (m == 1 or (few and not filled)) else "prefill"
+    return "decode" if m == 1 or (few and not filled) else "prefill"
 
 
 def fp8_experts(
@@ -112,7 +128,8 @@ def fp8_experts(
     topk_weights, topk_ids = topk_weights.float().contiguous(), topk_ids.to(torch.int32).contiguous()
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
     (m, hidden), top_k, intermediate = x.shape, topk_ids.shape[1], w13.shape[2] // 2
-    form = select_form(m, top_k, w13.shape[0], hidden, intermediate, batch_invariant())
+    widths = top_k, w13.shape[0], hidden, intermediate
+    form = select_form(m, *widths, batch_invariant(), router_weight_on_input)
     launch(form, x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
     return out
 
@@ -156,6 +173,14 @@ def check_experts(
         raise ArgumentError(f"out: got {out.dtype} of strides {out.stride()}; expected contiguous {x.dtype}, as x is")
 
 
+def can_serve(form: Form, m: int, top_k: int, hidden: int, intermediate: int) -> bool:
+    """Return whether a form can serve a call whose router weights are not on the input."""
+    return {"single": fits(m, top_k, hidden, intermediate), "decode": m * top_k <= MAX_PAIRS, "prefill": True}[form]
+
+
+_LAUNCH = {"single": experts_single, "decode": experts_decode, "prefill": experts_prefill}
+
+
 def launch(form: Form, *arguments: Any) -> None:
-    """Launch one form of the experts on a GPU; the arguments, those of both forms, are not checked."""
-    (experts_decode if form == "decode" else experts_prefill)(*arguments)
+    """Launch one form of the experts on a GPU; the arguments, those of all forms, are not checked."""
+    _LAUNCH[form](*arguments)

@@ -31,7 +31,7 @@ _CONFIG = struct.Struct("<7I4xQQI4x")
 _CONFIG_STREAM, _CONFIG_STREAM_OFFSET = struct.Struct("<Q"), struct.calcsize("<7I4x")
 # CUlaunchAttribute: id, then a union of 64 bytes, of which the two kinds used here take at most three 32-bit words.
 _ATTRIBUTE = struct.Struct("<I4x3I52x")
-_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 _MAX_PORTABLE_CLUSTER = 8
 
 # A CUlaunchConfig, its address, the address and number of its attributes, and the attributes' memory.
@@ -73,8 +73,8 @@ class _Buffers(threading.local):
         base = ctypes.addressof(self.memory) + start
         self.pointers = (ctypes.c_void_p * max(1, len(layout.offsets)))(*(base + offset for offset in layout.offsets))
         self.pointers_address = ctypes.addressof(self.pointers)
-        # by (cluster, pdl)
-        self.configs: dict[tuple[int, bool], Prepared] = {}
+        # by (cluster, pdl, cooperative)
+        self.configs: dict[tuple[int, bool, bool], Prepared] = {}
 
 
 class Kernel:
@@ -100,6 +100,7 @@ class Kernel:
         stream: int,
         cluster: int = 1,
         pdl: bool = False,
+        cooperative: bool = False,
     ) -> None:
         """Launch on a stream of this kernel's device, which must be torch's current device; captured like any launch.
 
@@ -112,13 +113,14 @@ class Kernel:
             cluster: thread blocks of a cluster, along x; more than 8 is not portable and is allowed here.
             pdl: whether the kernel may start before the one ahead of it in the stream has ended. The kernel must then
                 execute griddepcontrol.wait before it touches what that one writes.
+            cooperative: whether all thread blocks must run at once, so that they can wait for each other.
 
         Raises:
             DriverError: the driver refused the launch, or an earlier kernel failed.
             TypeError: `params` do not fit the layout.
         """
         buffers = self._buffers
-        config, config_address, attributes, attribute_count, _ = self.configuration(cluster, pdl)
+        config, config_address, attributes, attribute_count, _ = self.configuration(cluster, pdl, cooperative)
         try:
             self._pack(buffers.params, 0, *params)
         except struct.error as error:
@@ -129,7 +131,10 @@ class Kernel:
         self.submit(
             config_address,
             buffers.pointers_address,
-            lambda: f"grid {grid}, block {block}, {shared_bytes} shared bytes, cluster {cluster}, pdl {pdl}",
+            lambda: (
+                f"grid {grid}, block {block}, {shared_bytes} shared bytes, cluster {cluster}, pdl {pdl}, "
+                f"cooperative {cooperative}"
+            ),
         )
 
     def submit(self, config_address: int, params_address: int, described: Callable[[], str]) -> None:
@@ -144,9 +149,10 @@ class Kernel:
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
 
-    def configuration(self, cluster: int, pdl: bool) -> Prepared:
+    def configuration(self, cluster: int, pdl: bool, cooperative: bool = False) -> Prepared:
         """Return a CUlaunchConfig, its address, its attributes' address and number, and the attributes' memory."""
-        return self._buffers.configs.get((cluster, pdl)) or self._prepare(cluster, pdl)
+        key = (cluster, pdl, cooperative)
+        return self._buffers.configs.get(key) or self._prepare(*key)
 
     def max_active_clusters(self, block: int, shared_bytes: int, cluster: int) -> int:
         """Return how many clusters of `cluster` such thread blocks the device runs at once.
@@ -166,8 +172,10 @@ class Kernel:
         )
         return clusters.value
 
-    def _prepare(self, cluster: int, pdl: bool) -> Prepared:
+    def _prepare(self, cluster: int, pdl: bool, cooperative: bool) -> Prepared:
         attributes = []
+        if cooperative:
+            attributes.append((_COOPERATIVE, 1, 0, 0))
         if cluster > 1:
             attributes.append((_CLUSTER_DIMENSION, cluster, 1, 1))
         if pdl:
@@ -185,7 +193,7 @@ class Kernel:
             _ATTRIBUTE.pack_into(memory, index * _ATTRIBUTE.size, *attribute)
         config = ctypes.create_string_buffer(_CONFIG.size)
         prepared = (config, ctypes.addressof(config), ctypes.addressof(memory), len(attributes), memory)
-        self._buffers.configs[cluster, pdl] = prepared
+        self._buffers.configs[cluster, pdl, cooperative] = prepared
         return prepared
 
 

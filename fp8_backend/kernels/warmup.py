@@ -10,14 +10,23 @@ from dataclasses import dataclass
 
 from fp8_backend import counters
 from fp8_backend.errors import CompileError
-from fp8_backend.kernels import activation, cache, experts_decode, experts_prefill, heuristics, masked, quantize
+from fp8_backend.kernels import (
+    activation,
+    cache,
+    experts_decode,
+    experts_prefill,
+    experts_single,
+    heuristics,
+    masked,
+    quantize,
+)
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.problem import GemmConfig
 
 # A kernel takes a core a second: whoever holds the lock this long without a new one is a process that hangs.
 PATIENCE_S = 120.0
 
-_EXPERTS = (experts_decode, experts_prefill, masked)
+_EXPERTS = (experts_single, experts_decode, experts_prefill, masked)
 
 Progress = Callable[[int, int], None]
 

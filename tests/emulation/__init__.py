@@ -21,6 +21,7 @@ from fp8_backend.kernels import (
     experts,
     experts_decode,
     experts_prefill,
+    experts_single,
     gemm,
     gemm_plan,
     grouped,
@@ -40,7 +41,7 @@ FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", 
 _MAP = struct.Struct("<Q3Q2Q3I3I56x")
 _CONFIG = struct.Struct("<7I4xQQI4x")  # CUlaunchConfig, as launcher.py lays it out
 _CLUSTER = struct.Struct("<I4xI")  # the head of a CUlaunchAttribute
-_CLUSTER_DIMENSION = 4
+_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4
 _ENTRY = """#include "{file}"
 extern "C" const char* run(void** parameters, u32 seed, u32 x, u32 y, u32 z, u32 threads, u32 shared, u32 cluster) {{
     return emulation::run({entry}, parameters, seed, {{x, y, z}}, threads, shared, cluster);
@@ -113,7 +114,8 @@ class Emulated:
             cluster = 1
             for index in range(count):
                 kind, size = _CLUSTER.unpack(ctypes.string_at(attributes + 64 * index + index * 8, _CLUSTER.size))
-                cluster = size if kind == _CLUSTER_DIMENSION else cluster
+                # All CTAs of a cooperative grid run at once, as those of a cluster do.
+                cluster = {_CLUSTER_DIMENSION: size, _COOPERATIVE: grid[0]}.get(kind, cluster)
             self.runs += 1
             error = run(parameters, self.seed + 1000 * self.runs, *grid, threads, shared_bytes, cluster).decode()
             if error:
@@ -140,8 +142,8 @@ def encode_tiled(
 
 # Every module whose code launches kernels.
 MODULES = (
-    *(activation, decode, experts, experts_decode, experts_prefill, gemm, gemm_plan, grouped, launcher),
-    *(m_grouped, masked, quantize, routing, tensor_map),
+    *(activation, decode, experts, experts_decode, experts_prefill, experts_single, gemm, gemm_plan, grouped),
+    *(launcher, m_grouped, masked, quantize, routing, tensor_map),
 )
 
 

@@ -12,6 +12,7 @@ using std::min;
 
 #define DEVICE inline
 #define __global__
+#define __device__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __restrict__
@@ -127,6 +128,12 @@ DEVICE void store_async(u32 target, float4 value, u32 barrier) {
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void launch_next_kernel() {}
 
+DEVICE u32 grid_round(const u32* arrivals) { return *arrivals & 0x80000000u; }
+DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
+    *arrivals += first ? 0x80000000u - (ctas - 1) : 1;
+    emulation::wait_until([=] { return (*arrivals & 0x80000000u) != round; }, "the other CTAs of the grid");
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
@@ -235,6 +242,13 @@ template <class T> DEVICE u32 __match_any_sync(u32 mask, T value) {
     for (u32 other = 0; other < 32; ++other)
         if (mask >> other & 1 && std::memcmp(words[other], &value, sizeof(T)) == 0) same |= 1u << other;
     return same;
+}
+DEVICE u32 __ballot_sync(u32 mask, bool value) {
+    const u8 mine = value;
+    const u8(*words)[16] = emulation::exchange(mask, &mine, 1);
+    u32 lanes = 0;
+    for (u32 other = 0; other < 32; ++other) lanes |= (mask >> other & words[other][0]) << other;
+    return lanes;
 }
 DEVICE bool elect_lane() { return emulation::lane() == 0; }
 template <u32> DEVICE void give_registers() {}

@@ -124,6 +124,21 @@ DEVICE void store_async(u32 target, float4 value, u32 barrier) {
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void launch_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// One thread of each CTA of a grid whose CTAs all run at once: meet_grid returns when all are there, and has what each of them wrote before. `arrivals` starts at
+// zero and may be used again: every meeting changes its highest bit, grid_round before it, and leaves the others as they were.
+DEVICE u32 grid_round(const u32* arrivals) {
+    u32 now;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
+    return now & 0x80000000u;
+}
+DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
+    u32 now;
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(arrivals), "r"(first ? 0x80000000u - (ctas - 1) : 1u) : "memory");
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
+    while ((now & 0x80000000u) == round);
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {

@@ -41,7 +41,8 @@ DEVICE void load_matrices(u32 (&words)[4], u32 address) {
 #define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES_32 NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_48 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NAMES_64 NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_80 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
@@ -50,7 +51,8 @@ DEVICE void load_matrices(u32 (&words)[4], u32 address) {
 #define VALUES_4 VALUES_FROM(0)
 #define VALUES_8 VALUES_4, VALUES_FROM(4)
 #define VALUES_16 VALUES_8, VALUES_FROM(8), VALUES_FROM(12)
-#define VALUES_32 VALUES_16, VALUES_FROM(16), VALUES_FROM(20), VALUES_FROM(24), VALUES_FROM(28)
+#define VALUES_24 VALUES_16, VALUES_FROM(16), VALUES_FROM(20)
+#define VALUES_32 VALUES_24, VALUES_FROM(24), VALUES_FROM(28)
 #define VALUES_48 VALUES_32, VALUES_FROM(32), VALUES_FROM(36), VALUES_FROM(40), VALUES_FROM(44)
 #define VALUES_64 VALUES_48, VALUES_FROM(48), VALUES_FROM(52), VALUES_FROM(56), VALUES_FROM(60)
 #define VALUES_80 VALUES_64, VALUES_FROM(64), VALUES_FROM(68), VALUES_FROM(72), VALUES_FROM(76)
@@ -60,31 +62,26 @@ DEVICE void load_matrices(u32 (&words)[4], u32 address) {
     asm volatile("{ .reg .pred p; setp.ne.u32 p, " accumulate_name ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32.f32.e4m3.e4m3 {" NAMES_##count \
                  "}, " a_names ", " b_name ", p, 1, 1; }"                                                                                        \
                  : VALUES_##count : __VA_ARGS__, "l"(b), "r"(accumulate))
-#define WGMMA(n, count, a_name, b_name, accumulate_name)                                       \
-    template <> struct Wgmma<n> {                                                              \
-        DEVICE static void multiply(float (&d)[count], u64 a, u64 b, u32 accumulate) {         \
-            MULTIPLY(n, count, a_name, b_name, accumulate_name, "l"(a));                        \
-        }                                                                                      \
+// a in registers: of 16 rows x 32 codes a warp, words 0 and 1 hold codes 4(l%4)..+3 of rows l/4 and l/4 + 8, words 2 and 3 those 16 codes on.
+#define WGMMA(n, count, name_0, name_1, name_2, name_3, name_4, name_5)                                                                        \
+    template <> struct Wgmma<n> {                                                                                                              \
+        DEVICE static void multiply(float (&d)[count], u64 a, u64 b, u32 accumulate) { MULTIPLY(n, count, name_0, name_1, name_2, "l"(a)); }   \
+        DEVICE static void multiply(float (&d)[count], const u32 (&a)[4], u64 b, u32 accumulate) {                                             \
+            MULTIPLY(n, count, "{" name_0 ", " name_1 ", " name_2 ", " name_3 "}", name_4, name_5, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])); \
+        }                                                                                                                                      \
     };
 
 template <u32 kN> struct Wgmma;
 
-WGMMA(8, 4, "%4", "%5", "%6")
-WGMMA(16, 8, "%8", "%9", "%10")
-WGMMA(32, 16, "%16", "%17", "%18")
-WGMMA(64, 32, "%32", "%33", "%34")
-WGMMA(96, 48, "%48", "%49", "%50")
-WGMMA(160, 80, "%80", "%81", "%82")
-WGMMA(192, 96, "%96", "%97", "%98")
-
-template <> struct Wgmma<128> {
-    DEVICE static void multiply(float (&d)[64], u64 a, u64 b, u32 accumulate) { MULTIPLY(128, 64, "%64", "%65", "%66", "l"(a)); }
-    // The same with a in registers: of 16 rows x 32 codes a warp, words 0 and 1 hold codes 4(l%4)..+3 of rows l/4 and l/4 + 8, words 2 and 3
-    // those 16 codes on.
-    DEVICE static void multiply(float (&d)[64], const u32 (&a)[4], u64 b, u32 accumulate) {
-        MULTIPLY(128, 64, "{%64, %65, %66, %67}", "%68", "%69", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
-    }
-};
+WGMMA(8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
+WGMMA(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+WGMMA(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
+WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
+WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
+WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+WGMMA(160, 80, "%80", "%81", "%82", "%83", "%84", "%85")
+WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 
 #undef WGMMA
 #undef MULTIPLY
