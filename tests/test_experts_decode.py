@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from fp8_backend.kernels import experts_decode, layout, masked, reference
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import align, ceil_div
+from tests.device_source import constants, parameter_kinds
 
 # hidden, intermediate, experts, top_k: of Qwen3-30B, DeepSeek-V3 at TP8, Qwen3-235B at TP4, DeepSeek-V3
 SHAPES = ((2048, 768, 128, 8), (7168, 256, 256, 8), (4096, 384, 128, 8), (7168, 2048, 256, 8))
@@ -40,23 +39,14 @@ def test_the_set_is_bounded():
     ],
 )
 def test_launch_parameters_are_the_kernels(file, parameters):
-    signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
-    kinds = []
-    for parameter in signature.split(","):
-        words = parameter.split()
-        kinds.append("map" if "TensorMap" in words else "u64" if "*" in parameter else words[0])
-    assert tuple(kinds) == parameters.kinds
+    assert parameter_kinds(file) == parameters.kinds
 
 
 def test_constants_shared_with_the_device_code():
-    text = (CUDA_FOLDER / "expert_units.cuh").read_text()
-
-    def constant(name):
-        return int(re.search(rf"\b{name} = (\d+)", text)[1])
-
-    assert constant("kThreads") == experts_decode.THREADS
-    assert constant("kMaxStages") * 16 == experts_decode.BARRIER_BYTES
-    assert re.search(rf"kRingUnit = ROWS == 128 \? 1 : {RING_UNIT}", text)
+    device = constants("expert_units.cuh")
+    assert device["kThreads"] == experts_decode.THREADS
+    assert device["kMaxStages"] * 16 == experts_decode.BARRIER_BYTES
+    assert f"kRingUnit = ROWS == 128 ? 1 : {RING_UNIT};" in (CUDA_FOLDER / "expert_units.cuh").read_text()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,6 +74,15 @@ def test_both_gemms_fit_a_multiprocessor_and_two_of_the_second_do_not():
     sm, reserved = 228 * 1024, 1024
     up, down = experts_decode._UP_SHARED_BYTES, experts_decode._DOWN_SHARED_BYTES
     assert up + down + 2 * reserved <= sm < 2 * (down + reserved)
+
+
+@pytest.mark.parametrize("m", (1, 8))
+def test_both_gemms_of_few_tokens_share_a_multiprocessor(m):
+    plan = experts_decode._plan(m, 8, 2048, 768, False)
+    shared = plan.up_shared_bytes, plan.down_shared_bytes
+    assert shared == (experts_decode._UP_SHARED_BYTES, experts_decode._DOWN_SHARED_BYTES)
+    registers = sum(align(compile_kernel(config.spec()).registers, 8) for config in (plan.up, plan.down))
+    assert registers * experts_decode.THREADS <= 65536
 
 
 def test_masked_fits_with_the_most_units():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 import pytest
 
 from fp8_backend.kernels import experts_prefill, grouped, routing
-from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
+from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import ceil_div
+from tests.device_source import constants, parameter_kinds
 
 SPECS = experts_prefill.all_specs()
 
@@ -31,20 +31,14 @@ def test_no_spills_no_stack_no_warnings(spec):
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
-    signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
-    kinds = ["u64" if "*" in parameter else parameter.split()[0] for parameter in signature.split(",")]
-    assert tuple(kinds) == layout.kinds
+    assert parameter_kinds(file) == layout.kinds
 
 
 def test_constants_shared_with_the_device_code():
-    texts = {name: (CUDA_FOLDER / name).read_text() for name in ("route.cuh", "grouped.cuh", "combine.cuh")}
-
-    def constant(file, name):
-        return int(re.search(rf"\b{name} = (\d+)", texts[file])[1])
-
-    assert constant("route.cuh", "kThreads") == routing.MAX_GROUPS == routing._THREADS
-    assert constant("route.cuh", "kTileRows") == constant("grouped.cuh", "kTileRows") == routing.TILE_ROWS
-    assert constant("combine.cuh", "kThreads") == experts_prefill._COMBINE_THREADS
+    route, grouped_gemm, combine = (constants(name) for name in ("route.cuh", "grouped.cuh", "combine.cuh"))
+    assert route["kThreads"] == routing.MAX_GROUPS == routing._THREADS
+    assert route["kTileRows"] == grouped_gemm["kTileRows"] == routing.TILE_ROWS
+    assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
 
 
 def test_grouped_kernels_fit_a_multiprocessor():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from fp8_backend.kernels import activation, decode, gemm_plan, quantize, warmup
-from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
+from fp8_backend.kernels.compiler import compile_kernel
+from tests.device_source import constants, parameter_kinds
 
 SPECS = warmup.all_specs()
 
@@ -33,23 +32,14 @@ def test_the_set_is_bounded():
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
-    signature = re.search(r'extern "C".*?\n\w+\((.*?)\) \{', (CUDA_FOLDER / file).read_text(), re.DOTALL)[1]
-    kinds = []
-    for parameter in signature.split(","):
-        words = parameter.split()
-        kinds.append("map" if "TensorMap" in words else "u64" if "*" in parameter else words[0])
-    assert tuple(kinds) == layout.kinds
+    assert parameter_kinds(file) == layout.kinds
 
 
 def test_constants_shared_with_the_device_code():
     from fp8_backend.kernels import layout, problem, reference
 
-    text = "".join((CUDA_FOLDER / name).read_text() for name in ("ptx.cuh", "group.cuh", "decode.cuh"))
-
-    def constant(name):
-        return float(re.search(rf"\b{name} = ([0-9.e-]+)", text)[1])
-
-    assert constant("kBlockK") == reference.BLOCK
-    assert constant("kFp8Max") == reference.FP8_MAX and constant("kMinAmax") == reference.MIN_AMAX
-    assert constant("kScaleFloats") == layout.SCALES_FETCHED
-    assert constant("kThreads") == problem.DECODE_THREADS
+    device = constants("ptx.cuh", "group.cuh", "decode.cuh")
+    assert device["kBlockK"] == reference.BLOCK
+    assert device["kFp8Max"] == reference.FP8_MAX and device["kMinAmax"] == reference.MIN_AMAX
+    assert device["kScaleFloats"] == layout.SCALES_FETCHED
+    assert device["kThreads"] == problem.DECODE_THREADS
