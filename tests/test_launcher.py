@@ -134,10 +134,11 @@ def test_prepared_launch_changes_its_first_parameters_alone() -> None:
 def test_attributes_follow_the_launch_and_not_the_one_before() -> None:
     fake = Driver((4,))
     kernel = Kernel("test", FUNCTION, ParamLayout(("i32",)), launch=fake.function)
-    for cluster, pdl in ((1, False), (4, False), (1, True), (1, False), (2, False)):
-        kernel.launch((8, 1, 1), 32, 0, (1,), 0, cluster=cluster, pdl=pdl)
+    plain, together = {}, {"pdl": True, "cooperative": True}
+    for named in (plain, {"cluster": 4}, {"pdl": True}, together, plain, {"cluster": 2}):
+        kernel.launch((8, 1, 1), 32, 0, (1,), 0, **named)
     ids = [[(number, value[0]) for number, value in seen.attributes] for seen in fake.seen]
-    assert ids == [[], [(4, 4)], [(6, 1)], [], [(4, 2)]]
+    assert ids == [[], [(4, 4)], [(6, 1)], [(2, 1), (6, 1)], [], [(4, 2)]]
 
 
 def test_kernel_without_parameters_can_be_launched() -> None:
@@ -295,8 +296,11 @@ def test_moved_map_is_the_drivers(pointer: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("cluster", "pdl"), [(1, False), (2, False), (1, True), (16, True)])
-def test_kernel_runs_on_the_current_stream(cluster: int, pdl: bool) -> None:
+@pytest.mark.parametrize(
+    ("cluster", "pdl", "cooperative"),
+    [(1, False, False), (2, False, False), (1, True, False), (16, True, False), (1, True, True)],
+)
+def test_kernel_runs_on_the_current_stream(cluster: int, pdl: bool, cooperative: bool) -> None:
     import torch
 
     kernel = launcher.load(SAXPY, SAXPY_PARAMS)
@@ -307,7 +311,7 @@ def test_kernel_runs_on_the_current_stream(cluster: int, pdl: bool) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         current = launcher.current_stream(kernel.device)
-        kernel.launch((16, 1, 1), 256, 200_000, (out.data_ptr(), 0.5, count), current, cluster, pdl)
+        kernel.launch((16, 1, 1), 256, 200_000, (out.data_ptr(), 0.5, count), current, cluster, pdl, cooperative)
     assert current == stream.cuda_stream
     stream.synchronize()
     assert torch.equal(out.cpu(), torch.arange(count) * 0.5 + 3)
@@ -345,3 +349,6 @@ def test_refused_launch_says_why() -> None:
     kernel = launcher.load(SAXPY, SAXPY_PARAMS)
     with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_VALUE"):
         kernel.launch((1, 1, 1), 2048, 0, (0, 1.0, 0), launcher.current_stream(kernel.device))
+    # More thread blocks than can run at once, one a multiprocessor: those that wait for the others would hang.
+    with pytest.raises(DriverError, match="CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE"):
+        kernel.launch((1000, 1, 1), 256, 200_000, (0, 1.0, 0), launcher.current_stream(kernel.device), cooperative=True)
