@@ -135,9 +135,61 @@ def test_experts(form, on_input, folder):
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
 
 
+# Tokens, experts a token, columns of x and of h, experts, CTAs: stages of 1, 2 and 4 k-blocks of both GEMMs, tiles of
+# all widths, one and several of them a CTA, rings that are gone around more than once, rows of x that are not aligned.
+SINGLE_CALLS = [
+    (8, 8, 272, 128, 8, 3),
+    (5, 2, 1028, 256, 4, 2),
+    (3, 2, 200, 384, 3, 8),
+    (2, 1, 600, 128, 1, 6),
+    (1, 2, 320, 128, 2, 8),
+    (1, 1, 600, 128, 1, 16),
+    (4, 1, 64, 640, 1, 8),
+    (2, 2, 128, 512, 2, 8),
+    (7, 1, 192, 384, 2, 8),
+]
+
+
+def single_call(m, top_k, hidden, intermediate, num_groups, seed=0):
+    """Return a call of experts with an expert of another rank, a skipped token and a repeated expert; its answer."""
+    torch.manual_seed(seed)
+    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
+    x = torch.randn(m, hidden, dtype=torch.float16 if m % 2 else torch.bfloat16)
+    weights, ids = torch.rand(m, top_k), torch.rand(m, num_groups + 1).topk(top_k, dim=1).indices.int()
+    ids[0], ids[-1, :2] = -1, 0
+    here = torch.tensor([*torch.randperm(num_groups), -1], dtype=torch.int32)
+    expected = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, here)
+    return (x, weights, ids, *packed_13, *packed_2), here, expected
+
+
+def serve(given, here):
+    """Return what the op makes of a call, with the form that is chosen."""
+    (m, hidden), dtype = given[0].shape, given[0].dtype
+    surroundings = torch.full((m + 2, hidden), float("nan"), dtype=dtype)
+    out = experts.fp8_experts(*given, here, out=surroundings[1:-1])
+    assert surroundings[0].isnan().all() and surroundings[-1].isnan().all()
+    return out
+
+
+@pytest.mark.parametrize("call", SINGLE_CALLS, ids=str)
+def test_experts_in_one_launch(call, folder):
+    *sizes, ctas = call
+    given, here, expected = single_call(*sizes)
+    with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
+        for machine.seed in (0, 1):
+            out = serve(given, here)
+            assert reference.relative_error(out, expected) < EXPERTS_ERROR
+            assert sizes[0] == 1 or (out[0] == 0).all()
+        given[2].fill_(-1)  # no expert here: the CTAs do not meet
+        assert (serve(given, here) == 0).all()
+        assert machine.runs == 3
+
+
 @pytest.mark.parametrize(
     ("form", "kernels"),
     [
+        ("single", ["experts_single"]),
         ("decode", ["experts_quantize", "experts_up", "experts_quantize", "experts_down"]),
         ("prefill", ["quantize", "route", "grouped", "grouped", "combine"]),
     ],
@@ -242,6 +294,27 @@ def test_planted_faults_are_found(fault, folder, tmp_path):
         for machine.seed in range(4):
             gemm.launch_gemm(choices[which], *a, weight, out, None)
             assert reference.relative_error(out, expected) < BF16_ERROR
+
+
+MEETING = "if (thread == 0) meet_grid(&grid_arrivals, round, blockIdx.x == 0, gridDim.x);\n"
+# What is planted, and in which of the calls it shows.
+SINGLE_FAULTS = {
+    "the grid does not meet": (MEETING, "", 2),
+    "one thread alone knows that the grid has met": (MEETING + " " * 8 + "named_barrier(3, kMathThreads);", MEETING, 2),
+    "sums are overwritten by the next tile's": ("buffer ^= 1", "buffer ^= 0", 2),
+    "a stage is filled before it is free": ("barrier_wait(empty + 8 * at.stage, at.parity ^ 1);", "", 1),
+}
+
+
+@pytest.mark.parametrize("fault", SINGLE_FAULTS)
+def test_planted_faults_of_one_launch_are_found(fault, folder, tmp_path):
+    right, wrong, number = SINGLE_FAULTS[fault]
+    *sizes, ctas = SINGLE_CALLS[number]
+    sources = planted(tmp_path, "experts_single.cuh", right, wrong)
+    with emulated(folder, Machine(ctas, (1, 1, 1)), sources) as machine, pytest.raises(AssertionError):
+        for machine.seed in range(4):
+            given, here, expected = single_call(*sizes, machine.seed)  # h of the call before has other values
+            assert reference.relative_error(serve(given, here), expected) < EXPERTS_ERROR
 
 
 # Lanes of a warp need not go on together: the one that releases a stage for all must not leave others at its barrier.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ import fp8_backend
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales, pack_expert_scales, pack_experts
-from fp8_backend.kernels.experts import select_form
+from fp8_backend.kernels.experts import Form, can_serve, select_form
 from fp8_backend.kernels.reference import BLOCK, dequantize, fp8_experts, relative_error
 from fp8_backend.weights.experts import clear_padding, load_part
 from fp8_backend.weights.partition import ExpertPart
@@ -153,21 +156,56 @@ def test_wrong_arguments_are_named(
         fp8_backend.fp8_experts(**{**given, **change})
 
 
-# As measured (docs/kernel-notes-moe-decode.md): the last number of tokens for the one form, the first for the other.
+# As measured (docs/kernel-notes-moe-decode.md): numbers of tokens that each form serves.
+LAYERS = {
+    "Qwen3-30B": ((8, 128, 2048, 768), {"single": (1, 2, 4), "prefill": (5, 8, 64, 8192)}),
+    "Qwen3-235B at TP4": ((8, 128, 4096, 384), {"single": (1, 2, 4), "decode": (5, 8), "prefill": (16, 8192)}),
+    "DeepSeek-V3": ((8, 256, 7168, 2048), {"decode": (1, 2), "prefill": (4, 8, 8192)}),
+    "DeepSeek-V3 at TP8": ((8, 256, 7168, 256), {"single": (1, 3), "decode": (4, 16), "prefill": (65, 8192)}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_form_follows_tokens_and_widths(name: str) -> None:
+    widths, expected = LAYERS[name]
+    for form, tokens in expected.items():
+        assert {select_form(m, *widths) for m in tokens} == {form}
+        assert {select_form(m, *widths, batch_invariant=True) for m in tokens} == {"prefill"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_launch_does_not_serve_weights_on_the_input(name: str) -> None:
+    widths, _ = LAYERS[name]
+    forms = [select_form(m, *widths, router_weight_on_input=True) for m in range(1, 65)]
+    assert forms[0] == "decode" and "single" not in forms
+
+
+def test_form_can_serve_what_it_is_chosen_for() -> None:
+    """Few and small experts, so that only what a form has room for keeps it from a call."""
+    grid = itertools.product((1, 2, 8, 9, 65), (1, 8, 16, 17), (1, 128), (128, 18432), (128, 8192))
+    calls = {(m, top_k, groups, *widths) for m, top_k, groups, *widths in grid if top_k <= max(8, groups)}
+    chosen = {call: select_form(*call) for call in calls}
+    assert set(chosen.values()) == set(get_args(Form))
+    assert all(can_serve(form, m, top_k, *widths) for (m, top_k, _, *widths), form in chosen.items())
+
+
 @pytest.mark.parametrize(
-    ("num_groups", "hidden", "intermediate", "last", "first"),
-    [(128, 2048, 768, 1, 2), (128, 4096, 384, 8, 16), (256, 7168, 2048, 2, 4), (256, 7168, 256, 16, 65)],
-    ids=["Qwen3-30B", "Qwen3-235B at TP4", "DeepSeek-V3", "DeepSeek-V3 at TP8"],
+    ("form", "most", "beyond"),
+    [
+        ("single", (8, 16, 2048, 128), (8, 17, 2048, 128)),  # pairs
+        ("single", (8, 8, 2048, 768), (9, 8, 2048, 768)),  # tokens
+        ("single", (8, 8, 7168, 2048), (8, 8, 7168, 4096)),  # shared memory for their codes
+        ("decode", (64, 16, 2048, 128), (64, 17, 2048, 128)),
+        ("prefill", (8192, 16, 7168, 2048), None),
+    ],
 )
-def test_form_follows_tokens_and_widths(num_groups: int, hidden: int, intermediate: int, last: int, first: int) -> None:
-    widths = 8, num_groups, hidden, intermediate
-    assert [select_form(m, *widths) for m in (1, last, first, 8192)] == ["decode"] * 2 + ["prefill"] * 2
-    assert {select_form(m, *widths, batch_invariant=True) for m in (1, last, first)} == {"prefill"}
+def test_forms_serve_up_to_their_limits(form: Form, most: tuple, beyond: tuple | None) -> None:
+    assert can_serve(form, *most) and not (beyond and can_serve(form, *beyond))
 
 
 def test_form_follows_rows_per_expert() -> None:
     """Few experts, all of them hit by many tokens: rows of an expert fill the tensor core's 64-row side."""
-    assert select_form(64, 8, 8, 7168, 256) == "prefill" and select_form(1, 8, 1, 7168, 256) == "decode"
+    assert select_form(64, 8, 8, 7168, 256) == "prefill" and select_form(1, 8, 1, 7168, 8192) == "decode"
 
 
 # Qwen3-30B-A3B at TP4 and Qwen3-235B-A22B at TP8 (192 rows each), a part within one block, and whole blocks.

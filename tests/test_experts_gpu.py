@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import get_args
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from fp8_backend.bench.moe_operands import RandomExperts
 from fp8_backend.bench.moe_shapes import MoeShape, route
 from fp8_backend.kernels import activation, experts, reference
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
+from fp8_backend.kernels.experts_single import experts_single, experts_single_workspace_bytes
 from fp8_backend.kernels.reference import BLOCK, dequantize, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -55,11 +59,21 @@ def test_right_and_the_same_bits_again(layer: RandomExperts, m: int, routing: st
     assert torch.equal(y, call(layer, x, routed))
 
 
-@pytest.mark.parametrize("form", ["decode", "prefill"])
-@pytest.mark.parametrize("m", [1, 5, 64])
-def test_both_forms(layer: RandomExperts, m: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", get_args(experts.Form))
+@pytest.mark.parametrize("m", [1, 5, 8, 64])
+def test_every_form(layer: RandomExperts, m: int, form: experts.Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a token without experts, and with tokens that name one expert twice or in all of their places."""
+    shape = layer.shape
+    if not experts.can_serve(form, m, shape.top_k, shape.hidden, shape.intermediate):
+        pytest.skip(f"{form} does not serve {m} tokens of {shape}")
     monkeypatch.setattr(experts, "select_form", lambda *_: form)
     x, routed = given(layer, m)
+    assert relative_error(call(layer, x, routed), expected(layer, x, routed)) < LIMIT
+    routed[1][-1] = routed[1][-1, 0]
+    routed[1][0, 1:2] = routed[1][0, 0]
+    y = call(layer, x, routed)
+    assert relative_error(y, expected(layer, x, routed)) < LIMIT
+    assert torch.equal(y, call(layer, x, routed))
     routed[1][m // 2] = -1
     y = call(layer, x, routed)
     assert not y[m // 2].any()
@@ -128,6 +142,103 @@ def test_nan_stays_with_its_token(layer: RandomExperts) -> None:
         assert y[3].isnan().any()
         others = torch.arange(m, device="cuda") != 3
         assert torch.equal(y[others], clean[others])
+
+
+# Hidden and intermediate sizes of real layers and odd ones, columns of x that are not aligned, all of 8 and 16 experts
+# a token, a rank that holds some of the experts: the kernel has its own loops for each width of a tile.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("m", "top_k", "hidden", "intermediate", "num_experts"),
+    [
+        *((m, 8, 2048, 768, 32) for m in (1, 2, 4, 8)),
+        *((m, 8, 7168, 256, 16) for m in (1, 3, 8)),
+        (2, 8, 4096, 384, 16),
+        (2, 4, 7168, 2048, 8),
+        (3, 2, 1028, 128, 8),
+        (7, 1, 1000, 640, 3),
+        (8, 16, 512, 128, 16),
+        (1, 1, 8, 128, 1),
+        (1, 1, 1024, 128, 1),
+        (4, 2, 18432, 128, 4),
+    ],
+)
+def test_one_launch(m: int, top_k: int, hidden: int, intermediate: int, num_experts: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(m)
+    layer = RandomExperts(MoeShape("one", num_experts, hidden, intermediate, top_k), torch.device("cuda"), copies=1)
+    x = torch.randn(m, hidden, device="cuda", dtype=dtype)
+    weights, ids = (part.cuda() for part in route(layer.shape, m, "balanced", m))
+    here = torch.randperm(num_experts, device="cuda").int()
+    here[: num_experts // 4] = -1
+    plain, packed = ((each.w13, each.scale_13, each.w2, each.scale_2) for each in (layer.plain[0], layer.ours[0]))
+    truth = reference.fp8_experts(x, weights, ids, *plain, here, dtype=torch.float64)
+    outs = [torch.full_like(x, float("nan")) for _ in range(3)]
+    for out in outs:
+        experts.launch("single", x, weights, ids, *packed, out, here, False)
+    assert relative_error(outs[0], truth) < LIMIT if truth.any() else not outs[0].any()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_one_launch_behind_the_other(layer: RandomExperts) -> None:
+    """Each starts while the one before it runs, and takes over its workspace and where its thread blocks meet."""
+    packed, two = layer.ours[0], [given(layer, m) for m in (4, 2)]
+    weights = packed.w13, packed.scale_13, packed.w2, packed.scale_2
+    outs = [torch.empty_like(two[index % 2][0]) for index in range(20)]
+
+    def launch_all() -> None:
+        for index, out in enumerate(outs):
+            x, routed = two[index % 2]
+            experts.launch("single", x, *routed, *weights, out, None, False)
+
+    launch_all()
+    first = [out.clone() for out in outs[:2]]
+    assert all(relative_error(out, expected(layer, *each)) < LIMIT for out, each in zip(first, two, strict=True))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch_all()
+    for _ in range(10):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, first[index % 2]) for index, out in enumerate(outs))
+
+
+@pytest.mark.parametrize("beside", get_args(experts.Form))
+def test_launches_of_two_streams_end(layer: RandomExperts, beside: experts.Form) -> None:
+    """Thread blocks that wait for each other need a multiprocessor each, on which others may be at work."""
+    packed = layer.ours[0]
+    weights = packed.w13, packed.scale_13, packed.w2, packed.scale_2
+    calls = []
+    for m, form in ((3, "single"), (4, beside)):
+        x, routed = given(layer, m)
+        outs = [torch.full_like(x, float("nan")) for _ in range(100)]
+        experts.launch(form, x, *routed, *weights, outs[0], None, False)
+        calls.append((form, x, routed, outs, torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for index in range(1, 100):
+        for form, x, routed, outs, stream in calls:
+            with torch.cuda.stream(stream):
+                experts.launch(form, x, *routed, *weights, outs[index], None, False)
+    ended, deadline = [stream.record_event() for *_, stream in calls], time.monotonic() + 60
+    while not all(event.query() for event in ended):
+        assert time.monotonic() < deadline, "two streams wait for each other"
+        time.sleep(0.01)
+    for _, x, routed, outs, _ in calls:
+        assert relative_error(outs[0], expected(layer, x, routed)) < LIMIT
+        assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_one_launch_takes_the_bytes_it_says(layer: RandomExperts) -> None:
+    x, routed = given(layer, 4)
+    packed, out = layer.ours[0], torch.empty_like(x)
+    arguments = x, *routed, packed.w13, packed.scale_13, packed.w2, packed.scale_2, out
+    experts_single(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    experts_single(*arguments)
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    assert peak == experts_single_workspace_bytes(4, layer.shape.top_k, layer.shape.intermediate)
 
 
 GROUPS, N, K = 6, 640, 768
