@@ -97,7 +97,7 @@ def experts_single(
         router_weight_on_input: must be false: codes of x are those of a token, whichever its expert.
     """
     (m, hidden), top_k, device = x.shape, topk_ids.shape[1], x.device.index
-    (num_groups, k_blocks, n_13, _), intermediate = w13.shape, w13.shape[2] // 2
+    (num_groups, k_blocks, _, _), intermediate = w13.shape, w13.shape[2] // 2
     assert fits(m, top_k, hidden, intermediate) and intermediate % BLOCK == 0 and not router_weight_on_input
     if m == 0:
         return
