@@ -12,7 +12,7 @@ from fp8_backend.kernels.layout import ROW_ALIGNMENT
 from fp8_backend.kernels.problem import GemmConfig
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
-from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle
+from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle, row_major_map
 
 # Maps of a, b and out; packed b, scale_a, scale_b, out, bias; then the row stride of out and 11 numbers.
 _LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 11)
@@ -24,10 +24,6 @@ _NO_MAP = bytes(BYTES)
 def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
     return launcher.load(config.spec(), _LAYOUT)
-
-
-def _row_major_map(row_bytes: int, rows: int, k_blocks: int, box_rows: int) -> MovableMap:
-    return MovableMap((BLOCK, rows, k_blocks), (row_bytes, BLOCK), (BLOCK, box_rows, 1), 1)
 
 
 class GemmLaunch:
@@ -51,10 +47,10 @@ class GemmLaunch:
         mapped = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0
         # Boxes have no rows that a does not have: the copy engine would write zeros for them.
         rows_a = min(config.block_m, align(m, ROW_ALIGNMENT))
-        self._a = _row_major_map(code_stride, m, k_blocks, rows_a)
+        self._a = row_major_map(code_stride, m, k_blocks, rows_a)
         self._b = None
         if rows is not None:
-            self._b = _row_major_map(rows.stride(0), n, k_blocks, config.block_n)
+            self._b = row_major_map(rows.stride(0), n, k_blocks, config.block_n)
         self._out = None
         if mapped:
             columns = config.stored_columns

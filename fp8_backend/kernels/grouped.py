@@ -1,4 +1,4 @@
-"""The grouped GEMM over rows sorted by expert: its two forms, and DeepGEMM's contiguous layout on the plain one."""
+"""The grouped GEMM over rows sorted by expert: its three forms, and DeepGEMM's contiguous layout on the plain one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import TILE_ROWS, Routing
+from fp8_backend.kernels.tensor_map import BYTES, row_major_map
 
-_LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
+_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
+_BOX_ROWS = TILE_ROWS // 2  # kBoxRows of grouped.cuh
 _THREADS = 384
 _TICKET_BYTES, _ROW_TABLE_BYTES = 64, TILE_ROWS * 4
 _K_BLOCKS_AT_ONCE = 16
@@ -25,9 +27,11 @@ class GroupedConfig:
     """One compiled form of grouped.cuh.
 
     gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
+    mapped: rows of a lie in sorted order, and the copy engine fetches them; otherwise threads gather them.
     """
 
     gated: bool
+    mapped: bool = False
     num_stages: int = 4
 
     @property
@@ -43,22 +47,23 @@ class GroupedConfig:
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        return KernelSpec("grouped.cuh", "grouped", (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages)))
+        defines = ("GATED", int(self.gated)), ("MAPPED", int(self.mapped)), ("NUM_STAGES", self.num_stages)
+        return KernelSpec("grouped.cuh", "grouped", defines)
 
 
-GATED, PLAIN = GroupedConfig(True), GroupedConfig(False)
+GATED, PLAIN, SORTED = GroupedConfig(True), GroupedConfig(False), GroupedConfig(False, mapped=True)
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that a grouped GEMM can need."""
-    return (routing.SPEC, GATED.spec(), PLAIN.spec())
+    return (routing.SPEC, GATED.spec(), PLAIN.spec(), SORTED.spec())
 
 
 def load_all() -> None:
     """Load every kernel on torch's current device."""
     device = torch.cuda.current_device()
     routing.kernel(device)
-    for config in (GATED, PLAIN):
+    for config in (GATED, PLAIN, SORTED):
         kernel(config, device)
 
 
@@ -112,19 +117,23 @@ def launch_grouped(
         out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
         out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
         n: columns of out.
-        routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
-        divisor: entry e reads row e // divisor of a; 0 if rows of a lie in sorted order.
+        routed: the sorted rows; the gated form uses its first ticket, the others its second.
+        divisor: entry e reads row e // divisor of a; 0 for the mapped form.
     """
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
     store_16_bytes = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
     row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), _num_sms(device)
     run = select_run(row_tiles, columns, weight.shape[1], sms)
     grid = min(sms, row_tiles * ceil_div(columns, run))
+    map_a = bytes(BYTES)
+    if config.mapped:
+        map_a = row_major_map(a.stride(0), a.shape[0], weight.shape[1], _BOX_ROWS).at(a.data_ptr())
     kernel(config, device).launch(
         (grid, 1, 1),
         _THREADS,
         config.shared_bytes,
         (
+            map_a,
             a.data_ptr(),
             scale_a.data_ptr(),
             weight.data_ptr(),

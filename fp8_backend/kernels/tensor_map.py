@@ -10,6 +10,7 @@ from typing import Literal
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import driver
+from fp8_backend.kernels.reference import BLOCK
 
 BYTES = 128
 Swizzle = Literal["none", "64B", "128B"]
@@ -102,6 +103,12 @@ class MovableMap:
     def at(self, pointer: int) -> bytes:
         """Return the map of the tensor at a 16-byte aligned address."""
         return _head(pointer) + self._tail if self._patched else encode_tiled(pointer, *self._described)
+
+
+@lru_cache(maxsize=1024)
+def row_major_map(row_bytes: int, rows: int, k_blocks: int, box_rows: int) -> MovableMap:
+    """Return the map of codes [rows, k_blocks * 128], a row every `row_bytes`, in boxes of 128 codes x box_rows."""
+    return MovableMap((BLOCK, rows, k_blocks), (row_bytes, BLOCK), (BLOCK, box_rows, 1), 1)
 
 
 def _limits(

@@ -3,13 +3,14 @@
 // GATED = 1: first GEMM of the experts. A tile is 128 rows x (128 gate + the 128 up columns that belong to them); the epilogue computes
 //            silu(gate) * up and quantises it, a group of 128 columns a row. Rows are gathered by token, written in sorted order.
 // GATED = 0: plain tile of 128 rows x 256 columns; rows are written back to their entry.
+// MAPPED = 1: rows of a lie in sorted order, and the copy engine fetches them.
 //
 // Persistent CTAs take tiles by tickets. Warp roles:
 //   warpgroup 0     producer. All 128 threads gather rows of a, 16 bytes a copy (cp.async, swizzled here), and their scales; lane 0 of warp 0
-//                   fetches weights, of warp 2 their scales, and it says what the tile is.
+//                   fetches weights, of warp 2 their scales, and it says what the tile is. MAPPED: lane 0 of warp 1 fetches rows.
 //   warpgroups 1, 2 math (promotion.cuh). Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one
 //                   thread. Narrow ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
-// Barriers per stage: full (128 threads whose copies have landed, 2 lanes + bytes), empty (one arrival a math warp). A stage of no rows ends
+// Barriers per stage: full (128 threads whose copies have landed, 2 or 3 lanes + bytes), empty (one arrival a math warp). A stage of no rows ends
 // the walk. Per ticket: full (who drew it), empty (a lane of each producer warp). Named barriers: 3 exchange written, 4 exchange read;
 // 5 row table free, row table written.
 #include "group.cuh"
@@ -19,7 +20,10 @@ constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
 constexpr u32 kStageBytes = kBytesA + 2 * kBytesHalf;
 constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
-constexpr u32 kFullArrivals = 128 + 2, kEmptyArrivals = 8;
+constexpr u32 kFullArrivals = 128 + 2 + MAPPED, kEmptyArrivals = 8;
+#if MAPPED
+constexpr u32 kBoxRows = kTileRows / 2;  // a narrow tile fetches one box of rows, a wide one two
+#endif
 constexpr u32 kTickets = 2;
 
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
@@ -65,11 +69,11 @@ struct StageLayout {
     static constexpr u32 kRows = kStageBytes, kWeight = kStageBytes, kScaleA = kTileRows * 4, kScaleB = 32;
 };
 
-// a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; row of entry e is e / divisor; divisor 0: rows lie in
-// sorted order. weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
+// map_a: of a, for MAPPED. a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; row of entry e is
+// e / divisor (not MAPPED). weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
 // GATED: half the rows of the weight. run: neighbouring column tiles a ticket covers. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
 extern "C" __global__ void __launch_bounds__(384, 1)
-grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_b, void* out, float* out_scale, const u32* sorted,
+grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale_a, const u8* weight, const float* scale_b, void* out, float* out_scale, const u32* sorted,
         const int4* tile_list, const u32* num_row_tiles, u32* ticket, i64 a_stride, i64 out_stride, u32 divisor, u32 n, u32 n_aligned,
         u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 type, u32 vectorised) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -77,7 +81,9 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
     constexpr u32 kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8, kOffsetTicket = kOffsetTicketFull + kTickets * 16;
+#if !MAPPED
     constexpr u32 kOffsetRows = kOffsetTicket + kTickets * 16;
+#endif
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
     const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = ticket_full + kTickets * 8, tickets = base + kOffsetTicket;
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
@@ -98,13 +104,16 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
     Ring ring;
 
     if (warpgroup == 0) {
-        give_registers<40>();
+        give_registers<MAPPED ? 56 : 40>();
         wait_for_previous_kernel();
-        const u32 warp = threadIdx.x / 32, chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+        const u32 warp = threadIdx.x / 32;
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
         const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
-        const u32 row_chunks = static_cast<u32>(a_stride / 16);
+#if !MAPPED
+        const u32 chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+        const u32 row_chunks = static_cast<u32>(a_stride / 16), target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
         u32* row_table = reinterpret_cast<u32*>(shared + kOffsetRows);  // in units of 16 bytes
+#endif
         Ring at_ticket;
         for (u32 t = blockIdx.x; t < num_items; at_ticket.advance(kTickets)) {
             const u32 ticket_bar = ticket_full + 8 * at_ticket.stage;
@@ -121,13 +130,14 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
 
             // Thread r knows where row r of the tile is, the table tells those that copy it; each copies chunk `chunk` of rows first, first + 16, ...
             u32 source_row = tile.y + threadIdx.x;
-            if (divisor && threadIdx.x < rows) source_row = __ldcg(sorted + source_row) / divisor;
+#if !MAPPED
+            if (threadIdx.x < rows) source_row = __ldcg(sorted + source_row) / divisor;
             __syncwarp();
             named_barrier(5, 128);  // the last tile's rows have been copied
             row_table[threadIdx.x % 16 * 8 + threadIdx.x / 16] = source_row * row_chunks;
             named_barrier(5, 128);
+#endif
             const float* scale_source = scale_a + source_row;
-            const u32 target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
             for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
                 const u32 block_0 = GATED ? column_tile : 2 * column_tile, block_1 = GATED ? n / kHalf + column_tile : block_0 + 1;
                 auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
@@ -153,6 +163,13 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                         bulk_copy(scales + 16, scale_b_source + (block_1 & ~3u), 16, bar);
                         scale_b_source += scale_b_stride;
                     }
+#if MAPPED
+                    if (lane == 0 && warp == 1) {
+                        barrier_expect(bar, ceil_div(rows, kBoxRows) * kBoxRows * kBlockK);
+                        tensor_copy(stage, &map_a, 0, tile.y, kb, bar);
+                        if (rows > kBoxRows) tensor_copy(stage + kBoxRows * kBlockK, &map_a, 0, tile.y + kBoxRows, kb, bar);
+                    }
+#else
                     const uint4* of_rows = reinterpret_cast<const uint4*>(row_table + first * 8);
 #pragma unroll
                     for (u32 i = 0; i < 2; ++i) {
@@ -165,6 +182,7 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
                             copy_16_async(stage + target + row * 16 * kBlockK, a + static_cast<u64>(offsets[j] + kb * 8 + chunk) * 16);
                         }
                     }
+#endif
                     if (threadIdx.x < rows) copy_4_async(base + kOffsetScaleA + (s * kTileRows + threadIdx.x) * 4, scale_source);
                     scale_source += scale_a_stride;
                     barrier_arrive_after_copies(bar);
@@ -180,9 +198,9 @@ grouped(const u8* a, const float* scale_a, const u8* weight, const float* scale_
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
         __syncwarp();
         barrier_arrive(full + 8 * ring.stage);
-        if (lane == 0 && (warp == 0 || warp == 2)) barrier_arrive(full + 8 * ring.stage);
+        if (lane == 0 && (warp == 0 || warp == 2 || (MAPPED && warp == 1))) barrier_arrive(full + 8 * ring.stage);
     } else {
-        take_registers<232>();
+        take_registers<MAPPED ? 224 : 232>();
         const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32;
         float* exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
         const u32 weights = matrix_descriptor_low(base + kBytesA);
