@@ -16,7 +16,11 @@ from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_contiguous, m_gr
 Weights = tuple[torch.Tensor, torch.Tensor]  # codes and scales of all groups
 SHAPE = MoeShape("odd", 5, 384, 128, 2)
 # Tokens of each form: those that change the kernel, and a partial tile behind a full one.
-TOKENS: dict[experts.Form, tuple[int, ...]] = {"decode": (1, 3, 7, 13, 40), "prefill": (3, 70, 300)}
+TOKENS: dict[experts.Form, tuple[int, ...]] = {
+    "single": (1, 3, 8),
+    "decode": (1, 3, 7, 13, 40),
+    "prefill": (3, 70, 300),
+}
 LIMIT = 0.02  # as tests/test_experts_gpu.py has it
 N, K = 264, 384
 
@@ -26,7 +30,7 @@ def launches() -> Iterator[str]:
     layer = RandomExperts(SHAPE, torch.device("cpu"), copies=1)
     for form, numbers in TOKENS.items():
         for tokens in numbers:
-            for on_input in (False, True):
+            for on_input in (False,) if form == "single" else (False, True):
                 yield _experts(layer, form, tokens, on_input)
     codes, scale = (torch.randn(4, N, K) * 60).clamp(-448, 448).to(torch.float8_e4m3fn), torch.rand(4, 3, 3) / 500
     packed = pack_experts(codes.clone()).cuda(), pack_expert_scales(scale, N, K).cuda()
