@@ -199,6 +199,22 @@ def test_the_table_of_linears_is_that_of_the_result() -> None:
         assert cells.split(" | ") == [*expected, str(len(report.lost_cells(found)))]
 
 
+def test_the_table_of_experts_is_that_of_the_result() -> None:
+    from fp8_backend.bench import moe_shapes, report
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "h200" / "moe.json").read_text())["rows"]
+    assert all(row["verified"] for row in rows)
+    table = re.findall(r"^\| (\d+) to (\d+) tokens \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(table) == len(moe_shapes.REGIMES)
+    for (first, last, cells), regime in zip(table, moe_shapes.REGIMES, strict=True):
+        assert (int(first), int(last)) == (regime.tokens[0], regime.tokens[-1])
+        found = [row for row in rows if row.get("tokens") in regime.tokens]
+        best = [min(row["peers"].values()) / row["us"] for row in found]
+        means = [best, *([row["peers"][name] / row["us"] for row in found] for name in ("triton", "deepgemm"))]
+        expected = [str(len(found)), *(f"{report.geomean(mean):.2f}" for mean in means)]
+        assert cells.split(" | ") == [*expected, str(sum(ratio < 1 for ratio in best))]
+
+
 def sources(folder: Path) -> str:
     """Return the Python files of a folder with each text in one piece, however it is broken into lines."""
     text = "\n".join(path.read_text() for path in sorted(folder.rglob("*.py")))

@@ -22,6 +22,8 @@ HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocesso
 # CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
 RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
+# Of each of two CTAs on a multiprocessor that quantise by themselves: 1 to 5 % faster in 6 of 6 cells than 48 KiB.
+PREFETCH_BYTES_OF_TWO = 32 * 1024
 # Rows of tiles up to which the CTAs beside each other share a tile of b, which comes from memory, and columns in a
 # strip where there are more (4 and 8 were as fast).
 FEW_TILES_M, STRIP = 8, 16
@@ -100,9 +102,11 @@ _OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
 _GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
 # Each token and k-block beyond the third, of weights of fewer bytes than this: without it 512x7168, 3072x1536 and
-# 2112x7168 took up to a fifth longer with 4 tokens than with the 8 of which a kernel of their own makes codes.
-_SMALL_BYTES, _SMALL_BLOCKS, _SMALL_TOKEN_NS = 16e6, 3, 50
+# 2112x7168 took up to a fifth longer with 4 tokens than with the 8 of which a kernel of their own makes codes. One
+# token of 2112x7168 and 7168x2048 took a fifth longer with it.
+_SMALL_BYTES, _SMALL_BYTES_OF_ONE, _SMALL_BLOCKS, _SMALL_TOKEN_NS = 16e6, 8e6, 3, 50
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
+_LATE_TOKEN_NS = 900  # a single one, which is quantised inside by the time that this kernel needs to start
 # Quantisation ahead of a GEMM: with _GEMM_LAUNCH_NS 3500, what the choice between decode and GEMM was fitted to.
 _QUANTISE_NS = 1980
 _GEMM_LAUNCH_NS = 1520
@@ -149,6 +153,8 @@ def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[flo
                 continue
             # Fused, tokens wait in line with the weights; else they come later, through another kernel.
             limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
+            if config.fused and ctas > 1:
+                limit = PREFETCH_BYTES_OF_TWO
             prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
             choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
             yield _decode_ns(problem, choice, residency), choice
@@ -173,11 +179,13 @@ def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> fl
         cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
     if ctas > 1 and tokens >= 32 and problem.n * problem.k > _LARGE_BYTES:
         cost *= _SHARED_LARGE
+    small = problem.n * problem.k < (_SMALL_BYTES if m > 1 else _SMALL_BYTES_OF_ONE)
     if config.fused:
-        if problem.n * problem.k < _SMALL_BYTES:
+        if small:
             cost += _SMALL_TOKEN_NS * m * max(0, blocks - _SMALL_BLOCKS)
         return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
-    return cost + _LATE_TOKENS_NS + _LATE_GROUP_NS * m * problem.k_blocks
+    late = _LATE_TOKENS_NS if m > 1 or small else _LATE_TOKEN_NS
+    return cost + late + _LATE_GROUP_NS * m * problem.k_blocks
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
