@@ -158,9 +158,9 @@ DEVICE void promote(float (&sum)[16], const float (&partial)[32], const float (&
 
 // Adds the product of a stage to the sums of a warp: columns 8j + 2(lane % 4) + {0, 1} of a k-block, of token lane / 4, are sum[2j], sum[2j + 1]. Returns a value
 // that depends on the last loads from the stage.
-// kGroups: column groups of a k-block (8 of them and more than there are do no harm). kMatrices: how many follow each other in it. row: of codes, for token
-// lane % 8. sum_row: for token lane / 4, whose scales are times `factor`; wanted: whether its sums change. boundary: column groups of a matrix up to the next scale of weights. scale: where the
-// first one of each matrix is.
+// kGroups: column groups of a k-block (8 do no harm where there are 5 to 7). kMatrices: how many follow each other in it. row: of codes, for token lane % 8.
+// sum_row: for token lane / 4, whose scales are times `factor`; wanted: whether its sums change. boundary: column groups of a matrix up to the next scale of
+// weights. scale: where the first one of each matrix is.
 template <u32 kGroups, u32 kMatrices>
 DEVICE float multiply_stage(float (&sum)[16], const Activations& x, u32 row, u32 sum_row, float factor, bool wanted, u32 boundary, const u32 (&scale)[2], u32 stage,
                             const float* scales, u32 first_block, u32 count, u32 lane, u32 warp) {
