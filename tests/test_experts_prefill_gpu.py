@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fp8_backend.kernels.experts_prefill import experts_prefill, experts_prefill
 from fp8_backend.kernels.grouped import launch_contiguous
 from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
 from fp8_backend.kernels.routing import route
+from tests.gpu_memory import requested_bytes
 
 pytestmark = pytest.mark.gpu
 # Rounding to bfloat16 of each row and of the sum: 0.0017 each. The tensor core keeps about 14 bits inside a k-block:
@@ -103,13 +106,8 @@ def test_experts_are_captured_and_take_the_bytes_they_say():
     x, out = (torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weights, ids = _routing("even", m, top_k, num_groups)
     arguments = (x, weights, ids, packed_13, packed_scale_13, packed_2, packed_scale_2, out)
-    experts_prefill(*arguments)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    experts_prefill(*arguments)
-    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-    assert peak == experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)
+    taken = requested_bytes(partial(experts_prefill, *arguments))
+    assert taken == experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         experts_prefill(*arguments)
