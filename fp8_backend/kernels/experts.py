@@ -27,8 +27,8 @@ MAX_DECODE_TOKENS = 64
 # for each column of x from where on it is: fitted to four layers at 1 to 64 tokens, on an H100. The form chosen is
 # 0.1 % slower than the better one on average, 1.5 % at most.
 PREFILL_COLUMNS = 5.5
-# One launch saves about 6 us over four, and streams large weights a little slower: bytes of the experts hit up to where
-# it is faster, by four layers at 1 to 8 tokens on an H100.
+# One launch saves 2 to 4 us at one token over four, and streams large weights a little slower: bytes of the experts hit
+# up to where it is faster, by three layers at 1 to 8 tokens (benchmarks/results/h100/experts_parts.json).
 SINGLE_BYTES = 150_000_000
 
 
@@ -174,7 +174,15 @@ def check_experts(
 
 
 def can_serve(form: Form, m: int, top_k: int, hidden: int, intermediate: int) -> bool:
-    """Return whether a form can serve a call whose router weights are not on the input."""
+    """Return whether a form can serve a call whose router weights are not on the input.
+
+    Args:
+        form: which kernels.
+        m: tokens.
+        top_k: experts a token.
+        hidden: columns of x.
+        intermediate: columns of h, of one expert; a multiple of 128.
+    """
     return {"single": fits(m, top_k, hidden, intermediate), "decode": m * top_k <= MAX_PAIRS, "prefill": True}[form]
 
 

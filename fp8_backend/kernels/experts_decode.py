@@ -152,7 +152,7 @@ def _plan(m: int, top_k: int, hidden: int, intermediate: int, on_input: bool) ->
     x_parts = m * x_blocks * BLOCK, x_blocks * align(m, 4) * 4
     h_parts = pairs * intermediate, h_blocks * align(pairs, 4) * 4
     # Up to 8 tokens both GEMMs share a multiprocessor, so that the second streams weights while the first ends and h is
-    # quantised: 2 to 7 % faster than all shared memory for each (three layers, 1 to 8 tokens, H100).
+    # quantised: 1 to 9 % faster than all shared memory for each (docs/kernel-notes-moe-decode.md).
     shared = (_UP_SHARED_BYTES, _DOWN_SHARED_BYTES) if index == 1 else (MAX_SHARED_BYTES, MAX_SHARED_BYTES)
     parts = h, *x_parts, *h_parts
     return _Plan(UP_CONFIGS[index], DOWN_CONFIGS[index], parts, *shared, _STAGE_BYTES)

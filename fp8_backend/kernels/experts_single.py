@@ -95,6 +95,9 @@ def experts_single(
         out: [m, hidden] in x's dtype, contiguous; overwritten, with zeros for a token without an expert here.
         expert_map: [global experts] int32, -1 for an expert of another rank; None if ids are positions in w13.
         router_weight_on_input: must be false: codes of x are those of a token, whichever its expert.
+
+    Raises:
+        DriverError: the driver refused the launch, as where this process may not use all multiprocessors at once.
     """
     (m, hidden), top_k, device = x.shape, topk_ids.shape[1], x.device.index
     (num_groups, k_blocks, _, _), intermediate = w13.shape, w13.shape[2] // 2
@@ -108,14 +111,12 @@ def experts_single(
     strides = x.stride(0), w13.stride(0), scale_13.stride(0), w2.stride(0), scale_2.stride(0)
     sizes = m, top_k, num_groups, hidden, k_blocks, intermediate, w2.shape[2], scale_13.stride(1), scale_2.stride(1)
     choices = down_rows(hidden, sms), num_stages(m, top_k, hidden, intermediate)
+    elements = ELEMENT_TYPES[x.dtype], vectorised(x)
     _kernel(device).launch(
         (sms, 1, 1),
         _THREADS,
         MAX_SHARED_BYTES,
-        (
-            *(x.data_ptr(), *weights, out.data_ptr(), h.data_ptr(), *routing, *strides, *sizes, *choices),
-            *(ELEMENT_TYPES[x.dtype], int(vectorised(x))),
-        ),
+        (x.data_ptr(), *weights, out.data_ptr(), h.data_ptr(), *routing, *strides, *sizes, *choices, *elements),
         launcher.current_stream(device),
         pdl=True,
         cooperative=True,

@@ -120,6 +120,7 @@ def launch_grouped(
         routed: the sorted rows; the gated form uses its first ticket, the others its second.
         divisor: entry e reads row e // divisor of a; 0 for the mapped form.
     """
+    assert config.mapped == (divisor == 0)
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
     store_16_bytes = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
     row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), _num_sms(device)

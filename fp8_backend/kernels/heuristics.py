@@ -22,7 +22,7 @@ HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocesso
 # CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
 RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
 PREFETCH_BYTES = 48 * 1024
-# Of each of two CTAs on a multiprocessor that quantise by themselves: 1 to 5 % faster in 6 of 6 cells than 48 KiB.
+# Of each of two CTAs on a multiprocessor that quantise by themselves (docs/kernel-notes.md, sweep of 2026-11-26).
 PREFETCH_BYTES_OF_TWO = 32 * 1024
 # Rows of tiles up to which the CTAs beside each other share a tile of b, which comes from memory, and columns in a
 # strip where there are more (4 and 8 were as fast).
@@ -152,9 +152,10 @@ def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[flo
             if not num_stages or (config.split > 1 and tiles > most):
                 continue
             # Fused, tokens wait in line with the weights; else they come later, through another kernel.
-            limit = PREFETCH_BYTES if config.fused or config.tokens > 16 else MAX_SHARED_BYTES
-            if config.fused and ctas > 1:
-                limit = PREFETCH_BYTES_OF_TWO
+            if config.fused:
+                limit = PREFETCH_BYTES_OF_TWO if ctas > 1 else PREFETCH_BYTES
+            else:
+                limit = PREFETCH_BYTES if tokens > 16 else MAX_SHARED_BYTES
             prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
             choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
             yield _decode_ns(problem, choice, residency), choice

@@ -29,7 +29,7 @@ _KINDS: dict[str, tuple[str, int, int]] = {
 # CUlaunchConfig: grid x y z, block x y z, dynamic shared bytes, stream, attributes, number of attributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
 _CONFIG_STREAM, _CONFIG_STREAM_OFFSET = struct.Struct("<Q"), struct.calcsize("<7I4x")
-# CUlaunchAttribute: id, then a union of 64 bytes, of which the two kinds used here take at most three 32-bit words.
+# CUlaunchAttribute: id, then a union of 64 bytes, of which the kinds used here take at most three 32-bit words.
 _ATTRIBUTE = struct.Struct("<I4x3I52x")
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 _MAX_PORTABLE_CLUSTER = 8

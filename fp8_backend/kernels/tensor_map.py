@@ -107,7 +107,17 @@ class MovableMap:
 
 @lru_cache(maxsize=1024)
 def row_major_map(row_bytes: int, rows: int, k_blocks: int, box_rows: int) -> MovableMap:
-    """Return the map of codes [rows, k_blocks * 128], a row every `row_bytes`, in boxes of 128 codes x box_rows."""
+    """Return the map of row-major codes, kept for the next call.
+
+    Args:
+        row_bytes: from one row to the next, a multiple of 16.
+        rows: of the codes [rows, k_blocks * 128].
+        k_blocks: of 128 codes each.
+        box_rows: a box has 128 codes of so many rows, at most 256.
+
+    Raises:
+        ArgumentError: see `encode_tiled`.
+    """
     return MovableMap((BLOCK, rows, k_blocks), (row_bytes, BLOCK), (BLOCK, box_rows, 1), 1)
 
 
