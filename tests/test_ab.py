@@ -253,6 +253,13 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(rows.exp().sum(dim=1), torch.ones(190, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
+def test_a_recorded_result_is_reported_into_a_new_folder(tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "h100" / "e2e.json"
+    assert cli.main(["ab", "--from", str(recorded), "--out", str(tmp_path / "new" / "report")]) == 0
+    page = (tmp_path / "new" / "report" / "report.md").read_text()
+    assert "inconclusive: fewer than two runs of an arm" in page
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_models_by_name_are_configs_we_serve(name: str, tmp_path: Path) -> None:
     folder = find_model(Path(name), tmp_path)

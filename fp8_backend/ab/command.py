@@ -197,6 +197,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     page = report.markdown(result)
     (out / "report.md").write_text(page + "\n")
     print(page)
