@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.experts_parts import launches_up_to
-from fp8_backend.kernels import experts, gemm, heuristics, layout, m_grouped, reference, routing
+from fp8_backend.kernels import experts, gemm, grouped, heuristics, layout, m_grouped, reference, routing
 from fp8_backend.kernels.compiler import CUDA_FOLDER
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
@@ -230,10 +230,34 @@ def test_route(entries, folder):
     assert sorted(torch.cat(found).tolist()) == (ids >= 0).nonzero().flatten().tolist()
 
 
+# Runs longer than a band of tiles and than a thread's rows, of one row, cut by rows of no group and by other groups.
+@pytest.mark.parametrize("counts", [[5], [300, 0, 2200, 128, 1, 129], [1] * 7, [4100]])
+def test_runs_are_listed_in_tiles(counts, folder):
+    torch.manual_seed(7)
+    ids = torch.cat([torch.full((count,), i % 4 - (i == 3) * 9) for i, count in enumerate(counts)]).int()
+    with emulated(folder, MACHINE):
+        routed = routing.route_in_order(ids, 3)
+    words = routed.storage.view(torch.int32)
+    tiles = words[4 : 4 + 4 * int(words[2])].view(-1, 4).tolist()
+    starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
+    expected = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        if not 0 <= ids[start] < 3:
+            continue
+        first, count = len(expected), ceil_div(end - start, routing.TILE_ROWS)
+        for t in range(count):
+            row, band = start + t * routing.TILE_ROWS, t // 16 * 16
+            rows_and_width = min(end - row, routing.TILE_ROWS) | min(count - band, 16) << 16
+            expected.append([int(ids[start]), row, rows_and_width, first + band])
+    assert words[:2].tolist() == [0, 0] and tiles == expected
+
+
 # DeepGEMM's padded layout with rows of group -1 between the groups, and groups that end anywhere.
-def test_contiguous_grouped_gemm(folder):
+@pytest.mark.parametrize("tall_rows", [0, 512])
+def test_contiguous_grouped_gemm(tall_rows, folder, monkeypatch):
     torch.manual_seed(6)
-    indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [3] * 65, dtype=torch.int32)
+    monkeypatch.setattr(grouped, "TALL_ROWS", tall_rows)
+    indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [3] * 265, dtype=torch.int32)
     n, k = 264, 6 * BLOCK
     codes, scale, packed, packed_scale = make_experts(4, n, k)
     x = torch.randn(len(indices), k, dtype=torch.bfloat16)
@@ -247,16 +271,18 @@ def test_contiguous_grouped_gemm(folder):
     assert out[indices < 0].isnan().all()
 
 
-# Groups of no row, of a few, of more than a narrow tile holds.
-def test_masked_grouped_gemm(folder):
+# Groups of no row, of a few, of more than a narrow tile holds, of more than a tile.
+@pytest.mark.parametrize("expected_m", [8, 256])
+def test_masked_grouped_gemm(expected_m, folder):
     torch.manual_seed(3)
-    counts, max_m, n, k = [0, 3, 100], 104, 264, 256
+    counts, max_m, n, k = [0, 3, 100] if expected_m == 8 else [3, 0, 300], 104 if expected_m == 8 else 301, 264, 256
     codes, scale, packed, packed_scale = make_experts(len(counts), n, k)
     x = torch.randn(len(counts), max_m, k, dtype=torch.bfloat16)
     q, s = (torch.stack(each) for each in zip(*(reference.per_token_group_quant(rows) for rows in x), strict=True))
     out = torch.full((len(counts), max_m, n), float("nan"), dtype=torch.bfloat16)
     with emulated(folder, MACHINE):
-        m_grouped.m_grouped_fp8_gemm_nt_masked((q, s), (packed, packed_scale), out, torch.tensor(counts).int(), 8)
+        b, masked_m = (packed, packed_scale), torch.tensor(counts).int()
+        m_grouped.m_grouped_fp8_gemm_nt_masked((q, s), b, out, masked_m, expected_m)
     for group, rows in enumerate(counts):
         if rows:
             expected = truth(x[group, :rows], codes[group], scale[group])

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from fp8_backend.kernels import experts_prefill, grouped, routing
+from fp8_backend.kernels import experts_prefill, grouped, grouped_tall, routing
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
-from fp8_backend.kernels.reference import ceil_div
+from fp8_backend.kernels.reference import BLOCK, ceil_div
 from tests.device_source import constants, parameter_kinds
 
 SPECS = experts_prefill.all_specs()
@@ -26,7 +26,10 @@ def test_no_spills_no_stack_no_warnings(spec):
     ("file", "layout"),
     [
         ("route.cuh", routing._LAYOUT),
+        ("runs.cuh", routing._RUNS_LAYOUT),
         ("grouped.cuh", grouped._LAYOUT),
+        ("grouped_tall.cuh", grouped_tall.LAYOUT),
+        ("counts.cuh", grouped_tall.COUNTS_LAYOUT),
         ("combine.cuh", experts_prefill._COMBINE_LAYOUT),
     ],
 )
@@ -35,14 +38,18 @@ def test_launch_parameters_are_the_kernels(file, layout):
 
 
 def test_constants_shared_with_the_device_code():
-    route, grouped_gemm, combine = (constants(name) for name in ("route.cuh", "grouped.cuh", "combine.cuh"))
-    assert route["kThreads"] == routing.MAX_GROUPS == routing._THREADS
+    files = ("route.cuh", "scan.cuh", "counts.cuh", "grouped.cuh", "grouped_tall.cuh", "combine.cuh")
+    route, scan, counts, grouped_gemm, tall, combine = (constants(name) for name in files)
+    assert route["kThreads"] == scan["kThreads"] == routing.MAX_GROUPS == routing._THREADS
+    assert counts["kTileRows"] == tall["kTileRows"] == 2 * tall["kHalfRows"] == routing.TALL_TILE_ROWS
+    assert tall["kTileColumns"] == BLOCK
     assert route["kTileRows"] == grouped_gemm["kTileRows"] == routing.TILE_ROWS
     assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
 
 
 def test_grouped_kernels_fit_a_multiprocessor():
     assert all(config.shared_bytes <= MAX_SHARED_BYTES for config in (grouped.GATED, grouped.PLAIN))
+    assert grouped_tall.SHARED_BYTES <= MAX_SHARED_BYTES
 
 
 def test_max_tiles_is_the_worst_routing():

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fp8_backend.kernels import experts, layout, reference
+from fp8_backend.kernels import experts, grouped, layout, reference
 from fp8_backend.kernels.experts_prefill import experts_prefill, experts_prefill_workspace_bytes
 from fp8_backend.kernels.grouped import launch_contiguous
 from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
@@ -144,9 +144,11 @@ def test_route_sorts_every_entry_once(counts):
 @pytest.mark.parametrize(
     ("n", "k", "padded"), [(264, 256, False), (130, 128, True), (1024, 1536, True), (576, 7168, False)]
 )
-def test_contiguous(n, k, padded, dtype):
+@pytest.mark.parametrize("tall_rows", [0, 512])
+def test_contiguous(n, k, padded, dtype, tall_rows, monkeypatch):
     torch.manual_seed(n)
     counts = [0, 1, 130, 64, 0, 500, 65]
+    monkeypatch.setattr(grouped, "TALL_ROWS", tall_rows)
     pieces = []
     for group, count in enumerate(counts):
         pieces += [group] * count + ([-1] * (-count % 128) if padded else [])
@@ -162,4 +164,23 @@ def test_contiguous(n, k, padded, dtype):
                 codes[rows], scale_a[rows], codes_b[group], scale_b[group], dtype=torch.float64
             )
             assert relative_error(out[rows], wide) < 0.002
+    assert (out[m_indices < 0] == 7).all()
+
+
+# In any order, too: a run of rows is a tile of its own then.
+@pytest.mark.parametrize("tall_rows", [0, 5000])
+def test_contiguous_rows_in_disorder(tall_rows, monkeypatch):
+    torch.manual_seed(3)
+    monkeypatch.setattr(grouped, "TALL_ROWS", tall_rows)
+    groups, n, k = 5, 264, 640
+    m_indices = torch.randint(-1, groups, (3000,), dtype=torch.int32, device="cuda")
+    m_indices[500:1900] = 2
+    codes_b, scale_b, packed, packed_scale = _weights(groups, n, k)
+    codes, scale_a = reference.per_token_group_quant(torch.randn(len(m_indices), k, device="cuda"))
+    out = torch.full((len(m_indices), n), 7.0, device="cuda", dtype=torch.bfloat16)
+    launch_contiguous(codes, scale_a, packed, packed_scale, out, m_indices)
+    for group in range(groups):
+        rows = m_indices == group
+        wide = reference.fp8_gemm_nt(codes[rows], scale_a[rows], codes_b[group], scale_b[group], dtype=torch.float64)
+        assert relative_error(out[rows], wide) < 0.002
     assert (out[m_indices < 0] == 7).all()

@@ -45,3 +45,9 @@ def batch_invariant() -> bool:
 def is_current(device: torch.device) -> bool:
     """Return whether a CUDA device is the one that launches go to."""
     return device.index == torch._C._cuda_getDevice()
+
+
+@cache
+def num_sms(device: int) -> int:
+    """Return the multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

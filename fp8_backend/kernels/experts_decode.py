@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from fp8_backend.kernels import launcher
+from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.layout import ROW_ALIGNMENT
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
@@ -100,12 +101,6 @@ def _down_kernel(config: DownConfig, device: int) -> launcher.Kernel:
 @cache
 def _quantize_kernel(device: int) -> launcher.Kernel:
     return launcher.load(_QUANTIZE_SPEC, _QUANTIZE_LAYOUT)
-
-
-@cache
-def num_sms(device: int) -> int:
-    """Return the multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def load_all() -> None:

@@ -101,7 +101,7 @@ def experts_prefill(
         grouped.GATED, codes, scale.t(), w13, scale_13, between, between_scale, intermediate, routed, divisor
     )
     rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
-    grouped.launch_grouped(grouped.SORTED, between, between_scale, w2, scale_2, rows, None, hidden, routed, 0)
+    grouped.launch_grouped(grouped.PLAIN, between, between_scale, w2, scale_2, rows, None, hidden, routed)
     _combine(ids, map_here, None if router_weight_on_input else weights, rows, out, num_groups)
 
 

@@ -7,8 +7,9 @@ from functools import cache
 import torch
 
 from fp8_backend.kernels import launcher
+from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.experts_decode import down_rows, num_sms
+from fp8_backend.kernels.experts_decode import down_rows
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, vectorised
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div

@@ -1,4 +1,4 @@
-"""The grouped GEMM over rows sorted by expert: its three forms, and DeepGEMM's contiguous layout on the plain one."""
+"""The grouped GEMM over rows sorted by expert: its two forms, and DeepGEMM's contiguous layout on the plain one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from fp8_backend.kernels import launcher, routing
+from fp8_backend.kernels import grouped_tall, launcher, routing
+from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -20,18 +21,20 @@ _THREADS = 384
 _TICKET_BYTES, _ROW_TABLE_BYTES = 64, TILE_ROWS * 4
 _K_BLOCKS_AT_ONCE = 16
 _WAVES = 6  # items a CTA takes, so that the last ones end together
+# Rows a group on average from which on contiguous rows go to grouped_tall.cuh (one H100, 4096x7168, us in tiles of 128
+# and of 256 rows: 8 groups of 512 201 and 181, 16 of 0 to 1500 502 and 507, 64 of 264 1227 and 1337).
+TALL_ROWS = 512
 
 
 @dataclass(frozen=True)
 class GroupedConfig:
     """One compiled form of grouped.cuh.
 
-    gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
-    mapped: rows of a lie in sorted order, and the copy engine fetches them; otherwise threads gather them.
+    gated: the first GEMM of experts, of rows that threads gather, with silu(gate) * up and its quantisation;
+        otherwise a plain GEMM, of rows that lie in sorted order.
     """
 
     gated: bool
-    mapped: bool = False
     num_stages: int = 4
 
     @property
@@ -47,35 +50,32 @@ class GroupedConfig:
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("GATED", int(self.gated)), ("MAPPED", int(self.mapped)), ("NUM_STAGES", self.num_stages)
-        return KernelSpec("grouped.cuh", "grouped", defines)
+        return KernelSpec("grouped.cuh", "grouped", (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages)))
 
 
-GATED, PLAIN, SORTED = GroupedConfig(True), GroupedConfig(False), GroupedConfig(False, mapped=True)
+GATED, PLAIN = GroupedConfig(True), GroupedConfig(False)
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that a grouped GEMM can need."""
-    return (routing.SPEC, GATED.spec(), PLAIN.spec(), SORTED.spec())
+    return (routing.SPEC, *routing.RUNS_SPECS.values(), GATED.spec(), PLAIN.spec(), *grouped_tall.all_specs())
 
 
 def load_all() -> None:
     """Load every kernel on torch's current device."""
     device = torch.cuda.current_device()
     routing.kernel(device)
-    for config in (GATED, PLAIN, SORTED):
+    for tile_rows in routing.RUNS_SPECS:
+        routing.runs_kernel(tile_rows, device)
+    for config in (GATED, PLAIN):
         kernel(config, device)
+    grouped_tall.load_all()
 
 
 @cache
 def kernel(config: GroupedConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a form on the current device, whose index is part of the key only."""
     return launcher.load(config.spec(), _LAYOUT)
-
-
-@cache
-def _num_sms(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def select_run(row_tiles: int, columns: int, k_blocks: int, sms: int) -> int:
@@ -104,30 +104,29 @@ def launch_grouped(
     out_scale: torch.Tensor | None,
     n: int,
     routed: Routing,
-    divisor: int,
+    divisor: int = 1,
 ) -> None:
     """Launch grouped.cuh; nothing is checked.
 
     Args:
         config: the form.
-        a: codes [rows, k_blocks * 128] with 16-byte aligned rows.
+        a: codes [rows, k_blocks * 128] with 16-byte aligned rows; plain form: in sorted order.
         scale_a: [k_blocks, at least rows] float32, contiguous rows.
         weight: [num_groups, k_blocks, n_aligned, 128] packed.
         scale_b: [num_groups, k_blocks, scales] packed.
         out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
         out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
         n: columns of out.
-        routed: the sorted rows; the gated form uses its first ticket, the others its second.
-        divisor: entry e reads row e // divisor of a; 0 for the mapped form.
+        routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
+        divisor: gated form: entry e reads row e // divisor of a.
     """
-    assert config.mapped == (divisor == 0)
+    assert not (config.gated and routed.in_order)
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
-    store_16_bytes = out.element_size() == 2 and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
-    row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), _num_sms(device)
+    row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device)
     run = select_run(row_tiles, columns, weight.shape[1], sms)
     grid = min(sms, row_tiles * ceil_div(columns, run))
     map_a = bytes(BYTES)
-    if config.mapped:
+    if not config.gated:
         map_a = row_major_map(a.stride(0), a.shape[0], weight.shape[1], _BOX_ROWS).at(a.data_ptr())
     kernel(config, device).launch(
         (grid, 1, 1),
@@ -156,7 +155,7 @@ def launch_grouped(
             0 if out_scale is None else out_scale.stride(0),
             run,
             ELEMENT_TYPES.get(out.dtype, 0),
-            int(store_16_bytes),
+            int(grouped_tall.is_vectorised(out)),
         ),
         launcher.current_stream(device),
         pdl=True,
@@ -179,9 +178,14 @@ def launch_contiguous(
         weight: [num_groups, k / 128, align(n, 8), 128] packed.
         scale_b: [num_groups, k / 128, align(ceil(n / 128), 4) + 4] packed.
         out: [m, n] bfloat16, float16 or float32, contiguous columns; rows of group -1 are not written.
-        m_indices: [m] int32; rows of a group need not even be neighbours.
+        m_indices: [m] int32; rows of a group that are not neighbours cost time, and nothing else.
     """
     if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
         codes = codes.contiguous()
-    routed = routing.route(m_indices.contiguous(), None, weight.shape[0])
-    launch_grouped(PLAIN, codes, scale_a.t(), weight, scale_b, out, None, out.shape[1], routed, 1)
+    groups, m_indices, scales = weight.shape[0], m_indices.contiguous(), scale_a.t()
+    if len(m_indices) >= TALL_ROWS * groups and grouped_tall.takes(scales):
+        routed = routing.route_in_order(m_indices, groups, routing.TALL_TILE_ROWS)
+        grouped_tall.launch(codes, scales, weight, scale_b, out, routed)
+        return
+    routed = routing.route_in_order(m_indices, groups)
+    launch_grouped(PLAIN, codes, scales, weight, scale_b, out, None, out.shape[1], routed)

@@ -13,11 +13,13 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import ceil_div
 
 SPEC = KernelSpec("route.cuh", "route")
-TILE_ROWS = 128  # kTileRows of route.cuh and grouped.cuh
+TILE_ROWS, TALL_TILE_ROWS = 128, 256  # kTileRows of route.cuh and grouped.cuh, of grouped_tall.cuh
+RUNS_SPECS = {rows: KernelSpec("runs.cuh", "runs", (("TILE_ROWS", rows),)) for rows in (TILE_ROWS, TALL_TILE_ROWS)}
 MAX_GROUPS = 1024  # kThreads of route.cuh: a thread an expert
 _LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("u32",) * 3)
+_RUNS_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("u32",) * 2)
 _THREADS = 1024
-_TILE_BYTES, _COUNTER_BYTES = 16, 16
+TILE_BYTES, COUNTER_BYTES = 16, 16
 # A cluster counts faster than one CTA from here on; below, its two barriers cost more than they save.
 _CLUSTER_ENTRIES, _CLUSTER = 2048, 8
 
@@ -28,6 +30,12 @@ def kernel(device: int) -> launcher.Kernel:
     return launcher.load(SPEC, _LAYOUT)
 
 
+@cache
+def runs_kernel(tile_rows: int, device: int) -> launcher.Kernel:
+    """Return the loaded kernel that lists runs on the current device, whose index is part of the key only."""
+    return launcher.load(RUNS_SPECS[tile_rows], _RUNS_LAYOUT)
+
+
 def max_tiles(entries: int, num_groups: int) -> int:
     """Return how many tiles of 128 rows any routing of so many rows to so many experts can have."""
     partial = min(entries, num_groups)
@@ -36,19 +44,21 @@ def max_tiles(entries: int, num_groups: int) -> int:
 
 def routing_bytes(entries: int, num_groups: int) -> int:
     """Return the bytes of a `Routing`."""
-    return _COUNTER_BYTES + max_tiles(entries, num_groups) * _TILE_BYTES + entries * 4
+    return COUNTER_BYTES + max_tiles(entries, num_groups) * TILE_BYTES + entries * 4
 
 
 @dataclass(frozen=True)
 class Routing:
     """Rows sorted by expert, on the device.
 
-    storage: [routing_bytes] uint8: two tickets and the number of tiles, uint32; tiles of 16 bytes; entries, uint32.
+    storage: uint8: two tickets and the number of tiles, uint32; tiles of 16 bytes; unless in_order, entries, uint32.
+    in_order: the rows lie as their groups want them, and entries are rows.
     """
 
     storage: torch.Tensor
     entries: int
     num_groups: int
+    in_order: bool = False
 
     def ticket(self, index: int) -> int:
         """Return the address of the counter of the first (0) or second (1) GEMM."""
@@ -62,12 +72,14 @@ class Routing:
     @property
     def tiles(self) -> int:
         """Address of the tiles."""
-        return self.storage.data_ptr() + _COUNTER_BYTES
+        return self.storage.data_ptr() + COUNTER_BYTES
 
     @property
     def sorted_entries(self) -> int:
-        """Address of the entries, sorted by expert."""
-        return self.tiles + max_tiles(self.entries, self.num_groups) * _TILE_BYTES
+        """Address of the entries, sorted by expert; 0 if they are so already."""
+        if self.in_order:
+            return 0
+        return self.tiles + max_tiles(self.entries, self.num_groups) * TILE_BYTES
 
 
 def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_groups: int) -> Routing:
@@ -105,5 +117,38 @@ def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_groups: int) -
         launcher.current_stream(ids.device.index),
         cluster,
         True,
+    )
+    return routing
+
+
+def route_in_order(m_indices: torch.Tensor, num_groups: int, tile_rows: int = TILE_ROWS) -> Routing:
+    """List the tiles of rows whose groups' rows are neighbours, by work queued on the current stream.
+
+    Args:
+        m_indices: [m] int32, contiguous, at least one; rows of no group are left out. In any order the tiles are right,
+            but each run of equal ids has its own.
+        num_groups: groups.
+        tile_rows: most rows of a tile, 128 or 256.
+    """
+    rows = m_indices.numel()
+    assert m_indices.dtype == torch.int32 and m_indices.is_contiguous() and rows
+    listed = COUNTER_BYTES + rows * TILE_BYTES
+    storage = torch.empty(listed + ceil_div(rows, 32) * 4, dtype=torch.uint8, device=m_indices.device)
+    routing = Routing(storage, rows, num_groups, in_order=True)
+    runs_kernel(tile_rows, m_indices.device.index).launch(
+        (1, 1, 1),
+        _THREADS,
+        0,
+        (
+            m_indices.data_ptr(),
+            storage.data_ptr() + listed,
+            routing.tiles,
+            routing.num_tiles,
+            routing.ticket(0),
+            rows,
+            num_groups,
+        ),
+        launcher.current_stream(m_indices.device.index),
+        pdl=True,
     )
     return routing

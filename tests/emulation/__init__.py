@@ -25,6 +25,7 @@ from fp8_backend.kernels import (
     gemm,
     gemm_plan,
     grouped,
+    grouped_tall,
     launcher,
     m_grouped,
     masked,
@@ -143,7 +144,7 @@ def encode_tiled(
 # Every module whose code launches kernels.
 MODULES = (
     *(activation, decode, experts, experts_decode, experts_prefill, experts_single, gemm, gemm_plan, grouped),
-    *(launcher, m_grouped, masked, quantize, routing, tensor_map),
+    *(grouped_tall, launcher, m_grouped, masked, quantize, routing, tensor_map),
 )
 
 
@@ -165,7 +166,6 @@ def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: 
         "load": here.load,
         "machine": lambda device: machine,
         "num_sms": lambda device: machine.num_sms,
-        "_num_sms": lambda device: machine.num_sms,
         "runs_cuda_kernels": lambda device: True,
     }
     with ExitStack() as stack:

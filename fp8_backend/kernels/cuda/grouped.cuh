@@ -2,12 +2,11 @@
 //
 // GATED = 1: first GEMM of the experts. A tile is 128 rows x (128 gate + the 128 up columns that belong to them); the epilogue computes
 //            silu(gate) * up and quantises it, a group of 128 columns a row. Rows are gathered by token, written in sorted order.
-// GATED = 0: plain tile of 128 rows x 256 columns; rows are written back to their entry.
-// MAPPED = 1: rows of a lie in sorted order, and the copy engine fetches them.
+// GATED = 0: plain tile of 128 rows x 256 columns; rows lie in sorted order, the copy engine fetches them, and they are written to their entry.
 //
 // Persistent CTAs take tiles by tickets. Warp roles:
-//   warpgroup 0     producer. All 128 threads gather rows of a, 16 bytes a copy (cp.async, swizzled here), and their scales; lane 0 of warp 0
-//                   fetches weights, of warp 2 their scales, and it says what the tile is. MAPPED: lane 0 of warp 1 fetches rows.
+//   warpgroup 0     producer. All 128 threads fetch scales of rows; lane 0 of warp 0 fetches weights, of warp 2 their scales, and it says what the
+//                   tile is. GATED: all threads gather rows of a, 16 bytes a copy (cp.async, swizzled here); otherwise lane 0 of warp 1 fetches them.
 //   warpgroups 1, 2 math (promotion.cuh). Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one
 //                   thread. Narrow ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
 // Barriers per stage: full (128 threads whose copies have landed, 2 or 3 lanes + bytes), empty (one arrival a math warp). A stage of no rows ends
@@ -20,8 +19,8 @@ constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
 constexpr u32 kStageBytes = kBytesA + 2 * kBytesHalf;
 constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
-constexpr u32 kFullArrivals = 128 + 2 + MAPPED, kEmptyArrivals = 8;
-#if MAPPED
+constexpr u32 kFullArrivals = 128 + 2 + !GATED, kEmptyArrivals = 8;
+#if !GATED
 constexpr u32 kBoxRows = kTileRows / 2;  // a narrow tile fetches one box of rows, a wide one two
 #endif
 constexpr u32 kTickets = 2;
@@ -69,8 +68,8 @@ struct StageLayout {
     static constexpr u32 kRows = kStageBytes, kWeight = kStageBytes, kScaleA = kTileRows * 4, kScaleB = 32;
 };
 
-// map_a: of a, for MAPPED. a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; row of entry e is
-// e / divisor (not MAPPED). weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
+// map_a: of a, for the plain form. a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; GATED: row of entry e is
+// e / divisor. sorted: entries in sorted order, or null if they are so already. weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
 // GATED: half the rows of the weight. run: neighbouring column tiles a ticket covers. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale_a, const u8* weight, const float* scale_b, void* out, float* out_scale, const u32* sorted,
@@ -81,7 +80,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
     constexpr u32 kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8, kOffsetTicket = kOffsetTicketFull + kTickets * 16;
-#if !MAPPED
+#if GATED
     constexpr u32 kOffsetRows = kOffsetTicket + kTickets * 16;
 #endif
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
@@ -104,12 +103,12 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
     Ring ring;
 
     if (warpgroup == 0) {
-        give_registers<MAPPED ? 56 : 40>();
+        give_registers<GATED ? 40 : 56>();
         wait_for_previous_kernel();
         const u32 warp = threadIdx.x / 32;
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
         const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
-#if !MAPPED
+#if GATED
         const u32 chunk = threadIdx.x % 8, first = threadIdx.x / 8;
         const u32 row_chunks = static_cast<u32>(a_stride / 16), target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
         u32* row_table = reinterpret_cast<u32*>(shared + kOffsetRows);  // in units of 16 bytes
@@ -130,7 +129,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
 
             // Thread r knows where row r of the tile is, the table tells those that copy it; each copies chunk `chunk` of rows first, first + 16, ...
             u32 source_row = tile.y + threadIdx.x;
-#if !MAPPED
+#if GATED
             if (threadIdx.x < rows) source_row = __ldcg(sorted + source_row) / divisor;
             __syncwarp();
             named_barrier(5, 128);  // the last tile's rows have been copied
@@ -163,7 +162,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
                         bulk_copy(scales + 16, scale_b_source + (block_1 & ~3u), 16, bar);
                         scale_b_source += scale_b_stride;
                     }
-#if MAPPED
+#if !GATED
                     if (lane == 0 && warp == 1) {
                         barrier_expect(bar, ceil_div(rows, kBoxRows) * kBoxRows * kBlockK);
                         tensor_copy(stage, &map_a, 0, tile.y, kb, bar);
@@ -198,9 +197,9 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
         __syncwarp();
         barrier_arrive(full + 8 * ring.stage);
-        if (lane == 0 && (warp == 0 || warp == 2 || (MAPPED && warp == 1))) barrier_arrive(full + 8 * ring.stage);
+        if (lane == 0 && (warp == 0 || warp == 2 || (!GATED && warp == 1))) barrier_arrive(full + 8 * ring.stage);
     } else {
-        take_registers<MAPPED ? 224 : 232>();
+        take_registers<GATED ? 232 : 224>();
         const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32;
         float* exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
         const u32 weights = matrix_descriptor_low(base + kBytesA);
@@ -219,7 +218,10 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             if (!GATED) {
 #pragma unroll
                 for (u32 half = 0; half < 2; ++half)
-                    if (row_in_tile + half * 8 < rows) entry[half] = __ldcg(sorted + tile.x + row_in_tile + half * 8);
+                    if (row_in_tile + half * 8 < rows) {
+                        const u32 place = tile.x + row_in_tile + half * 8;
+                        entry[half] = sorted ? __ldcg(sorted + place) : place;
+                    }
             }
             float sum[2][64];
             const u32 scales_b = base + kOffsetScaleB, scale_of_1 = scales_b + (4 + block_1 % 4) * 4;

@@ -2,7 +2,7 @@
 //
 // Persistent: CTAs take tiles of 128 rows of activations (wgmma's 64-row side, twice) x 256 rows of the weight in turn, from a list of units (a group
 // and at most 128 of its rows, expert_units.cuh) that each computes from masked_m. All tiles of a unit come one after the other, so the rows and the
-// weights that CTAs share are in L2.
+// weights that CTAs share are in L2. Where the last round has tiles for no more than half of the CTAs, each of these is cut in two.
 //
 // Warp roles (384 threads):
 //   warp 0        producer, one lane: the weight's rows, one contiguous copy a k-block.
@@ -17,6 +17,17 @@
 #include "promotion.cuh"
 
 constexpr u32 kColumns = 256, kWeightBytes = kColumns * kBlockK;
+
+// What a CTA does in one of its turns: a tile, or 128 of its columns.
+struct Turn {
+    u32 unit, column;
+    bool half;
+};
+DEVICE Turn turn_at(u32 index, u32 whole, u32 columns) {
+    const u32 tile = index < whole ? index : whole + (index - whole) / 2, unit = tile / columns;
+    const u32 column = (tile - unit * columns) * kColumns + (index < whole ? 0 : (index - whole) % 2 * 128);
+    return {unit, column, index >= whole};
+}
 
 struct StageLayout {
     static constexpr u32 kRows = kActivationBytes, kWeight = kWeightBytes, kScaleA = kStageScales * 4, kScaleB = kStageScales * 4;
@@ -40,16 +51,18 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
     Stages stages;
     stages.place(shared, ring_bytes, kWeightBytes, kWeightBytes, k_blocks, smem_address(barriers));
     stages.init_barriers(2, 8);
-    const u32 columns = ceil_div(n, kColumns), tiles = units.number * columns;
+    const u32 columns = ceil_div(n, kColumns), tiles = units.number * columns, rest = tiles % gridDim.x;
+    const u32 whole = 2 * rest <= gridDim.x ? tiles - rest : tiles, turns = whole + 2 * (tiles - whole);
     Ring ring;
 
     if (warp < 4) {
         give_registers<40>();
         if (warp < 2 && elect_lane()) {
-            for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-                const u32 unit = tile / columns, row = (tile - unit * columns) * kColumns, group = units.expert[unit];
-                const u32 bytes = min(kColumns, n_aligned - row) * kBlockK;
-                const u8* source = weight + group * weight_stride + static_cast<i64>(row) * kBlockK;
+            for (u32 index = blockIdx.x; index < turns; index += gridDim.x) {
+                const Turn turn = turn_at(index, whole, columns);
+                if (turn.column >= n) continue;
+                const u32 group = units.expert[turn.unit], bytes = min(turn.half ? 128 : kColumns, n_aligned - turn.column) * kBlockK;
+                const u8* source = weight + group * weight_stride + static_cast<i64>(turn.column) * kBlockK;
                 for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number)) {
                     const u32 bar = stages.full + 8 * ring.stage;
                     barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
@@ -58,15 +71,17 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
                         bulk_copy(stages.weight_tile(ring.stage, 0), source + static_cast<i64>(block) * n_aligned * kBlockK, bytes, bar);
                     } else {
                         barrier_expect(bar, box_rows * kBlockK);
-                        tensor_copy(stages.activation_tile(ring.stage, 0), &map_a, 0, group * max_rows + units.chunk[unit] * ROWS, block, bar);
+                        tensor_copy(stages.activation_tile(ring.stage, 0), &map_a, 0, group * max_rows + units.chunk[turn.unit] * ROWS, block, bar);
                     }
                 }
             }
         } else if (warp == 2) {
-            for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-                const u32 unit = tile / columns, row = (tile - unit * columns) * kColumns, group = units.expert[unit], rows = units.rows(unit);
-                const float* of_rows = scale_a + group * scale_a_group_stride + units.chunk[unit] * ROWS;
-                const float* of_weight = scale_b + group * scale_b_stride + row / 128;
+            for (u32 index = blockIdx.x; index < turns; index += gridDim.x) {
+                const Turn turn = turn_at(index, whole, columns);
+                if (turn.column >= n) continue;
+                const u32 group = units.expert[turn.unit], rows = units.rows(turn.unit);
+                const float* of_rows = scale_a + group * scale_a_group_stride + units.chunk[turn.unit] * ROWS;
+                const float* of_weight = scale_b + group * scale_b_stride + turn.column / 128;
                 for (u32 block = 0; block < k_blocks; ++block, ring.advance(stages.number)) {
                     barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);
                     const u32 target = smem_address(stages.block_scales(ring.stage, 0));
@@ -86,9 +101,11 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
     const u32 math = __shfl_sync(0xffffffffu, warp / 4 - 1, 0);
     const u32 weights = matrix_descriptor_low(stages.weight_tile(0, 0)), scales = smem_address(stages.block_scales(0, 0));
     const u32 element = out_type == kF32 ? 4 : 2;
-    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const u32 unit = tile / columns, column = (tile - unit * columns) * kColumns, rows = units.rows(unit);
-        const bool narrow = rows <= 64;
+    for (u32 index = blockIdx.x; index < turns; index += gridDim.x) {
+        const Turn turn = turn_at(index, whole, columns);
+        if (turn.column >= n) continue;
+        const u32 unit = turn.unit, rows = units.rows(unit);
+        const bool narrow = rows <= 64 && !turn.half, one_slice = narrow || turn.half;
         const u32 half = narrow ? math : 0, warp_row = (narrow ? 0 : math * 64) + warp % 4 * 16, low = warp_row + lane / 4;  // and 8 further down
         auto operands_from = [&](u32 of_half) {
             const u32 of_rows = stages.activation_tile(0, 0) + (warp_row + lane % 16) * kBlockK + (lane / 16 ^ lane % 8) * 16;
@@ -97,15 +114,15 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
         };
         float sum[2][64];
         barrier_wait(stages.full + 8 * ring.stage, ring.parity);
-        if (narrow) multiply_blocks<1, StageLayout>(sum, operands_from(math), ring, stages.number, k_blocks, lane);
+        if (one_slice) multiply_blocks<1, StageLayout>(sum, operands_from(half), ring, stages.number, k_blocks, lane);
         else multiply_blocks<2, StageLayout>(sum, operands_from(0), ring, stages.number, k_blocks, lane);
         const i64 line = static_cast<i64>(units.expert[unit]) * max_rows + units.chunk[unit] * ROWS + low;
         u8* row_low = static_cast<u8*>(out) + line * n * element;
         u8* row_high = row_low + 8ll * n * element;
-        const u32 first_column = column + half * 128;
+        const u32 first_column = turn.column + half * 128;
         write_row<0>(sum[0], row_low, first_column, n, out_type, vectorised, low < rows, lane);
         write_row<1>(sum[0], row_high, first_column, n, out_type, vectorised, low + 8 < rows, lane);
-        if (!narrow) {
+        if (!one_slice) {
             write_row<0>(sum[1], row_low, first_column + 128, n, out_type, vectorised, low < rows, lane);
             write_row<1>(sum[1], row_high, first_column + 128, n, out_type, vectorised, low + 8 < rows, lane);
         }
