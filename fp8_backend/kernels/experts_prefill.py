@@ -8,6 +8,7 @@ import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import grouped, launcher, routing
+from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
@@ -15,6 +16,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 _COMBINE = KernelSpec("combine.cuh", "combine")
 _COMBINE_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("i64",) + ("u32",) * 5)
 _COMBINE_THREADS, _COMBINE_COLUMNS = 256, 256 * 8
+_LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
@@ -97,11 +99,15 @@ def experts_prefill(
     between = torch.empty((entries, intermediate), dtype=torch.uint8, device=device)
     between_scale = torch.empty((intermediate // BLOCK, align(entries, 4)), dtype=torch.float32, device=device)
     divisor = 1 if router_weight_on_input else top_k
-    grouped.launch_grouped(
-        grouped.GATED, codes, scale.t(), w13, scale_13, between, between_scale, intermediate, routed, divisor
-    )
+    likely = num_groups if _LIKELY_ENTRIES * num_groups <= entries <= routing.TILE_ROWS * num_groups else 0
+    gated = grouped.GATED, codes, scale.t(), w13, scale_13, between, between_scale, intermediate
+    grid = grouped.launch_grouped(*gated, routed, divisor, likely)
+    # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it had
+    # waited for the routing. Elsewhere they may start before the tiles are listed.
+    listed = int(grid == num_sms(device.index))
     rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
-    grouped.launch_grouped(grouped.PLAIN, between, between_scale, w2, scale_2, rows, None, hidden, routed)
+    plain = grouped.PLAIN, between, between_scale, w2, scale_2, rows, None, hidden
+    grouped.launch_grouped(*plain, routed, early=listed)
     _combine(ids, map_here, None if router_weight_on_input else weights, rows, out, num_groups)
 
 

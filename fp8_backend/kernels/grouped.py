@@ -15,7 +15,7 @@ from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import TILE_ROWS, Routing
 from fp8_backend.kernels.tensor_map import BYTES, row_major_map
 
-_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 10 + ("i64",) * 2 + ("u32",) * 10)
+_LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 10 + ("i64",) * 2 + ("u32",) * 11)
 _BOX_ROWS = TILE_ROWS // 2  # kBoxRows of grouped.cuh
 _THREADS = 384
 _TICKET_BYTES, _ROW_TABLE_BYTES = 64, TILE_ROWS * 4
@@ -105,8 +105,9 @@ def launch_grouped(
     n: int,
     routed: Routing,
     divisor: int = 1,
-) -> None:
-    """Launch grouped.cuh; nothing is checked.
+    early: int = 0,
+) -> int:
+    """Launch grouped.cuh and return the number of CTAs; nothing is checked.
 
     Args:
         config: the form.
@@ -119,6 +120,8 @@ def launch_grouped(
         n: columns of out.
         routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
         divisor: gated form: entry e reads row e // divisor of a.
+        early: what is asked for before the previous kernel has ended. Gated form: the first weights of so many groups,
+            which are likely to have rows. Plain form, 1: those of the tiles, which must be listed by then.
     """
     assert not (config.gated and routed.in_order)
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
@@ -154,12 +157,14 @@ def launch_grouped(
             scale_b.stride(1),
             0 if out_scale is None else out_scale.stride(0),
             run,
+            early,
             ELEMENT_TYPES.get(out.dtype, 0),
             int(grouped_tall.is_vectorised(out)),
         ),
         launcher.current_stream(device),
         pdl=True,
     )
+    return grid
 
 
 def launch_contiguous(

@@ -147,6 +147,10 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
     });
 }
 
+DEVICE void prefetch_l2(const void* source, u32 bytes) {
+    if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk prefetch that is not in units of 16 bytes");
+}
+
 // Where the byte for an address lies, swizzled as the engine and wgmma do it, in rows of 128 or 64 bytes.
 DEVICE u32 swizzle(u32 address, u32 row_bytes = 128) { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 

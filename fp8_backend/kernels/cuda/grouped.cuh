@@ -64,17 +64,43 @@ DEVICE void write_gated(const float (&gate)[64], const float (&up)[64], u8* code
     if (valid && lane % 4 == 0) *scale = group_scale(largest);
 }
 
+// A tile {group, first row, rows | ...} of the list, and which of its runs of columns.
+struct Item {
+    int4 tile;
+    u32 run;
+};
+// Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
+DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
+    const int4 band = __ldcg(tiles + index / runs);
+    const u32 width = static_cast<u32>(band.z) >> 16, local = index - band.w * runs;
+    return {__ldcg(tiles + band.w + local % width), local / width};
+}
+
+// Fetches two blocks of 128 rows of the weight, as far as there are so many, from a k-block counted over all groups.
+DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1, u32 n_aligned, u32 bar, u32 target) {
+    auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
+    barrier_expect(bar, bytes_of(block_0) + bytes_of(block_1));
+    const u8* const source = weight + static_cast<i64>(k_block) * n_aligned * kBlockK;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 block = half ? block_1 : block_0, bytes = bytes_of(block);
+        if (bytes) bulk_copy(target + half * kBytesHalf, source + block * (kHalf * kBlockK), bytes, bar);
+    }
+}
+
 struct StageLayout {
     static constexpr u32 kRows = kStageBytes, kWeight = kStageBytes, kScaleA = kTileRows * 4, kScaleB = 32;
 };
 
 // map_a: of a, for the plain form. a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; GATED: row of entry e is
 // e / divisor. sorted: entries in sorted order, or null if they are so already. weight: [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output;
-// GATED: half the rows of the weight. run: neighbouring column tiles a ticket covers. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
+// GATED: half the rows of the weight. run: neighbouring column tiles a ticket covers.
+// early: what is asked for before the previous kernel has ended. GATED: weights of so many groups, which are likely to have rows; plain: if not 0, weights of
+// tiles that a kernel before the previous one has listed. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale_a, const u8* weight, const float* scale_b, void* out, float* out_scale, const u32* sorted,
         const int4* tile_list, const u32* num_row_tiles, u32* ticket, i64 a_stride, i64 out_stride, u32 divisor, u32 n, u32 n_aligned,
-        u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 type, u32 vectorised) {
+        u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 early, u32 type, u32 vectorised) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetExchange = NUM_STAGES * kStageBytes, kOffsetScaleA = kOffsetExchange + kExchangeBytes;
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
@@ -104,10 +130,29 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
 
     if (warpgroup == 0) {
         give_registers<GATED ? 40 : 56>();
-        wait_for_previous_kernel();
         const u32 warp = threadIdx.x / 32;
-        const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf);
-        const u32 runs = ceil_div(column_tiles, run), num_items = __ldcg(num_row_tiles) * runs;
+        const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf), runs = ceil_div(column_tiles, run);
+#if GATED
+        if (threadIdx.x == 0 && blockIdx.x / runs < early) {  // the first tile of this CTA, had every expert one tile
+            const u32 column = blockIdx.x % runs * run;
+            for (u32 kb = 0; kb < min(k_blocks, u32(NUM_STAGES)); ++kb)
+                for (u32 half = 0; half < 2; ++half) {
+                    const i64 row = (static_cast<i64>(blockIdx.x / runs) * k_blocks + kb) * n_aligned + column * kHalf + half * n;
+                    prefetch_l2(weight + row * kBlockK, kBytesHalf);
+                }
+        }
+        wait_for_previous_kernel();
+#else
+        u32 fetched = 0;  // k-blocks of weights that have been asked for ahead
+        if (early && threadIdx.x == 0 && blockIdx.x < __ldcg(num_row_tiles) * runs) {
+            const Item item = item_at(blockIdx.x, tile_list, runs);
+            fetched = min(k_blocks, u32(NUM_STAGES));
+            for (u32 s = 0; s < fetched; ++s)
+                fetch_weight(weight, item.tile.x * k_blocks + s, 2 * item.run * run, 2 * item.run * run + 1, n_aligned, full + 8 * s, base + s * kStageBytes + kBytesA);
+        }
+        wait_for_previous_kernel();
+#endif
+        const u32 num_items = __ldcg(num_row_tiles) * runs;
 #if GATED
         const u32 chunk = threadIdx.x % 8, first = threadIdx.x / 8;
         const u32 row_chunks = static_cast<u32>(a_stride / 16), target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
@@ -121,11 +166,9 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
                 *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = gridDim.x + atomicAdd(ticket, 1u);
                 barrier_arrive(ticket_bar);
             }
-            // Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
-            const int4 band = __ldcg(tile_list + t / runs);
-            const u32 width = static_cast<u32>(band.z) >> 16, local = t - band.w * runs;
-            const int4 tile = __ldcg(tile_list + band.w + local % width);
-            const u32 rows = tile.z & 0xffff, first_column = local / width * run, past_column = min(first_column + run, column_tiles);
+            const Item item = item_at(t, tile_list, runs);
+            const int4 tile = item.tile;
+            const u32 rows = tile.z & 0xffff, first_column = item.run * run, past_column = min(first_column + run, column_tiles);
 
             // Thread r knows where row r of the tile is, the table tells those that copy it; each copies chunk `chunk` of rows first, first + 16, ...
             u32 source_row = tile.y + threadIdx.x;
@@ -139,21 +182,16 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             const float* scale_source = scale_a + source_row;
             for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
                 const u32 block_0 = GATED ? column_tile : 2 * column_tile, block_1 = GATED ? n / kHalf + column_tile : block_0 + 1;
-                auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
-                const u8* weight_source = weight + static_cast<i64>(tile.x) * k_blocks * n_aligned * kBlockK;
                 const float* scale_b_source = scale_b + static_cast<i64>(tile.x) * k_blocks * scale_b_stride;
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (lane == 0 && warp == 0) {
-                        barrier_expect(bar, bytes_of(block_0) + bytes_of(block_1));
-#pragma unroll
-                        for (u32 half = 0; half < 2; ++half) {
-                            const u32 block = half ? block_1 : block_0, bytes = bytes_of(block), target = stage + kBytesA + half * kBytesHalf;
-                            const u8* source = weight_source + block * (kHalf * kBlockK);
-                            if (bytes) bulk_copy(target, source, bytes, bar);
-                        }
-                        weight_source += static_cast<i64>(n_aligned) * kBlockK;
+#if !GATED
+                        if (fetched > 0) --fetched;
+                        else
+#endif
+                            fetch_weight(weight, tile.x * k_blocks + kb, block_0, block_1, n_aligned, bar, stage + kBytesA);
                     } else if (lane == 0 && warp == 2) {
                         *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(tile.y, rows, column_tile, 0);
                         const u32 scales = base + kOffsetScaleB + s * 32;
