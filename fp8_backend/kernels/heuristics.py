@@ -251,6 +251,21 @@ def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = F
 
 
 @lru_cache(maxsize=65536)
+def select_quantised(problem: GemmProblem, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
+    """Return the kernel for a linear layer whose codes the kernel before it makes, in the order asked for.
+
+    batch_invariant: a row's bits must not depend on m.
+    """
+    choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
+        (cost, choice) for cost, choice in decode_choices(problem) if not choice.config.fused
+    ]
+    choices += gemm_choices(problem)
+    if batch_invariant:
+        choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
+    return min(choices, key=lambda pair: pair[0])[1]
+
+
+@lru_cache(maxsize=65536)
 def select_gemm(problem: GemmProblem, batch_invariant: bool = False) -> GemmChoice:
     """Return the kernel for FP8 activations in of this shape; batch_invariant: a row's bits must not depend on m."""
     choices = [pair for pair in gemm_choices(problem) if not batch_invariant or adds_in_order(pair[1])]
