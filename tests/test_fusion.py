@@ -36,7 +36,7 @@ K, INTERMEDIATE = 256, 384
 ON_CPU = not torch.cuda.is_available()
 # On a CPU the op computes what its parts do, bit for bit. A GPU adds the squares in another order, and a code that
 # turns into its neighbour is off by an eighth.
-ERROR = 0.0 if ON_CPU else 0.03
+ERROR = 0.0 if ON_CPU else 0.06
 
 
 @pytest.fixture(autouse=True)
