@@ -27,7 +27,7 @@ ALWAYS = {"python", "fp8-backend", "torch", "cuda-bindings", "GPU", "driver", "N
     "GEMM",
     "registration",
 }
-SETTINGS = {f"FP8_BACKEND_{name}" for name in ("STRICT", "KERNELS", "CACHE_DIR", "JIT", "BATCH_INVARIANT")}
+SETTINGS = {f"FP8_BACKEND_{name}" for name in ("STRICT", "KERNELS", "CACHE_DIR", "JIT", "BATCH_INVARIANT", "FUSE")}
 
 
 def diagnose(cache: Path | None, **environ: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
