@@ -75,7 +75,7 @@ def test_text_says_the_same_and_ends_with_the_role(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     (index,) = [index for index, line in enumerate(lines) if line.startswith("ACTION  plugin")]
     assert lines[index + 1].strip() == "-> add fp8_backend to VLLM_PLUGINS, or unset it"
-    assert (done.returncode, lines[-1].endswith("1 of 19 need action")) == (1, True)
+    assert (done.returncode, lines[-1].endswith("1 of 20 need action")) == (1, True)
 
 
 @ON_CPU
