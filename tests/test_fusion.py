@@ -173,6 +173,18 @@ def test_rows_that_somebody_else_wants_are_kept(vllm_config: VllmConfig) -> None
     assert len(keeps) == 1  # the second multiplies the rows that the first has kept
 
 
+def test_rows_that_are_a_part_of_wider_ones(vllm_config: VllmConfig) -> None:
+    """As the two latents of DeepSeek's attention are, behind one linear."""
+    module = Module(
+        lambda self, x: (self.linear(self.norm(x.split([K, 64], dim=-1)[0]))[0],),
+        norm=norm(torch.bfloat16),
+        linear=linear(K, K, torch.bfloat16),
+    )
+    compiled = Compiled(module, vllm_config)
+    assert_same(compiled(rows(6, torch.bfloat16, K + 64)), module(rows(6, torch.bfloat16, K + 64)))
+    assert compiled.fused == fusion.Fused(linears=1, norms=1, gates=0)
+
+
 def test_a_norm_whose_sums_nobody_wants(vllm_config: VllmConfig) -> None:
     module = Module(
         lambda self, x, residual: (self.linear(self.norm(x, residual)[0])[0],),

@@ -132,6 +132,9 @@ def _join_norm(graph: fx.Graph, linear: fx.Node) -> bool:
     variance_size = made.args[len(residual) + 3 :]
     if any(size is not None for size in variance_size) or not _kernel_takes(x, norm_weight):
         return False
+    items = {item.args[1]: item for item in made.users} if residual else {}
+    if len(items) != (len(made.users) if residual else 0):
+        return False  # an item was taken twice
     place = {node: index for index, node in enumerate(graph.nodes)}
     if any(isinstance(each, fx.Node) and place[each] > place[made] for each in (weight, scale, bias)):
         return False  # somebody may want the rows before these are there
@@ -142,11 +145,10 @@ def _join_norm(graph: fx.Graph, linear: fx.Node) -> bool:
     graph.erase_node(linear)
     if keep:
         rows.replace_all_uses_with(_item(graph, joined, 2))
-    for item in list(made.users) if residual else []:
-        if item.args[1] == 1:
-            item.replace_all_uses_with(_item(graph, joined, 1))
-        graph.erase_node(item)
-    graph.erase_node(made)
+    if 1 in items:
+        items[1].replace_all_uses_with(_item(graph, joined, 1))
+    for replaced in (*items.values(), made):
+        graph.erase_node(replaced)
     return True
 
 
