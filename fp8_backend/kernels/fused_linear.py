@@ -6,26 +6,17 @@ A layer alone quantises its activations itself, for more than a few tokens in a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 
-from fp8_backend.kernels import backend, gemm, heuristics, launcher, norm, reference, silu
+from fp8_backend.kernels import backend, gemm, launcher, norm, reference, silu
 from fp8_backend.kernels.arguments import check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
-from fp8_backend.kernels.gemm import machine
 from fp8_backend.kernels.gemm_plan import GemmPlan
-from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
-from fp8_backend.kernels.problem import GemmProblem
 
 Prepare = Callable[[torch.Tensor, int], launcher.PreparedLaunch]
 _plans: gemm.Prepared[DecodePlan | GemmPlan] = gemm.Prepared()
-
-
-@lru_cache(maxsize=65536)
-def _choose(m: int, n: int, k: int, device: int, batch_invariant: bool) -> DecodeChoice | GemmChoice:
-    return heuristics.select_quantised(GemmProblem(m, n, k, machine(device)), batch_invariant)
 
 
 def rms_norm_linear(
@@ -128,7 +119,7 @@ def _linear(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape:
         check_linear(x, weight, scale, n, bias)
-        choice = _choose(m, n, x.shape[1], x.device.index, backend.batch_invariant())
+        choice = gemm.choose(m, n, x.shape[1], x.device.index, False, backend.batch_invariant())
         plan = gemm.plan_of(choice, x, out, bias, prepare())
         _plans.add(key, plan)
     plan(x, weight, scale, out, bias, *pointers[1:])

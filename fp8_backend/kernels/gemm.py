@@ -69,7 +69,8 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def _choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+    """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant)
 
 
@@ -161,7 +162,7 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        choice = _choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
+        choice = choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
         plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)

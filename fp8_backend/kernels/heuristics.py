@@ -239,27 +239,13 @@ def adds_in_order(choice: DecodeChoice | GemmChoice) -> bool:
 def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
     """Return the kernel for a linear layer of this shape.
 
-    fusable: activations have 16 bits. batch_invariant: a row's bits must not depend on m.
+    fusable: the kernel may quantise by itself: activations have 16 bits, and none before it makes the codes anyway.
+    batch_invariant: a row's bits must not depend on m.
     """
     choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
     choices += [(cost + _QUANTISE_NS, choice) for cost, choice in gemm_choices(problem)]
-    if batch_invariant:
-        choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
-    return min(choices, key=lambda pair: pair[0])[1]
-
-
-@lru_cache(maxsize=65536)
-def select_quantised(problem: GemmProblem, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
-    """Return the kernel for a linear layer whose codes the kernel before it makes, in the order asked for.
-
-    batch_invariant: a row's bits must not depend on m.
-    """
-    choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
-        (cost, choice) for cost, choice in decode_choices(problem) if not choice.config.fused
-    ]
-    choices += gemm_choices(problem)
     if batch_invariant:
         choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
     return min(choices, key=lambda pair: pair[0])[1]
