@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import gemm, heuristics, layout, reference
+from fp8_backend.kernels import gemm, heuristics, layout, norm, reference, silu
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
-from fp8_backend.kernels.reference import ceil_div
+from fp8_backend.kernels.reference import align, ceil_div
 from fp8_backend.measure.child import run_child, stop_children_on_signals
 from fp8_backend.measure.environment import write_json
 
@@ -40,6 +40,7 @@ SLACK_S = 30  # to start, to end the launch under way, and to print the summary
 # One allocation a tensor, so that memcheck knows where each ends.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 LIMIT = 0.01  # as tests/test_gemm_gpu.py has it
+LIMIT_OF_CODES = 0.04  # e4m3 of normal data: 0.026
 
 
 def launches() -> Iterator[str]:
@@ -49,6 +50,9 @@ def launches() -> Iterator[str]:
         for found, expected in zip(per_token_group_quant(x.cuda()), reference.per_token_group_quant(x), strict=True):
             assert torch.equal(found.cpu().float(), expected.float()), f"quantise {m} x {k} {dtype}"
         yield f"quantise {m} x {k} {dtype}"
+        if dtype.itemsize == 2:
+            launch_producers(m, k, dtype)
+            yield f"norm and SiLU with quantisation {m} x {k} {dtype}"
     # In turns, so that a run cut short has seen both kernels.
     for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, heuristics.DECODE_CONFIGS):
         if gemm_config is not None:
@@ -59,6 +63,28 @@ def launches() -> Iterator[str]:
             launch_decode(decode_config)
             yield str(decode_config)
     yield from sanitize_experts.launches()
+
+
+def launch_producers(m: int, k: int, dtype: torch.dtype) -> None:
+    """Launch the kernels that write codes in front of a linear, in rows and in tiles."""
+    x, weight = torch.randn(m, 2 * k).to(dtype), torch.rand(k).to(dtype)
+    given, norm_weight = x.cuda(), weight.cuda()
+    halves = given[:, :k], given[:, k:]
+    made = norm.rms_norm_quant(*halves, norm_weight, 1e-6, keep=True)
+    normed, summed = reference.rms_norm(x[:, :k], x[:, k:], weight, 1e-6)
+    assert made.summed is not None and made.normed is not None and summed is not None
+    assert torch.equal(made.summed.cpu(), summed) and reference.relative_error(made.normed.cpu(), normed) < LIMIT
+    codes, scale = (each.cpu() for each in silu.silu_mul_quant(given))
+    expected = reference.silu_mul(x)
+    assert reference.relative_error(reference.dequantize(codes[:, :k], scale, 1), expected) < LIMIT_OF_CODES
+    rows, gate, k_blocks, stream = norm.Rows(*halves, norm_weight, True), silu.halved(given), ceil_div(k, 128), 0
+    for launch, pointers in (
+        (rows.prepare(1e-6)(rows.x, 16), rows.pointers()),
+        (silu.prepare(gate, 16), (gate.data_ptr(),)),
+    ):
+        tiles = torch.empty(k_blocks, 16, 128, dtype=torch.uint8, device="cuda")
+        scales = torch.empty(k_blocks, align(m, 4), device="cuda")
+        launch(stream, *pointers, tiles.data_ptr(), scales.data_ptr())
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:

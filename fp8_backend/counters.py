@@ -15,7 +15,7 @@ from functools import cache
 from multiprocessing import util
 from typing import TypedDict
 
-calls: Counter[str] = Counter()  # by op: "linear", "experts", "masked_experts"
+calls: Counter[str] = Counter()  # by op of integration/ops.py: "linear", "experts" and the others
 fallbacks: Counter[str] = Counter()  # by reason: layers that vLLM's own FP8 path serves
 compiles: list[str] = []  # names of kernels, in order; appending is atomic, adding to a counter is not
 late_compiles: list[str] = []  # those of them after this process said that it is ready

@@ -47,7 +47,13 @@ class Settings(BaseModel):
         "`0`: the fastest kernel for each size. vLLM's `VLLM_BATCH_INVARIANT=1` asks for it, too.",
     )
 
-    @field_validator("strict", "batch_invariant", mode="before")
+    fuse: bool = Field(
+        default=True,
+        description="`1`: where vLLM compiles a model, RMSNorm and SiLU-and-multiply before a linear write the FP8 "
+        "codes that it multiplies. `0`: every linear quantises by itself, mostly in one more launch.",
+    )
+
+    @field_validator("strict", "batch_invariant", "fuse", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, str) and value not in ("0", "1"):  # pydantic alone would take "on", "T" and more
@@ -133,7 +139,7 @@ def table() -> str:
     """Return the settings as a Markdown table: variable, values with the default first, meaning."""
     rows = ["| variable | values | meaning |", "|---|---|---|"]
     for field, info in Settings.model_fields.items():
-        choices = ("0", "1") if info.annotation is bool else get_args(info.annotation)
+        choices = ("01" if not info.default else "10") if info.annotation is bool else get_args(info.annotation)
         values = ", ".join(f"`{choice}`" for choice in choices if isinstance(choice, str)) or "a path"
         rows.append(f"| `{PREFIX}{field.upper()}` | {values} | {info.description} |")
     return "\n".join(rows)

@@ -16,7 +16,8 @@ def parameter_kinds(file: str) -> tuple[str, ...]:
     kinds = []
     for parameter in signature.split(","):
         words = parameter.split()
-        kinds.append("map" if "TensorMap" in words else "u64" if "*" in parameter else words[0])
+        kind = {"float": "f32"}.get(words[0], words[0])
+        kinds.append("map" if "TensorMap" in words else "u64" if "*" in parameter else kind)
     return tuple(kinds)
 
 

@@ -137,6 +137,7 @@ def test_toggles_and_upgrades_change_the_key_of_compiled_graphs(
         ("FP8_BACKEND_KERNELS", "reference"),
         ("FP8_BACKEND_STRICT", "1"),
         ("FP8_BACKEND_JIT", "forbid"),
+        ("FP8_BACKEND_FUSE", "0"),
     ):
         with monkeypatch.context() as changed:
             changed.setenv(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -80,15 +81,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
         return folder
 
     def run(
-        architecture: str, kind: str = "fp8", events: Sequence[str] = (), refused: str | None = None, **arguments: Any
+        architecture: str,
+        kind: str = "fp8",
+        events: Sequence[str] = (),
+        refused: str | None = None,
+        pieces: bool = False,
+        **arguments: Any,
     ) -> Answer:
-        """Kind "part": what "fp8" is, but for one expert's codes."""
+        """Kind "part": what "fp8" is, but for one expert's codes. pieces: compiled as on GPUs, with an empty cache."""
         flag = {} if kind.endswith("bf16") else FLAG
         arguments = {"model": str(checkpoint(architecture, kind)), **flag, **arguments}
         folder = str(checkpoint(architecture, refused)) if refused else None
-        key = json.dumps([arguments, events, folder], sort_keys=True)
+        key = json.dumps([arguments, events, folder, pieces], sort_keys=True)
         if key not in answers:
-            answers[key] = _run(root, arguments, events, folder)
+            answers[key] = _run(root, arguments, events, folder, pieces)
         return answers[key]
 
     return run
@@ -125,16 +131,19 @@ def add_multi_token_head(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 
-def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str], refused: str | None) -> Answer:
+def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str], refused: str | None, pieces: bool) -> Answer:
     request, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
-    request.write_text(json.dumps({"engine": arguments, "prompts": PROMPTS, "events": events, "refused": refused}))
+    asked = {"engine": arguments, "prompts": PROMPTS, "events": events, "refused": refused, "pieces": pieces}
+    request.write_text(json.dumps(asked))
     path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     if arguments.get("tensor_parallel_size") == 2:
         # Two ranks on one NUMA node: vLLM wants to be told their cores.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    if events or refused:
+    if pieces:
+        environment["VLLM_CACHE_ROOT"] = str(folder / "compiled")
+    if events or refused or pieces:
         # In one process all prompts are there before the first step, so batches, and rounding, are alike each time.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     done = subprocess.run(
@@ -203,6 +212,14 @@ def test_compiled_agrees_with_eager(engine: Engine) -> None:
     compiled = engine("deepseek_v3", enforce_eager=False)
     assert compiled.logprobs.isfinite().all()
     assert mean_kl(engine("deepseek_v3"), compiled) <= MAX_KL
+
+
+def test_linears_that_are_joined_to_what_comes_before_them(engine: Engine) -> None:
+    """vLLM's own compilation: a piece before the first attention, between two of them, and behind the last one."""
+    joined = engine("qwen3", enforce_eager=False, pieces=True)
+    assert mean_kl(engine("qwen3"), joined) <= MAX_KL
+    said = re.findall(r"of (\d) linears in a compiled piece (\d) are joined to RMSNorm and (\d) to SiLU", joined.log)
+    assert said == [("1", "1", "0"), ("4", "2", "1"), ("3", "1", "1")]
 
 
 @pytest.mark.parametrize(

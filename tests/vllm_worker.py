@@ -3,7 +3,7 @@
 Usage: python tests/vllm_worker.py request.json answer.json
 The request holds `engine` (arguments of vllm.LLM), `prompts` (lists of token ids) and, where asked for, `events`: what
 to do to the engine after the first answers, each followed by the same questions again; or `refused`, a folder that
-it must not reload from, followed by the same questions.
+it must not reload from, followed by the same questions. With `pieces` a CPU compiles as a GPU does.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Any
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
+    if request.get("pieces"):
+        compile_in_pieces()
     from vllm import LLM
 
     llm = LLM(
@@ -35,6 +37,26 @@ def main() -> None:
         answer["refusal"] = refusal(llm, folder)
         answer["events"].append(ask(llm, request["prompts"]))
     Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+def compile_in_pieces() -> None:
+    """Let a CPU run vLLM's compilation of pieces with its passes, which it replaces by torch.compile alone."""
+    from vllm.config import CompilationMode, VllmConfig
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config.__func__
+
+    def keep_the_mode(cls: type, config: VllmConfig) -> None:
+        compilation = config.compilation_config
+        mode = compilation.mode
+        check(cls, config)
+        if current_platform.is_cpu() and mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode, compilation.ir_enable_torch_wrap, compilation.compile_sizes = mode, True, []
+            # These are for GPUs, and not even imported on a CPU.
+            compilation.pass_config.fuse_norm_quant = compilation.pass_config.fuse_act_quant = False
+
+    platform.check_and_update_config = classmethod(keep_the_mode)
 
 
 def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from fp8_backend import settings
 from fp8_backend.errors import CheckpointError, UnsupportedError
-from fp8_backend.integration import compat
+from fp8_backend.integration import compat, fusion
 from fp8_backend.integration.files import CheckedFiles
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
@@ -142,7 +142,10 @@ class DeepGemmFp8Config(Fp8Config):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return the method of a layer, or None where vLLM's default is meant."""
         if self.model_config is None:
-            self.model_config = get_current_vllm_config().model_config
+            vllm_config = get_current_vllm_config()
+            self.model_config = vllm_config.model_config
+            if select_backend().name != "vllm":
+                fusion.install(vllm_config)
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod() if self.is_skipped(prefix) else self._linear_method(layer, prefix)
         if isinstance(layer, RoutedExperts):

@@ -1,4 +1,4 @@
-"""The kernels as torch custom ops, opaque to torch.compile.
+"""The kernels as torch custom ops, opaque to torch.compile; those of two layers in one are put in by fusion.py.
 
 Registered under the platform's dispatch key by vLLM's helper: `torch.library.custom_op` costs more host time a call.
 No `from __future__ import annotations` here: torch derives each op's schema from the annotations themselves.
@@ -9,7 +9,7 @@ from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fp8_backend import counters
-from fp8_backend.kernels import gemm
+from fp8_backend.kernels import fused_linear, gemm
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
@@ -30,6 +30,52 @@ def _linear_fake(
 ) -> torch.Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _rms_norm_linear(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counters.calls["rms_norm_linear"] += 1
+    y, *others = fused_linear.rms_norm_linear(x, residual, norm_weight, epsilon, weight, scale, n, bias, keep)
+    # An op's outputs are tensors: what is not wanted is empty.
+    summed, normed = (x.new_empty(0) if other is None else other for other in others)
+    return y, summed, normed
+
+
+def _rms_norm_linear_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y = x.new_empty((x.shape[0], n))
+    return y, x.new_empty(0 if residual is None else x.shape), x.new_empty(x.shape if keep else 0)
+
+
+def _silu_mul_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
+) -> torch.Tensor:
+    counters.calls["silu_mul_linear"] += 1
+    return fused_linear.silu_mul_linear(x, weight, scale, n, bias)
+
+
+def _silu_mul_linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], n))
 
 
 def _experts(
@@ -96,6 +142,8 @@ def _masked_experts_fake(
 
 
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
+direct_register_custom_op("rms_norm_linear", _rms_norm_linear, fake_impl=_rms_norm_linear_fake, target_lib=_LIBRARY)
+direct_register_custom_op("silu_mul_linear", _silu_mul_linear, fake_impl=_silu_mul_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("experts", _experts, mutates_args=["out"], fake_impl=_experts_fake, target_lib=_LIBRARY)
 direct_register_custom_op(
     "masked_experts",
@@ -106,5 +154,7 @@ direct_register_custom_op(
 )
 
 linear = torch.ops.fp8_backend.linear
+rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
+silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
 experts = torch.ops.fp8_backend.experts
 masked_experts = torch.ops.fp8_backend.masked_experts

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "deepgemm_fp8"
 # Settings that can change a compiled graph. cache_dir cannot: moving it must not void vLLM's compile cache.
-COMPILE_KEY_FIELDS = ("strict", "kernels", "jit", "batch_invariant")
+COMPILE_KEY_FIELDS = ("strict", "kernels", "jit", "batch_invariant", "fuse")
 
 
 def register() -> None:
@@ -30,7 +30,7 @@ def register() -> None:
         # vLLM hashes every variable it knows into the key of its torch.compile cache.
         name = settings.PREFIX + field.upper()
         envs.environment_variables.setdefault(name, lambda field=field: settings.value_or_none(field))
-    # A compiled graph calls our ops by name: one that was traced with other ops must not be loaded.
+    # A compiled graph calls our ops by name, where our pass put them: one made with others must not be loaded.
     envs.environment_variables.setdefault("FP8_BACKEND_OPS", lambda: ops_version())
     if NAME not in quantization.QUANTIZATION_METHODS:
         quantization.register_quantization_config(NAME)(_registration())
@@ -38,8 +38,9 @@ def register() -> None:
 
 @functools.cache
 def ops_version() -> str:
-    """Return what tells the torch ops of this installation from those of another: a digest of their source."""
-    return hashlib.sha256(Path(__file__).with_name("ops.py").read_bytes()).hexdigest()[:16]
+    """Return what tells torch ops and compile pass of this installation from those of another: a digest of both."""
+    sources = (Path(__file__).with_name(name).read_bytes() for name in ("ops.py", "fusion.py"))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 def config_class() -> type[DeepGemmFp8Config]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -26,8 +27,18 @@ def kernel(config: DecodeConfig, device: int) -> launcher.Kernel:
 class DecodePlan:
     """The launches of y = x @ weight^T + bias for tensors of one shape and dtype; used by one thread at a time."""
 
-    def __init__(self, choice: DecodeChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked."""
+    def __init__(
+        self,
+        choice: DecodeChoice,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        prepare: Callable[[torch.Tensor, int], launcher.PreparedLaunch] = quantize.prepare,
+    ) -> None:
+        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked.
+
+        prepare: gives the launch that makes the codes of x, where the kernel of this choice does not.
+        """
         config, (m, k), n = choice.config, x.shape, out.shape[1]
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
@@ -44,14 +55,20 @@ class DecodePlan:
         self._multiply = launcher.PreparedLaunch(
             kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, config.split
         )
-        self._quantise = None if config.fused else quantize.prepare(x, config.tokens)
+        self._quantise = None if config.fused else prepare(x, config.tokens)
         self._code_bytes = k_blocks * config.tokens * BLOCK
         assert self._code_bytes % _SCALE_ALIGNMENT == 0
         # In elements of x: torch takes a dtype and a device from x faster than from arguments.
         self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        *others: int,
     ) -> None:
         """Launch on the current stream of the current device.
 
@@ -61,6 +78,7 @@ class DecodePlan:
             scale: packed by `pack_scale`.
             out: [m, n] like the one prepared for, also in its alignment to 4 bytes; overwritten.
             bias: [n] in the dtype prepared for, or None.
+            others: addresses that the launch which makes the codes takes behind that of x.
         """
         stream = launcher.current_stream(self._device)
         source, scale_a, buffer = x.data_ptr(), 0, None
@@ -68,7 +86,7 @@ class DecodePlan:
             buffer = x.new_empty(self._buffer_elements)
             codes = buffer.data_ptr()
             scale_a = codes + self._code_bytes
-            self._quantise(stream, source, codes, scale_a)
+            self._quantise(stream, source, *others, codes, scale_a)
             source = codes
         bias_pointer = 0 if bias is None else bias.data_ptr()
         self._multiply(stream, source, scale_a, out.data_ptr(), weight.data_ptr(), scale.data_ptr(), bias_pointer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Generic, TypeVar
@@ -10,12 +11,13 @@ from typing import Generic, TypeVar
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import backend, decode, heuristics, launcher, layout, reference
+from fp8_backend.kernels import backend, decode, heuristics, launcher, layout, quantize, reference
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
+from fp8_backend.kernels.launcher import PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
     MAX_SHARED_BYTES,
@@ -67,24 +69,26 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def _choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+    """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant)
 
 
-class _Prepared(threading.local, Generic[Plan]):
+class Prepared(threading.local, Generic[Plan]):
     """What each thread has prepared, by what distinguishes the tensors of its calls; the oldest make room."""
 
     def __init__(self) -> None:
         self.by_key: dict[object, Plan] = {}
 
     def add(self, key: object, plan: Plan) -> None:
+        """Keep a plan, in place of the oldest one where there are MAX_PLANS."""
         if len(self.by_key) >= MAX_PLANS:
             del self.by_key[next(iter(self.by_key))]
         self.by_key[key] = plan
 
 
-_plans: _Prepared[DecodePlan | GemmPlan] = _Prepared()
-_launches: _Prepared[GemmLaunch] = _Prepared()
+_plans: Prepared[DecodePlan | GemmPlan] = Prepared()
+_launches: Prepared[GemmLaunch] = Prepared()
 
 
 def launch_gemm(
@@ -158,7 +162,7 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        choice = _choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
+        choice = choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
         plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)
@@ -167,12 +171,19 @@ def _checked_linear(
 
 
 def plan_of(
-    choice: DecodeChoice | GemmChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+    choice: DecodeChoice | GemmChoice,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    prepare: Callable[[torch.Tensor, int], PreparedLaunch] = quantize.prepare,
 ) -> DecodePlan | GemmPlan:
-    """Return the launches of x [m, k] @ weight^T + bias into out [m, n] by this kernel; nothing is checked."""
+    """Return the launches of x [m, k] @ weight^T + bias into out [m, n] by this kernel; nothing is checked.
+
+    prepare: gives the launch that makes the codes, for kernels that do not themselves.
+    """
     if isinstance(choice, GemmChoice):
-        return GemmPlan(choice, x, out, bias)
-    return DecodePlan(choice, x, out, bias)
+        return GemmPlan(choice, x, out, bias, prepare)
+    return DecodePlan(choice, x, out, bias, prepare)
 
 
 def _unit_scale(codes: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -109,20 +110,36 @@ class GemmLaunch:
 class GemmPlan:
     """The launches of y = x @ weight^T + bias for tensors of one shape and dtype; used by one thread at a time."""
 
-    def __init__(self, choice: GemmChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked."""
+    def __init__(
+        self,
+        choice: GemmChoice,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        prepare: Callable[[torch.Tensor, int], launcher.PreparedLaunch] = quantize.prepare,
+    ) -> None:
+        """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked.
+
+        prepare: gives the launch that makes the codes of x.
+        """
         (m, k), n = x.shape, out.shape[1]
         k_blocks = ceil_div(k, BLOCK)
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
         self._device = x.device.index
-        self._quantise = quantize.prepare(x)
+        self._quantise = prepare(x, 0)
         self._multiply = GemmLaunch(choice, k, k_blocks * BLOCK, None, out, bias)
         self._code_bytes = m * k_blocks * BLOCK
         # In elements of x: torch takes a dtype and a device from x faster than from arguments.
         self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        *others: int,
     ) -> None:
         """Launch on the current stream of the current device.
 
@@ -132,10 +149,11 @@ class GemmPlan:
             scale: packed by `pack_scale`.
             out: [m, n] like the one prepared for, also in its alignment to 16 bytes; overwritten.
             bias: [n] in the dtype prepared for, or None.
+            others: addresses that the launch which makes the codes takes behind that of x.
         """
         stream = launcher.current_stream(self._device)
         buffer = x.new_empty(self._buffer_elements)
         codes = buffer.data_ptr()
         scale_a = codes + self._code_bytes
-        self._quantise(stream, x.data_ptr(), codes, scale_a)
+        self._quantise(stream, x.data_ptr(), *others, codes, scale_a)
         self._multiply(stream, codes, scale_a, weight, scale, out, bias)

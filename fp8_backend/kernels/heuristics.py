@@ -239,7 +239,8 @@ def adds_in_order(choice: DecodeChoice | GemmChoice) -> bool:
 def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
     """Return the kernel for a linear layer of this shape.
 
-    fusable: activations have 16 bits. batch_invariant: a row's bits must not depend on m.
+    fusable: the kernel may quantise by itself: activations have 16 bits, and none before it makes the codes anyway.
+    batch_invariant: a row's bits must not depend on m.
     """
     choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused

@@ -210,7 +210,7 @@ class PreparedLaunch:
         block: int,
         shared_bytes: int,
         changing: int,
-        params: Sequence[int],
+        params: Sequence[int | float],
         cluster: int = 1,
     ) -> None:
         """Prepare a dependent launch of a grid in x and y; `params` are those behind the `changing` first ones."""

@@ -165,6 +165,26 @@ def m_grouped_masked(
             out[group, :rows] = y.to(out.dtype)
 
 
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the normalised rows of x + residual, and these sums (None without a residual), both in x's dtype.
+
+    Rounded as vLLM defines its rms_norm and fused_add_rms_norm: sums and squares in float32, the rows after they are
+    scaled to a mean square of 1, and again after the weight.
+
+    Args:
+        x: [m, k], any float dtype.
+        residual: likewise, or None.
+        norm_weight: [k] in x's dtype.
+        epsilon: added to the mean of squares.
+    """
+    rows = x.float() if residual is None else x.float() + residual.float()
+    factor = 1 / (rows.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+    normed = (rows * factor).to(x.dtype) * norm_weight
+    return normed, None if residual is None else rows.to(x.dtype)
+
+
 def silu_mul(hidden: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up of [..., 2 * intermediate], gate first, in float32."""
     gate, up = hidden.float().chunk(2, dim=-1)

@@ -18,7 +18,9 @@ from fp8_backend.kernels import (
     experts_single,
     heuristics,
     masked,
+    norm,
     quantize,
+    silu,
 )
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.problem import GemmConfig
@@ -50,6 +52,8 @@ def all_specs() -> tuple[KernelSpec, ...]:
     return (
         *(config.spec() for config in heuristics.all_configs()),
         *quantize.SPECS.values(),
+        *norm.SPECS.values(),
+        silu.SPEC,
         activation.SPEC,
         *experts,
     )
@@ -108,6 +112,9 @@ def load_all() -> None:
             decode.kernel(config, device)
     for rows in quantize.SPECS:
         quantize.kernel(rows, device)
+    for chunks in norm.SPECS:
+        norm.kernel(chunks, device)
+    silu.kernel(device)
     activation.kernel(device)
     for module in _EXPERTS:
         module.load_all()

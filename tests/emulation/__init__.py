@@ -22,6 +22,7 @@ from fp8_backend.kernels import (
     experts_decode,
     experts_prefill,
     experts_single,
+    fused_linear,
     gemm,
     gemm_plan,
     grouped,
@@ -29,8 +30,10 @@ from fp8_backend.kernels import (
     launcher,
     m_grouped,
     masked,
+    norm,
     quantize,
     routing,
+    silu,
     tensor_map,
 )
 from fp8_backend.kernels.compiler import KernelSpec
@@ -143,8 +146,8 @@ def encode_tiled(
 
 # Every module whose code launches kernels.
 MODULES = (
-    *(activation, decode, experts, experts_decode, experts_prefill, experts_single, gemm, gemm_plan, grouped),
-    *(grouped_tall, launcher, m_grouped, masked, quantize, routing, tensor_map),
+    *(activation, decode, experts, experts_decode, experts_prefill, experts_single, fused_linear, gemm, gemm_plan),
+    *(grouped, grouped_tall, launcher, m_grouped, masked, norm, quantize, routing, silu, tensor_map),
 )
 
 
@@ -176,6 +179,6 @@ def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: 
                     stack.callback(each.cache_clear)
             for name in stand_ins.keys() & vars(module).keys():
                 stack.enter_context(patch.object(module, name, stand_ins[name]))
-        for prepared in (gemm._plans, gemm._launches):
+        for prepared in (gemm._plans, gemm._launches, fused_linear._plans):
             stack.enter_context(patch.dict(prepared.by_key, clear=True))
         yield here

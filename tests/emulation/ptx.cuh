@@ -219,6 +219,7 @@ DEVICE void barrier_arrive_after_copies(u32 barrier) {
     emulation::self().copies.push_back([=, &of] { emulation::barrier_at(of, barrier).arrive(1); });
 }
 DEVICE void load_fresh(const void* source, u32 (&words)[4]) { std::memcpy(words, source, 16); }
+DEVICE void prefetch_line(const void*) {}
 template <class T> DEVICE T __ldcg(const T* source) { return *source; }
 DEVICE u32 atomicAdd(u32* counter, u32 more) {
     const u32 before = *counter;

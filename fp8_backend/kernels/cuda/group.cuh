@@ -25,6 +25,19 @@ struct RawGroup {
                 if (i < valid) words[i / 2] |= static_cast<u32>(source[i]) << (i % 2 * 16);
         }
     }
+
+    // Stores them to x[offset .. offset + valid); as `load` otherwise.
+    DEVICE void store(void* x, i64 offset, u32 valid, u32 vectorised) const {
+        if (valid == 0) return;
+        u16* target = static_cast<u16*>(x) + offset;
+        if (vectorised) {
+            *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i)
+                if (i < valid) target[i] = static_cast<u16>(words[i / 2] >> (i % 2 * 16));
+        }
+    }
 };
 
 struct Group {
@@ -36,6 +49,14 @@ struct Group {
             value[2 * i] = type == kBf16 ? low_bf16(raw.words[i]) : low_f16(raw.words[i]);
             value[2 * i + 1] = type == kBf16 ? high_bf16(raw.words[i]) : high_f16(raw.words[i]);
         }
+    }
+
+    // Rounded to 16 bits.
+    DEVICE RawGroup packed(u32 type) const {
+        RawGroup raw;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) raw.words[i] = pack_elements(value[2 * i], value[2 * i + 1], type);
+        return raw;
     }
 
     // Largest magnitude among this lane's elements. NaN does not count: its code shows it.
@@ -68,3 +89,9 @@ template <u32 kCount> DEVICE void reduce_amax(float (&largest)[kCount]) {
 }
 
 DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }
+
+// Where the codes of a lane belong: in rows of k_blocks * 128, or, with tile_rows > 0, in swizzled tiles [k_blocks][tile_rows][128] (quantize.cuh).
+DEVICE i64 code_place(u32 row, u32 k_block, u32 lane, u32 k_blocks, u32 tile_rows) {
+    return tile_rows ? static_cast<i64>(k_block * tile_rows + row) * kBlockK + ((lane / 2) ^ (row % 8)) * 16 + lane % 2 * 8
+                     : (static_cast<i64>(row) * k_blocks + k_block) * kBlockK + lane * 8;
+}

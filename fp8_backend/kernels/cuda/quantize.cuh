@@ -46,8 +46,7 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
     for (u32 r = 0; r < ROWS; ++r) {
         const u32 row = first_row + r * 4;
         if (row >= m || k_block >= k_blocks) continue;
-        const i64 place = tile_rows ? static_cast<i64>(k_block * tile_rows + row) * kBlockK + ((lane / 2) ^ (row % 8)) * 16 + lane % 2 * 8
-                                    : static_cast<i64>(row) * k_blocks * kBlockK + column;
+        const i64 place = code_place(row, k_block, lane, k_blocks, tile_rows);
         *reinterpret_cast<uint2*>(codes + place) = group[r].codes(largest[r]);
         if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[r]);
     }

@@ -1,0 +1,104 @@
+"""Time a dense layer without its attention, linears joined to what comes before them and apart, in one CUDA graph.
+
+python -m benchmarks.layer [--m 8,64] [--layers 4]
+
+The shapes are Qwen3-8B's. Apart, RMSNorm and SiLU-and-multiply are vLLM's own CUDA kernels, which need vLLM; a compiled
+model has Triton kernels of torch in their place.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from fp8_backend.kernels import fused_linear, gemm, layout, reference
+from fp8_backend.measure.timing import capture, interleaved_us
+
+HIDDEN, QKV, INTERMEDIATE, EPSILON = 4096, 6144, 12288, 1e-6
+SHAPES = {
+    "qkv": (QKV, HIDDEN),
+    "out": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+}
+
+Packed = tuple[torch.Tensor, torch.Tensor, int]
+Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+class Layer:
+    """Four random weights whose outputs have about the variance of their inputs, and two norms."""
+
+    def __init__(self) -> None:
+        self.norms = [torch.rand(HIDDEN, device="cuda").bfloat16() + 0.5 for _ in range(2)]
+        self.weights: dict[str, Packed] = {}
+        for name, (n, k) in SHAPES.items():
+            codes = (torch.randn(n, k, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+            scale = torch.rand(-(-n // 128), -(-k // 128), device="cuda") / (30 * k**0.5)
+            self.weights[name] = layout.pack_weight(codes), layout.pack_scale(scale, n, k), n
+
+    def joined(self, x: torch.Tensor, residual: torch.Tensor) -> Rows:
+        """Return what the layer makes of hidden states and residual, by linears that begin a step earlier."""
+        y, summed, _ = fused_linear.rms_norm_linear(x, residual, self.norms[0], EPSILON, *self.weights["qkv"])
+        assert summed is not None
+        y = gemm.fp8_linear(y[:, :HIDDEN], *self.weights["out"])
+        y, summed, _ = fused_linear.rms_norm_linear(y, summed, self.norms[1], EPSILON, *self.weights["gate_up"])
+        assert summed is not None
+        return fused_linear.silu_mul_linear(y, *self.weights["down"]), summed
+
+    def apart(self, x: torch.Tensor, residual: torch.Tensor) -> Rows:
+        """Return the same by vLLM's kernels, which overwrite what they are given, and linears alone."""
+        torch.ops._C.fused_add_rms_norm(x, residual, self.norms[0], EPSILON)
+        y = gemm.fp8_linear(gemm.fp8_linear(x, *self.weights["qkv"])[:, :HIDDEN], *self.weights["out"])
+        torch.ops._C.fused_add_rms_norm(y, residual, self.norms[1], EPSILON)
+        gate_up = gemm.fp8_linear(y, *self.weights["gate_up"])
+        product = gate_up.new_empty(gate_up.shape[0], INTERMEDIATE)
+        torch.ops._C.silu_and_mul(product, gate_up)
+        return gemm.fp8_linear(product, *self.weights["down"]), residual
+
+    def linears(self, x: torch.Tensor, residual: torch.Tensor) -> Rows:
+        """Return anything after the four linears alone: what no joining can go below but by its codes."""
+        y = gemm.fp8_linear(gemm.fp8_linear(x, *self.weights["qkv"])[:, :HIDDEN], *self.weights["out"])
+        gate_up = gemm.fp8_linear(y, *self.weights["gate_up"])
+        return gemm.fp8_linear(gate_up[:, :INTERMEDIATE], *self.weights["down"]), residual
+
+
+def chain(layers: Sequence[Callable[[torch.Tensor, torch.Tensor], Rows]], x: torch.Tensor) -> Rows:
+    """Return the rows behind all layers."""
+    x, residual = x.clone(), torch.zeros_like(x)  # some layers overwrite theirs
+    for layer in layers:
+        x, residual = layer(x, residual)
+    return x, residual
+
+
+def main() -> None:
+    """Print a line for each number of tokens: microseconds a layer of each arm, and how far their answers are apart."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
+    parser.add_argument("--m", default="1,2,4,8,16,32,64,128,512", help="numbers of tokens")
+    parser.add_argument("--layers", type=int, default=4, help="each with weights of its own, together beyond L2")
+    arguments = parser.parse_args()
+    import vllm._custom_ops  # noqa: F401  registers torch.ops._C
+
+    layers = [Layer() for _ in range(arguments.layers)]
+    for m in map(int, arguments.m.split(",")):
+        x = torch.randn(m, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        kinds = {
+            "joined": [layer.joined for layer in layers],
+            "apart": [layer.apart for layer in layers],
+            "linears": [layer.linears for layer in layers],
+        }
+        arms = {name: capture([partial(chain, calls, x)] * 4) for name, calls in kinds.items()}
+        taken = {name: us / len(layers) for name, us in interleaved_us(arms, 15).items()}
+        found, other = (arms[name].outputs[0][1] for name in ("joined", "apart"))
+        print(
+            f"m={m}: joined {taken['joined']:.2f} us a layer, apart {taken['apart']:.2f}, linears alone "
+            f"{taken['linears']:.2f}; residuals apart by {reference.relative_error(found, other):.4f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""RMSNorm and SiLU-and-multiply that write codes, alone and before a linear, on the emulated multiprocessor."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from fp8_backend.kernels import fused_linear, heuristics, launcher, layout, norm, reference, silu
+from fp8_backend.kernels.problem import GemmProblem, Machine
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from tests.emulation import emulated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
+MACHINE = Machine(8, (4, 2, 1))
+EPSILON = 1e-6
+CODE_ERROR = 1 / 16  # half a unit of e4m3 relative to its value; of the smallest ones 2^-10
+BF16_ERROR = 0.002  # rounding of the output: 0.0017
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("device-code")
+
+
+def make_x(m, k, dtype=torch.bfloat16):
+    return (torch.randn(m, k) * torch.rand(m, 1) * 10).to(dtype)
+
+
+def make_weight(n, k):
+    codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, torch.rand(ceil_div(n, BLOCK), ceil_div(k, BLOCK)) * 1e-3 + 1e-4
+
+
+def normed_in_float64(x, residual, weight):
+    """Return what no rounding has touched: the sums and the normalised rows."""
+    rows = x.double() if residual is None else x.double() + residual.double()
+    return rows, rows / (rows.square().mean(dim=1, keepdim=True) + EPSILON).sqrt() * weight.double()
+
+
+def assert_codes(codes, scale, expected, units):
+    """Assert that codes are within half a unit of e4m3 of float64 rows, and `units` roundings of 2^-8 before that."""
+    m, k = expected.shape
+    assert (codes.shape, scale.shape) == ((m, align(k, BLOCK)), (m, ceil_div(k, BLOCK)))
+    assert scale.stride() == (1, align(m, 4)) and (codes[:, k:].float() == 0).all()
+    found = reference.dequantize(codes[:, :k], scale, 1, torch.float64)
+    smallest = scale.double().repeat_interleave(BLOCK, 1)[:, :k] * 2**-10
+    assert ((found - expected).abs() <= expected.abs() * (CODE_ERROR + units * 2**-8) + smallest * 1.01).all()
+
+
+def surrounded(m, k, dtype):
+    """Return rows of k that other data lies between, and that 16-byte loads cannot take."""
+    return torch.full((m, k + 3), float("nan"), dtype=dtype)[:, 2 : k + 2]
+
+
+# Columns of no whole block, of no multiple of 8, of one block, of more parts than there are threads; aligned and not.
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (3, 1000), (2, 1029), (5, 2048), (2, 8320)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adds", [False, True])
+def test_rms_norm_quant(m, k, dtype, adds, folder):
+    torch.manual_seed(m + k)
+    x, residual, weight = make_x(m, k, dtype), make_x(m, k, dtype) if adds else None, torch.rand(k).to(dtype) + 0.5
+    if m == 3:  # rows that vectors do not fit
+        x = surrounded(m, k, dtype).copy_(x)
+    before = x.clone()
+    sums, expected = normed_in_float64(x, residual, weight)
+    with emulated(folder, MACHINE) as machine:
+        made = norm.rms_norm_quant(x, residual, weight, EPSILON, keep=True)
+        machine.seed = 1
+        again = norm.rms_norm_quant(x, residual, weight, EPSILON)
+    assert_codes(made.codes, made.scale, expected, 2)
+    assert reference.relative_error(made.normed, expected) < BF16_ERROR * 1.5
+    assert torch.equal(x, before)
+    assert again.normed is None and torch.equal(made.codes.view(torch.uint8), again.codes.view(torch.uint8))
+    assert torch.equal(made.scale, again.scale)
+    # What is kept and what is quantised are the same rows.
+    codes, scale = reference.per_token_group_quant(made.normed)
+    assert torch.equal(codes.view(torch.uint8), made.codes.view(torch.uint8)) and torch.equal(scale, made.scale)
+    if adds:
+        assert torch.equal(made.summed, sums.to(dtype)) and torch.equal(again.summed, made.summed)
+    else:
+        assert made.summed is None
+
+
+def test_rms_norm_of_reference_is_the_kernels(folder):
+    torch.manual_seed(7)
+    x, residual, weight = make_x(4, 4096), make_x(4, 4096), torch.randn(4096, dtype=torch.bfloat16)
+    expected, summed = reference.rms_norm(x, residual, weight, EPSILON)
+    with emulated(folder, MACHINE):
+        made = norm.rms_norm_quant(x, residual, weight, EPSILON, keep=True)
+    assert torch.equal(made.summed, summed)
+    different = made.normed != expected  # by a sum of squares in another order
+    assert different.float().mean() < 1e-3
+    torch.testing.assert_close(made.normed, expected, rtol=2**-7, atol=0)
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them(folder):
+    torch.manual_seed(8)
+    x, weight = make_x(9, 640), torch.randn(640, dtype=torch.bfloat16)
+    with emulated(folder, MACHINE):
+        whole = norm.rms_norm_quant(x, None, weight, EPSILON)
+        alone = norm.rms_norm_quant(x[4:5], None, weight, EPSILON)
+    assert torch.equal(whole.codes[4:5].view(torch.uint8), alone.codes.view(torch.uint8))
+    assert torch.equal(whole.scale[4:5], alone.scale)
+
+
+def test_zeros_and_infinities(folder):
+    x = torch.zeros(3, 256, dtype=torch.bfloat16)
+    x[1, 5], x[2, 200] = float("inf"), float("nan")
+    with emulated(folder, MACHINE):
+        made = norm.rms_norm_quant(x, None, torch.ones(256, dtype=torch.bfloat16), EPSILON, keep=True)
+    assert (made.codes[0].float() == 0).all() and (made.normed[0] == 0).all()
+    assert made.normed[1, 5].isnan() and (made.normed[1, :5] == 0).all() and made.normed[2].isnan().all()
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 128), (3, 1000), (6, 1029), (9, 384)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_mul_quant(m, k, dtype, folder):
+    torch.manual_seed(m + k)
+    x = make_x(m, 2 * k, dtype)
+    x[0, :4] = torch.tensor([-300.0, 300.0, -88.0, 0.0])
+    if m == 3:
+        x = surrounded(m, 2 * k, dtype).copy_(x)
+    gate, up = x.double().chunk(2, dim=1)
+    with emulated(folder, MACHINE) as machine:
+        codes, scale = silu.silu_mul_quant(x)
+        machine.seed = 1
+        again = silu.silu_mul_quant(x)
+    assert_codes(codes, scale, gate * gate.sigmoid() * up, 1)
+    assert torch.equal(codes.view(torch.uint8), again[0].view(torch.uint8)) and torch.equal(scale, again[1])
+
+
+# Into the tiles that decode kernels read: the same codes, swizzled, and nothing in rows without a token.
+def test_tiles(folder):
+    torch.manual_seed(3)
+    m, k, tokens = 5, 1000, 8
+    x, weight = make_x(m, 2 * k), torch.rand(k).bfloat16()
+    k_blocks, poison = ceil_div(k, BLOCK), 0x55
+    with emulated(folder, MACHINE):
+        normed = norm.rms_norm_quant(x[:, :k], None, weight, EPSILON)
+        rows, gate = norm.Rows(x[:, :k], None, weight, False), silu.halved(x)
+        launches = (
+            (rows.prepare(EPSILON)(rows.x, tokens), rows.pointers(), normed[:2]),
+            (silu.prepare(gate, tokens), (gate.data_ptr(),), silu.silu_mul_quant(x)),
+        )
+        for launch, pointers, (expected, expected_scale) in launches:
+            codes = torch.full((k_blocks, tokens, BLOCK), poison, dtype=torch.uint8)
+            scale = torch.full((k_blocks, align(m, 4)), float("nan"))
+            launch(launcher.current_stream(0), *pointers, codes.data_ptr(), scale.data_ptr())
+            plain = layout.unpack_weight(codes.view(torch.float8_e4m3fn), tokens, k_blocks * BLOCK)
+            assert torch.equal(plain[:m].view(torch.uint8), expected.view(torch.uint8))
+            assert torch.equal(scale[:, :m].t(), expected_scale)
+            assert (codes[:, m:] == poison).all() and scale[:, m:].isnan().all()
+
+
+# The whole way of a call, by decode kernels and by a GEMM, with and without what else is asked for.
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (20, torch.float16), (70, torch.bfloat16)])
+@pytest.mark.parametrize("adds", [False, True])
+def test_linear_behind_a_norm(m, dtype, adds, folder):
+    torch.manual_seed(m)
+    n, k = 136, 1000
+    (codes, scale), x, bias = make_weight(n, k), make_x(m, k, dtype), torch.randn(n, dtype=dtype)
+    residual, norm_weight = make_x(m, k, dtype) if adds else None, torch.rand(k).to(dtype)
+    packed = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    with emulated(folder, MACHINE) as machine:
+        made = norm.rms_norm_quant(x, residual, norm_weight, EPSILON, keep=True)
+        runs = machine.runs
+        y, summed, normed = fused_linear.rms_norm_linear(x, residual, norm_weight, EPSILON, *packed, n, bias, keep=True)
+        assert machine.runs == runs + 2
+        again, *_, nothing = fused_linear.rms_norm_linear(x, residual, norm_weight, EPSILON, *packed, n, bias)
+    expected = reference.fp8_gemm_nt(made.codes[:, :k], made.scale, codes, scale, bias, torch.float64)
+    assert reference.relative_error(y, expected) < BF16_ERROR
+    assert torch.equal(y, again) and torch.equal(normed, made.normed) and nothing is None
+    assert torch.equal(summed, made.summed) if adds else summed is None
+
+
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (20, torch.float16), (70, torch.bfloat16)])
+def test_linear_behind_silu(m, dtype, folder):
+    torch.manual_seed(m)
+    n, k = 136, 1000
+    (codes, scale), x = make_weight(n, k), make_x(m, 2 * k, dtype)
+    packed = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
+    with emulated(folder, MACHINE) as machine:
+        q, s = silu.silu_mul_quant(x)
+        runs = machine.runs
+        y = fused_linear.silu_mul_linear(x, *packed, n)
+        assert machine.runs == runs + 2
+        assert torch.equal(y, fused_linear.silu_mul_linear(x, *packed, n))
+    expected = reference.fp8_gemm_nt(q[:, :k], s, codes, scale, dtype=torch.float64)
+    assert reference.relative_error(y, expected) < BF16_ERROR
+
+
+def test_a_kernel_that_quantises_by_itself_is_not_chosen_behind_another():
+    for m in (1, 8, 33, 64, 65, 512):
+        for n, k in ((6144, 4096), (24576, 4096), (4096, 12288), (512, 7168)):
+            choice = heuristics.select(GemmProblem(m, n, k), fusable=False)
+            assert not getattr(choice.config, "fused", False)
+            assert heuristics.adds_in_order(heuristics.select(GemmProblem(m, n, k), False, True))
