@@ -246,8 +246,8 @@ def test_runs_are_listed_in_tiles(counts, folder):
             continue
         first, count = len(expected), ceil_div(end - start, routing.TILE_ROWS)
         for t in range(count):
-            row, band = start + t * routing.TILE_ROWS, t // 16 * 16
-            rows_and_width = min(end - row, routing.TILE_ROWS) | min(count - band, 16) << 16
+            row, band = start + t * routing.TILE_ROWS, t // 8 * 8
+            rows_and_width = min(end - row, routing.TILE_ROWS) | min(count - band, 8) << 16
             expected.append([int(ids[start]), row, rows_and_width, first + band])
     assert words[:2].tolist() == [0, 0] and tiles == expected
 

@@ -3,7 +3,7 @@
 // One CTA of 1024 threads, a thread a group.
 #include "scan.cuh"
 
-constexpr u32 kTileRows = 256, kBand = 2048 / kTileRows;  // as in runs.cuh
+constexpr u32 kTileRows = 256, kBand = 1024 / kTileRows;  // as in runs.cuh
 
 // tiles: {group, first row, rows | band width << 16, first tile of the band} for each; num_tiles: how many.
 extern "C" __global__ void __launch_bounds__(kThreads)
