@@ -100,8 +100,8 @@ def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.T
 def launch_gemm(config: GemmConfig, packed: bool) -> None:
     """Launch one configuration on partial tiles, two tiles by two, k split in every way that it can be."""
     m = config.block_m + 3
-    # An n that allows stores of 16 bytes, and one that does not.
-    n, k = config.block_n + (8 if packed else 7), 1024 if config.split_k else 384
+    # An n that allows stores of 16 bytes, and one that does not; every stage is filled more than once.
+    n, k = config.block_n + (8 if packed else 7), 128 * max(config.num_stages + 2, 8 if config.split_k else 0)
     x, weight, out, truth = operands(m, n, k)
     if not packed:
         weight = gemm.Weight(layout.unpack_weight(weight.codes.cpu(), n, k).cuda(), weight.scale, n, k)

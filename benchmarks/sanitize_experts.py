@@ -8,9 +8,10 @@ import torch
 
 from fp8_backend.bench.moe_operands import RandomExperts
 from fp8_backend.bench.moe_shapes import MoeShape, route
-from fp8_backend.kernels import experts, reference
+from fp8_backend.kernels import experts, masked, reference
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
+from fp8_backend.kernels.grouped import TALL_ROWS
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # codes and scales of all groups
@@ -22,7 +23,7 @@ TOKENS: dict[experts.Form, tuple[int, ...]] = {
     "prefill": (3, 70, 300),
 }
 LIMIT = 0.02  # as tests/test_experts_gpu.py has it
-N, K = 264, 384
+N, K = 264, 9 * 128  # more k-blocks than stages
 
 
 def launches() -> Iterator[str]:
@@ -32,11 +33,12 @@ def launches() -> Iterator[str]:
         for tokens in numbers:
             for on_input in (False,) if form == "single" else (False, True):
                 yield _experts(layer, form, tokens, on_input)
-    codes, scale = (torch.randn(4, N, K) * 60).clamp(-448, 448).to(torch.float8_e4m3fn), torch.rand(4, 3, 3) / 500
+    codes = (torch.randn(4, N, K) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scale = torch.rand(4, 3, K // 128) / 500
     packed = pack_experts(codes.clone()).cuda(), pack_expert_scales(scale, N, K).cuda()
-    for counts in ((3, 0, 17, 1), (0, 130, 0, 70)):
+    for counts in ((3, 0, 17, 1), (0, 130, 0, 70), (0, 4 * TALL_ROWS, 3, 0)):
         yield _contiguous(counts, (codes, scale), packed)
-    for expected_m, counts in ((1, (3, 0, 17, 1)), (64, (0, 70, 1, 33))):
+    for expected_m, counts in ((1, (3, 0, 17, 1)), (64, (0, 70, 1, 33)), (masked.TALL_ROWS, (0, 70, 1, 33))):
         yield _masked(expected_m, counts, (codes, scale), packed)
 
 
