@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from fp8_backend.kernels import experts_prefill, grouped, grouped_tall, routing
 from fp8_backend.kernels.compiler import compile_kernel
@@ -82,3 +83,10 @@ def test_workspace_is_m_times_top_k_rows():
 
 def test_the_set_is_bounded():
     assert len(set(SPECS)) == len(SPECS) <= 12
+
+
+def test_tall_tiles_take_scales_that_end_with_their_rows():
+    """Others go through the kernels that fetch each scale alone: a bulk copy would read past the last row."""
+    scale = torch.zeros(6, 40)
+    assert grouped_tall.takes(scale) and grouped_tall.takes(scale[:, :39]) and grouped_tall.takes(scale.view(2, 3, 40))
+    assert not any(map(grouped_tall.takes, (scale[:, 4:], scale[:, :36], scale[:, 1:], torch.zeros(6, 39), scale.t())))

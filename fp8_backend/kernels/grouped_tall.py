@@ -10,7 +10,7 @@ from fp8_backend.kernels import launcher
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
-from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.routing import COUNTER_BYTES, MAX_GROUPS, TALL_TILE_ROWS, TILE_BYTES, Routing
 from fp8_backend.kernels.tensor_map import BYTES, MovableMap, row_major_map
 
@@ -60,9 +60,12 @@ def is_vectorised(out: torch.Tensor) -> bool:
 
 
 def takes(scale_a: torch.Tensor) -> bool:
-    """Return whether scale_a [..., k_blocks, rows] can be fetched by bulk copies: 16-byte aligned contiguous rows."""
+    """Return whether scale_a [..., k_blocks, rows] lies so that bulk copies can fetch it, and end with a row's padding.
+
+    Rows must be contiguous, 16-byte aligned and padded to a multiple of 4, as `reference.mn_major` lays them out.
+    """
     aligned = scale_a.data_ptr() % 16 == 0 and all(stride % 4 == 0 for stride in scale_a.stride()[:-1])
-    return aligned and scale_a.stride(-1) == 1
+    return aligned and scale_a.stride(-1) == 1 and scale_a.stride(-2) == align(scale_a.shape[-1], 4)
 
 
 def list_counts(masked_m: torch.Tensor, max_m: int) -> Routing:
@@ -100,8 +103,8 @@ def launch(
 
     Args:
         a: codes [rows, k_blocks * 128] in sorted order, 16-byte aligned rows.
-        scale_a: [k_blocks, at least rows] float32, or [num_groups, k_blocks, at least rows / num_groups] where all
-            groups have as many rows; see `takes`.
+        scale_a: [k_blocks, rows] float32, or [num_groups, k_blocks, rows / num_groups] where all groups have as many
+            rows; see `takes`.
         weight: [num_groups, k_blocks, n_aligned, 128] packed.
         scale_b: [num_groups, k_blocks, scales] packed.
         out: [entries, n] bfloat16, float16 or float32, contiguous columns.
