@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from math import log
 from pathlib import Path
 
@@ -24,8 +25,11 @@ def test_a_hung_child_is_killed_with_its_own_children(tmp_path: Path) -> None:
     failure = run_child([sys.executable, "-c", program], output, 3)
     assert failure is not None and failure.startswith("not finished after 3 s")
     grandchild = Path("/proc", output.read_text().strip())
-    # Killed; whether init has collected it by now is not ours to say.
-    assert not grandchild.exists() or "Z" in (grandchild / "stat").read_text().split()[2]
+    # Killed; when it gets a turn to end on a busy machine, and when init collects it, is not ours to say.
+    deadline = time.monotonic() + 20
+    while grandchild.exists() and "Z" not in (grandchild / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the grandchild lives on"
+        time.sleep(0.05)
 
 
 def test_a_failed_child_is_quoted(tmp_path: Path) -> None:
