@@ -20,7 +20,7 @@
 // a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros; where a has
 // fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no output needs the others. A packed b is swizzled in memory,
 // and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
-#include "wgmma.cuh"
+#include "tiles.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
 // Columns that share a scale of b in every tile: tiles start at multiples of BLOCK_N, blocks of scales at multiples of 128.
@@ -96,22 +96,6 @@ struct Output {
         if (column + 1 < n) store_element(data, at + 1, type, second);
     }
 };
-
-// Lays 16 rows x kStored columns of a warp's accumulators into rows of 128 or 64 bytes, swizzled as the copy engine expects. The target
-// is a multiple of 1024 bytes away from a swizzle period.
-template <bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
-    const u32 row = lane % 16, row_address = target + row * kStored * 2, swizzle = kStored == 64 ? row % 8 : row / 2 % 4;
-#pragma unroll
-    for (u32 q = 0; q < kStored / 16; ++q) {  // 16 columns: two groups of 8
-        u32 words[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
-            words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
-        }
-        store_matrices(row_address + ((q * 2 + lane / 16) ^ swizzle) * 16, words);
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_PER_SM)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
@@ -311,8 +295,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll
                     for (u32 wave = 0; wave < kWaves; ++wave) {
                         const float* columns = sum[wave] + j * (kStored / 2);
-                        if (out_type == kBf16) lay_out<true>(columns, target + wave * 64 * kRowBytes, lane);
-                        else lay_out<false>(columns, target + wave * 64 * kRowBytes, lane);
+                        if (out_type == kBf16) lay_out<kStored, true>(columns, target + wave * 64 * kRowBytes, lane);
+                        else lay_out<kStored, false>(columns, target + wave * 64 * kRowBytes, lane);
                     }
                     fence_async_shared();
                     __syncwarp();

@@ -14,6 +14,7 @@
 // 5 row table free, row table written.
 #include "group.cuh"
 #include "promotion.cuh"
+#include "tiles.cuh"
 
 constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
@@ -62,18 +63,6 @@ DEVICE void write_gated(const float (&gate)[64], const float (&up)[64], u8* code
         if (valid) *reinterpret_cast<uint4*>(codes + lane % 4 * 32 + w * 16) = bytes;
     }
     if (valid && lane % 4 == 0) *scale = group_scale(largest);
-}
-
-// A tile {group, first row, rows | ...} of the list, and which of its runs of columns.
-struct Item {
-    int4 tile;
-    u32 run;
-};
-// Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
-DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
-    const int4 band = __ldcg(tiles + index / runs);
-    const u32 width = static_cast<u32>(band.z) >> 16, local = index - band.w * runs;
-    return {__ldcg(tiles + band.w + local % width), local / width};
 }
 
 // Fetches two blocks of 128 rows of the weight, as far as there are so many, from a k-block counted over all groups.

@@ -8,6 +8,7 @@
 //
 // 16 rows that lie together in the output, all of the tile's, leave through the copy engine while the next tile is computed; others by their threads.
 #include "promotion.cuh"
+#include "tiles.cuh"
 
 constexpr u32 kTileRows = 256, kTileColumns = 128, kHalfRows = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kStageBytes = kBytesA + kTileColumns * kBlockK;
@@ -15,37 +16,10 @@ constexpr u32 kScaleRows = kTileRows + 4;  // tiles start at any row, copies of 
 constexpr u32 kStageScaleBytes = (kScaleRows + 4) * 4;
 constexpr u32 kProducers = 3, kEmptyArrivals = 8;
 
-struct Item {
-    u32 group, row, rows, column;
-};
-
-// Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once.
-DEVICE Item item_at(u32 index, const int4* tiles, u32 column_tiles) {
-    const int4 band = __ldcg(tiles + index / column_tiles);
-    const u32 width = static_cast<u32>(band.z) >> 16, local = index - band.w * column_tiles;
-    const int4 tile = __ldcg(tiles + band.w + local % width);
-    return {static_cast<u32>(tile.x), static_cast<u32>(tile.y), tile.z & 0xffffu, local / width};
-}
-
 // Where a lane finds its operands in stage 0: descriptors' low words, addresses in shared memory, of barriers too.
 struct Places {
     u32 a, b, scale_a, scale_b, full, empty;
 };
-
-// Lays 16 rows x 64 columns of a warp's accumulators into rows of 128 bytes, swizzled as the copy engine expects.
-template <bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
-    const u32 row = lane % 16, row_address = target + row * 128;
-#pragma unroll
-    for (u32 q = 0; q < 4; ++q) {  // 16 columns: two groups of 8
-        u32 words[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
-            words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
-        }
-        store_matrices(row_address + ((q * 2 + lane / 16) ^ row % 8) * 16, words);
-    }
-}
 
 // Sets sum[half] to the sum of k_blocks products, from the stage at which the ring stands; that one has been waited for.
 template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Places& at, Ring& ring, u32 k_blocks, u32 lane) {
@@ -140,26 +114,27 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
             const u32 t = round * gridDim.x + (blockIdx.x + round) % gridDim.x;
             if (t >= items) break;
             const Item item = item_at(t, tiles, column_tiles);
-            const u32 column = item.column * kTileColumns, row_in_scales = item.row - item.group * group_rows, first_scale = row_in_scales & ~3u;
-            const float* const of_rows = scale_a + item.group * scale_group_stride + first_scale;
+            const u32 group = item.tile.x, row = item.tile.y, rows = item.tile.z & 0xffff;
+            const u32 column = item.run * kTileColumns, row_in_scales = row - group * group_rows, first_scale = row_in_scales & ~3u;
+            const float* const of_rows = scale_a + group * scale_group_stride + first_scale;
             const u32 rows_b = min(kTileColumns, n_aligned - column), scales = min(kScaleRows, scale_a_stride - first_scale);
-            const i64 first_block = static_cast<i64>(item.group) * k_blocks;
+            const i64 first_block = static_cast<i64>(group) * k_blocks;
             for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
                 const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
                 barrier_wait(empty + 8 * s, ring.parity ^ 1);
                 if (producer == 0) {
-                    barrier_expect(bar, ceil_div(item.rows, kHalfRows) * kHalfRows * kBlockK);
-                    tensor_copy(stage, &map_a, 0, item.row, kb, bar);
-                    if (item.rows > kHalfRows) tensor_copy(stage + kHalfRows * kBlockK, &map_a, 0, item.row + kHalfRows, kb, bar);
+                    barrier_expect(bar, ceil_div(rows, kHalfRows) * kHalfRows * kBlockK);
+                    tensor_copy(stage, &map_a, 0, row, kb, bar);
+                    if (rows > kHalfRows) tensor_copy(stage + kHalfRows * kBlockK, &map_a, 0, row + kHalfRows, kb, bar);
                 } else if (producer == 1) {
                     barrier_expect(bar, rows_b * kBlockK);
                     bulk_copy(stage + kBytesA, weight + ((first_block + kb) * n_aligned + column) * kBlockK, rows_b * kBlockK, bar);
                 } else {
                     const u32 target = base + kOffsetScales + s * kStageScaleBytes;
-                    *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(item.row, item.rows, item.column, row_in_scales % 4);
+                    *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(row, rows, item.run, row_in_scales % 4);
                     barrier_expect(bar, (scales + 4) * 4);
                     bulk_copy(target, of_rows + static_cast<i64>(kb) * scale_a_stride, scales * 4, bar);
-                    bulk_copy(target + kScaleRows * 4, scale_b + (first_block + kb) * scale_b_stride + (item.column & ~3u), 16, bar);
+                    bulk_copy(target + kScaleRows * 4, scale_b + (first_block + kb) * scale_b_stride + (item.run & ~3u), 16, bar);
                 }
             }
         }
@@ -193,8 +168,8 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
 #pragma unroll
                 for (u32 piece = 0; piece < 2; ++piece) {
                     const u32 target = base + kOffsetRoom + piece * (kTileRows * 128) + row * 128;
-                    if (type == kBf16) lay_out<true>(slice + piece * 32, target, lane);
-                    else lay_out<false>(slice + piece * 32, target, lane);
+                    if (type == kBf16) lay_out<64, true>(slice + piece * 32, target, lane);
+                    else lay_out<64, false>(slice + piece * 32, target, lane);
                     fence_async_shared();
                     __syncwarp();
                     if (lane == 0) tensor_store(&map_out, target, tile.z * kTileColumns + piece * 64, tile.x + row);

@@ -1,0 +1,31 @@
+// What the GEMMs share about tiles: which one is next in a list that the device has made, and outputs on their way to the copy engine.
+#pragma once
+#include "wgmma.cuh"
+
+// A tile {group, first row, rows | ...} of the list, and which of its runs of columns.
+struct Item {
+    int4 tile;
+    u32 run;
+};
+// Items of a band of rows lie one after the other, rows fastest, so that a tile of weights is fetched once. tiles: as route.cuh lists them.
+DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
+    const int4 band = __ldcg(tiles + index / runs);
+    const u32 width = static_cast<u32>(band.z) >> 16, local = index - band.w * runs;
+    return {__ldcg(tiles + band.w + local % width), local / width};
+}
+
+// Lays 16 rows x kColumns (64 or 32) columns of a warp's accumulators into rows of 128 or 64 bytes, swizzled as the copy engine expects. The target
+// is a multiple of 1024 bytes away from a swizzle period.
+template <u32 kColumns, bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
+    const u32 row = lane % 16, row_address = target + row * kColumns * 2, swizzle = kColumns == 64 ? row % 8 : row / 2 % 4;
+#pragma unroll
+    for (u32 q = 0; q < kColumns / 16; ++q) {  // 16 columns: two groups of 8
+        u32 words[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
+            words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
+        }
+        store_matrices(row_address + ((q * 2 + lane / 16) ^ swizzle) * 16, words);
+    }
+}
