@@ -79,7 +79,7 @@ def main() -> None:
                 for log in Path(folder).glob("*.log"):
                     shutil.copy(log, arguments.logs / log.name)
             if part == "sanitize":
-                result["sanitizer"] = written
+                result["sanitizer"] = written.get("sanitizer", {})
             else:
                 result["rows"] += written.get("rows", [])
                 env["failures"] += written.get("failures", [])

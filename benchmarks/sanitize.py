@@ -26,7 +26,7 @@ from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import align, ceil_div
 from fp8_backend.measure.child import run_child, stop_children_on_signals
-from fp8_backend.measure.environment import write_json
+from fp8_backend.measure.environment import environment, write_json
 
 FINDINGS = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
     parser.add_argument("--seconds", type=float, default=40, help="of launches under each tool")
+    parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
     if arguments.target:
         return target(arguments.seconds)
@@ -171,14 +172,16 @@ def main() -> None:
         parser.error("name the file to write")
     stop_children_on_signals()
     found: dict[str, Any] = {}
+    result = {"env": environment(arguments.commit), "sanitizer": found}
     log = arguments.out.with_suffix(".log")
     if (failure := run_child(TARGET, log, arguments.seconds + SLACK_S, ENVIRONMENT)) is not None:
-        write_json(arguments.out, {"without a tool": {"failure": failure, "clean": False}})
+        found["without a tool"] = {"failure": failure, "clean": False}
+        write_json(arguments.out, result)
         sys.exit(f"the launches fail without any tool: {failure}")
     for tool in FINDINGS:
         found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.seconds)
         print(f"{tool}: {found[tool]}"[:500], flush=True)
-        write_json(arguments.out, found)
+        write_json(arguments.out, result)
     if not all(result.get("clean") for result in found.values()):
         sys.exit("compute-sanitizer: not clean")
 
