@@ -16,7 +16,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 # By parts of a row a thread has.
 SPECS = {chunks: KernelSpec("rms_norm_quantize.cuh", "rms_norm_quantize", (("CHUNKS", chunks),)) for chunks in (1, 2)}
 DTYPES = (torch.bfloat16, torch.float16)
-_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 6 + ("f32",))
+_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 7 + ("f32",))
 _POINTERS = 7
 _ELEMENTS = 8  # neighbouring ones, a thread and part
 _MAX_THREADS, _WARP = 1024, 32
@@ -146,6 +146,6 @@ def prepare(
     threads = align(ceil_div(parts, chunks), _WARP)
     params = (
         *(x.stride(0), residual_stride, k, k_blocks, align(m, 4)),
-        *(quantize.ELEMENT_TYPES[x.dtype], int(vectorised), tile_rows, epsilon),
+        *(quantize.ELEMENT_TYPES[x.dtype], int(vectorised), tile_rows, quantize.early(m, k), epsilon),
     )
     return launcher.PreparedLaunch(kernel(chunks, x.device.index), (m, 1), threads, 0, _POINTERS, params)

@@ -14,12 +14,16 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
 ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of elements.cuh
-_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 7)
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 8)
 _ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
 _THREADS = 16 * _ROWS_PER_CTA * _GROUPS_PER_CTA
 # From here on the kernel is bound by the loads it has in flight (128 x 7168: 2.3 and 2.5 us with 1 and 2 rows a thread;
 # 4096 x 2048: 10.9 and 8.3).
 _MANY_ELEMENTS = 2_000_000
+# From here on the GEMM behind starts when this kernel has ended. If it is let in earlier, its CTAs take multiprocessors
+# in the order in which these become free, and share less in L2: one H100, us early and late, 8192 x 36864x7168 4330 and
+# 3630, 4096 x 36864x7168 1951 and 1807, 2048 x 512x7168 36.8 and 31.5; but 1024 x 7168x2048 33.9 and 35.0.
+_LATE_ELEMENTS = 5_000_000
 
 
 @cache
@@ -80,7 +84,13 @@ def _grid(m: int, k: int, rows: int) -> tuple[int, int]:
 
 def _shape(x: torch.Tensor, tile_rows: int) -> tuple[int, ...]:
     m, k = x.shape
-    return (x.stride(0), m, k, ceil_div(k, BLOCK), align(m, 4), ELEMENT_TYPES[x.dtype], vectorised(x), tile_rows)
+    k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
+    return (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k))
+
+
+def early(m: int, k: int) -> int:
+    """Return 1 if the kernel behind one that makes codes [m, k] should start before that has ended, else 0."""
+    return int(m * k < _LATE_ELEMENTS)
 
 
 def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:

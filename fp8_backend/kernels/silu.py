@@ -14,7 +14,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPEC = KernelSpec("silu_mul_quantize.cuh", "silu_mul_quantize")
 DTYPES = (torch.bfloat16, torch.float16)
-_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 7)
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 8)
 _POINTERS = 3
 _ROWS_PER_CTA, _GROUPS_PER_CTA, _THREADS = 4, 2, 128
 
@@ -86,7 +86,7 @@ def prepare(gate: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
     k_blocks = ceil_div(k, BLOCK)
     params = (
         *(gate.stride(0), m, k, k_blocks, align(m, 4)),
-        *(quantize.ELEMENT_TYPES[gate.dtype], quantize.vectorised(gate), tile_rows),
+        *(quantize.ELEMENT_TYPES[gate.dtype], quantize.vectorised(gate), tile_rows, quantize.early(m, k)),
     )
     grid = ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA)
     return launcher.PreparedLaunch(kernel(gate.device.index), grid, _THREADS, 0, _POINTERS, params)

@@ -20,12 +20,12 @@ DEVICE float sum_of_cta(float value, float* of_warps) {
 }
 
 // x: [m, k] of 16 bits with row stride x_stride (elements). residual: likewise, or null. norm_weight: [k]. summed: [m, k], x + residual; written only with a
-// residual. normed: [m, k], or null if nobody wants the rows themselves. codes, scale, tile_rows: as of quantize.cuh. A CTA for each row.
+// residual. normed: [m, k], or null if nobody wants the rows themselves. codes, scale, tile_rows, early: as of quantize.cuh. A CTA for each row.
 // vectorised: rows of all of these start at 16-byte boundaries and k % 8 == 0.
 extern "C" __global__ void __launch_bounds__(1024, CHUNKS == 1 ? 2 : 1)
 rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual, const void* __restrict__ norm_weight, void* __restrict__ summed,
                   void* __restrict__ normed, u8* __restrict__ codes, float* __restrict__ scale, i64 x_stride, i64 residual_stride, u32 k,
-                  u32 k_blocks, u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, float epsilon) {
+                  u32 k_blocks, u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early, float epsilon) {
     __shared__ float of_warps[32];
     const u32 row = blockIdx.x, lane = threadIdx.x % kGroupLanes;
     u32 column[CHUNKS], valid[CHUNKS];
@@ -34,7 +34,7 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
         column[c] = (c * blockDim.x + threadIdx.x) * 8;
         valid[c] = column[c] < k ? min(k - column[c], 8u) : 0;
     }
-    launch_next_kernel();
+    if (early) launch_next_kernel();
     // Since the last layer its line has left L2, and is on its way from memory while the previous kernel still runs.
 #pragma unroll
     for (u32 c = 0; c < CHUNKS; ++c)
