@@ -17,8 +17,10 @@
 // SPLIT_K kernels can be launched in clusters of 2, 4 or 8 that share the k-blocks of one tile: every CTA sends its sums to the CTA that
 // owns their columns (st.async, counted by the barrier `exchanged`), which adds them in the order of ranks.
 //
-// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros; where a has
-// fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no output needs the others. A packed b is swizzled in memory,
+// a and a row-major b come through 3D maps {128 bytes of k, rows, k-blocks}, swizzled by the copy, out-of-range rows as zeros. These take the
+// copy engine longer than rows that exist, so there are few of a: the last tile of rows is a whole one that ends with a's rows (rounded up to 4, for its
+// scales), and writes some of them twice, the same bits; where a has fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no
+// output needs the others. A packed b is swizzled in memory,
 // and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "tiles.cuh"
 
@@ -45,14 +47,14 @@ struct Tile {
 };
 
 // Tiles in strips of `strip` columns of tiles, n fastest, so that a wave of CTAs shares rows of a and b in L2; without strips m fastest, so
-// that CTAs beside each other share a tile of b as it comes from memory.
-DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip) {
-    if (strip == 0) return {index % tiles_m * BLOCK_M, index / tiles_m * BLOCK_N};
+// that CTAs beside each other share a tile of b as it comes from memory. No tile begins behind `last_m`.
+DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 last_m) {
+    if (strip == 0) return {min(index % tiles_m * BLOCK_M, last_m), index / tiles_m * BLOCK_N};
     const u32 per_strip = strip * tiles_m;
     const u32 first = index / per_strip * strip;
     const u32 width = min(strip, tiles_n - first);
     const u32 local = index % per_strip;
-    return {local / width * BLOCK_M, (first + local % width) * BLOCK_N};
+    return {min(local / width * BLOCK_M, last_m), (first + local % width) * BLOCK_N};
 }
 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
@@ -132,6 +134,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     launch_next_kernel();
 
     const u32 tiles_m = ceil_div(m, u32(BLOCK_M)), tiles_n = ceil_div(n, u32(BLOCK_N));
+    const u32 last_m = m_aligned > BLOCK_M ? m_aligned - BLOCK_M : 0;
     const u32 first_tile = blockIdx.x / split, tile_step = gridDim.x / split, num_tiles = tiles_m * tiles_n;
     const u32 first_block = k_blocks * split_rank / split, end_block = k_blocks * (split_rank + 1) / split;
     Ring ring;
@@ -142,8 +145,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         if (producer < kProducers && elect_lane()) {
             if (producer != 1 || !packed_b) wait_for_previous_kernel();
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-                const Tile tile = tile_at(t, tiles_m, tiles_n, strip);
-                const u32 scale_rows = tile.m < m_aligned ? min(u32(BLOCK_M), m_aligned - tile.m) : 0;
+                const Tile tile = tile_at(t, tiles_m, tiles_n, strip, last_m);
+                const u32 scale_rows = min(u32(BLOCK_M), m_aligned - tile.m);
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
                 const float* tile_scale_a = scale_a + tile.m;
@@ -164,7 +167,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     } else {
                         const u32 target = scales + s * kStageScaleBytes;
                         barrier_expect(bar, (scale_rows + kScaleFloats) * 4);
-                        if (scale_rows) bulk_copy(target, tile_scale_a + static_cast<i64>(kb) * m_aligned, scale_rows * 4, bar);
+                        bulk_copy(target, tile_scale_a + static_cast<i64>(kb) * m_aligned, scale_rows * 4, bar);
                         bulk_copy(target + BLOCK_M * 4, tile_scale_b + static_cast<i64>(kb) * scale_b_stride, kScaleFloats * 4, bar);
                     }
                 }
@@ -181,7 +184,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         bool full_already = false;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-            const Tile tile = tile_at(t, tiles_m, tiles_n, strip);
+            const Tile tile = tile_at(t, tiles_m, tiles_n, strip, last_m);
             u32 block_scale[kScales];
 #pragma unroll
             for (u32 i = 0; i < kScales; ++i) {
