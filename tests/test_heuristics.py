@@ -72,7 +72,7 @@ def test_few_tokens_stream_and_many_multiply():
 
 def test_narrow_weights_are_split_along_k():
     choice = select(GemmProblem(1, 512, 7168))
-    assert choice.config.split == 8 and choice.grid >= 100
+    assert choice.config.split == 8 and choice.grid >= 64
 
 
 # Small enough that the fastest kernels split k: the mode must change the choice, and never to a kernel that does.

@@ -85,48 +85,42 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds on one H200. Each constant was fitted to a sweep (docs/kernel-notes*.md); they rank
-# kernels (the choice is within 5 % of the best one on average) and are not meant to predict.
-_LAUNCH_NS = 2350  # from the start of a kernel to its first product, and its end
-_STREAM_BYTES_PER_NS = 34  # an SM's share of 4.5 TB/s
-_FILL_BYTES_PER_NS = 54  # what an SM gets from L2, weights on their way from memory included
-_ROUND_TRIP_NS = 3400  # of a stage, from its release to new data in it, with all SMs at work
-_BLOCK_NS, _BLOCK_TOKEN_NS = 240, 2.6  # one k-block through a CTA, and more for each token
-_BLOCK_ROWS_TOKEN_NS = 30  # and for each where both math warpgroups multiply every k-block
-_SHARED_SM = 1.17  # how much longer a k-block takes beside another CTA
-# And longer yet from 32 tokens and this many bytes of weights on: 12 cells of m = 32 were up to 13 % slower than the
-# GEMM is at m = 64.
-_SHARED_LARGE, _LARGE_BYTES = 1.25, 12e6
-_OVERLAP = (0.2, 0.3, 0.0)  # of the early stages, the part that arrives before the tokens, by residency
-_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 120, 40, 17  # sums to another CTA of the cluster
-_OUTPUT_TOKEN_NS = 14  # sums to the output without a cluster
-_GROUPS_AT_ONCE, _GROUP_NS = 2, 200  # groups of a half-warp whose latencies overlap; each more
+# The cost model, in nanoseconds. Its constants were fitted together to a sweep on one H100 (docs/kernel-notes.md: 27
+# weights, 1 to 8192 rows): they rank kernels, the choice is 1.6 % from the best one on average, and are not meant to
+# predict.
+_LAUNCH_NS = 2180  # from the start of a kernel to its first product, and its end
+_FREE_NS = 1340  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
+_STREAM_BYTES_PER_NS = 34.9  # a multiprocessor's share of memory bandwidth
+_FILL_BYTES_PER_NS = 51  # what it gets from L2, weights on their way from memory included
+_ROUND_TRIP_NS = 3990  # of a stage, from its release to new data in it, with all multiprocessors at work
+_BLOCK_NS, _BLOCK_TOKEN_NS = 234, 4.26  # one k-block through a CTA, and more for each token
+_BLOCK_ROWS_TOKEN_NS = 35.5  # and for each where both math warpgroups multiply every k-block
+_SHARED_SM = 1.32  # how much longer a k-block takes beside another CTA
+_OVERLAP = 0.27  # of the early stages of a CTA with all of the shared memory, the part that arrives before the tokens
+_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 225, 66, 8.6  # sums to another CTA of the cluster
+_OUTPUT_TOKEN_NS = 6.7  # sums to the output without a cluster
+_GROUPS_AT_ONCE, _GROUP_NS = 3.8, 487  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
-# Each token and k-block beyond the third, of weights of fewer bytes than this: without it 512x7168, 3072x1536 and
-# 2112x7168 took up to a fifth longer with 4 tokens than with the 8 of which a kernel of their own makes codes. One
-# token of 2112x7168 and 7168x2048 took a fifth longer with it.
-_SMALL_BYTES, _SMALL_BYTES_OF_ONE, _SMALL_BLOCKS, _SMALL_TOKEN_NS = 16e6, 8e6, 3, 50
-_LATE_TOKENS_NS, _LATE_GROUP_NS = 50, 0.17  # tokens through a kernel of their own, mostly behind the weights' way
-_LATE_TOKEN_NS = 900  # a single one, which is quantised inside by the time that this kernel needs to start
-# Quantisation ahead of a GEMM: with _GEMM_LAUNCH_NS 3500, what the choice between decode and GEMM was fitted to.
-_QUANTISE_NS = 1980
-# The same for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows and start sooner: by a sweep of 22
-# weights on an H100 the choice there is 5.2 % from the best, and 7.2 % without it.
-_QUANTISE_FEW_NS = 230
-_GEMM_LAUNCH_NS = 1520
-# One k-block of a tile with all SMs at work, its start and epilogue, and what a CTA that shares k adds to these.
+_SMALL_BYTES, _SMALL_TOKEN_NS = 8e6, 60  # each token and k-block of weights of fewer bytes
+_LATE_TOKENS_NS, _LATE_GROUP_NS = 1200, 0.22  # tokens through a kernel of their own
+_LATE_TOKEN_NS = 2690  # a single one, which is quantised inside by the time that this kernel needs to start
+# Quantisation ahead of a GEMM; for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows, it is behind
+# the weights' way.
+_QUANTISE_NS, _QUANTISE_FEW_NS = 1600, 352
+_GEMM_LAUNCH_NS = 531
+# One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
-    (64, 64): (335, 1158, 1430),
-    (64, 128): (291, 673, 4810),
-    (128, 64): (274, 415, 2501),
-    (128, 96): (334, 1041, 2762),
-    (128, 128): (418, 433, 5700),
-    (128, 160): (500, 926, 0),
-    (128, 192): (556, 1553, 0),
-    (256, 128): (729, 1870, 0),
+    (64, 64): (393, 77, 3170),
+    (64, 128): (360, 736, 7190),
+    (128, 64): (267, 1320, 3040),
+    (128, 96): (378, 1440, 5590),
+    (128, 128): (484, 846, 5740),
+    (128, 160): (526, 1950, 0),
+    (128, 192): (586, 1840, 0),
+    (256, 128): (776, 1940, 0),
 }
-_ALONE = 0.69  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
-_HALF_IDLE = 0.85  # of it, where at most half of the multiprocessors work: the clock is higher
+_ALONE = 0.68  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
+_HALF_IDLE = 0.79  # of it, where at most half of the multiprocessors work: the clock is higher
 # Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
 _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
 
@@ -167,27 +161,27 @@ def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[flo
 
 def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> float:
     config, rows, tokens, m = choice.config, choice.rows, choice.config.tokens, problem.m
-    ctas = RESIDENCIES[residency][0]
+    (ctas, shared_bytes), num_sms = RESIDENCIES[residency], problem.machine.num_sms
+    fit = 2 if shared_bytes == HALF_SHARED_BYTES else 1  # of these CTAs, a multiprocessor
     blocks = ceil_div(problem.k_blocks, config.split)
     rounds = ceil_div(ceil_div(problem.n, rows) * config.split, choice.grid)
     both = tokens if rows > 64 else 0
     block_ns = max(
-        rows * BLOCK / _STREAM_BYTES_PER_NS * ctas,
+        rows * BLOCK / _STREAM_BYTES_PER_NS * choice.grid / num_sms,
         (rows + (0 if config.fused else tokens)) * BLOCK / _FILL_BYTES_PER_NS * ctas,
         (_BLOCK_NS + _BLOCK_TOKEN_NS * tokens + _BLOCK_ROWS_TOKEN_NS * both) * (_SHARED_SM if ctas > 1 else 1),
         _ROUND_TRIP_NS / choice.num_stages,
     )
-    cost = _LAUNCH_NS + (rounds * blocks - _OVERLAP[residency] * min(blocks, choice.prefetch)) * block_ns
+    early = _OVERLAP * min(blocks, choice.prefetch) if fit == 1 else 0
+    cost = _LAUNCH_NS + (rounds * blocks - early) * block_ns - _FREE_NS * (1 - choice.grid / (fit * num_sms))
     if config.split > 1:
         cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
     else:
         cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
-    if ctas > 1 and tokens >= 32 and problem.n * problem.k > _LARGE_BYTES:
-        cost *= _SHARED_LARGE
-    small = problem.n * problem.k < (_SMALL_BYTES if m > 1 else _SMALL_BYTES_OF_ONE)
+    small = problem.n * problem.k < _SMALL_BYTES
     if config.fused:
         if small:
-            cost += _SMALL_TOKEN_NS * m * max(0, blocks - _SMALL_BLOCKS)
+            cost += _SMALL_TOKEN_NS * m * blocks
         return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
     late = _LATE_TOKENS_NS if m > 1 or small else _LATE_TOKEN_NS
     return cost + late + _LATE_GROUP_NS * m * problem.k_blocks
@@ -224,7 +218,7 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int)
     if (problem.m + problem.n) * problem.k > _BEYOND_L2_BYTES and waves > _BEYOND_L2_WAVES:
         block_ns = max(block_ns, (config.block_m + config.block_n) * BLOCK / _BEYOND_L2_BYTES_PER_NS)
     if split > 1:
-        tile_ns += split_ns + 50 * split
+        tile_ns += split_ns
     return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
 
 
