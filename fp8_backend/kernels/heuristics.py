@@ -107,6 +107,10 @@ _LATE_TOKEN_NS = 2690  # a single one, which is quantised inside by the time tha
 # Quantisation ahead of a GEMM; for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows, it is behind
 # the weights' way.
 _QUANTISE_NS, _QUANTISE_FEW_NS = 1600, 352
+# More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
+# room, nor those of the linear behind it (one H100, a layer of Qwen3-8B at m = 1 and 8: 77.4 and 79.7 us without this,
+# 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same).
+_JOINED_TOKENS, _JOINED_NS = 16, 5000
 _GEMM_LAUNCH_NS = 531
 # One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
@@ -244,6 +248,8 @@ def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = F
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
     quantise = _QUANTISE_FEW_NS if 16 < problem.m <= MAX_DECODE_TOKENS else _QUANTISE_NS
+    if not fusable and problem.m <= _JOINED_TOKENS:
+        quantise += _JOINED_NS
     choices += [(cost + quantise, choice) for cost, choice in gemm_choices(problem)]
     if batch_invariant:
         choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
