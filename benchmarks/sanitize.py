@@ -3,6 +3,9 @@
     python -m benchmarks.sanitize OUT.json
 
 Only our kernels run on the GPU: operands are made and results compared on the CPU.
+
+racecheck counts the arrival of a lane for that lane alone: where one lane arrives behind __syncwarp() for its warp, it
+takes what the others read before as a race with what is written next. Under it every lane arrives (ptx.cuh).
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import gemm, heuristics, layout, norm, reference, silu
+from fp8_backend.kernels import gemm, heuristics, launcher, layout, norm, reference, silu
+from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -126,8 +131,20 @@ def launch_decode(config: DecodeConfig) -> None:
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config
 
 
-def target(seconds: float) -> None:
+def let_every_lane_arrive() -> None:
+    """Have kernels that are loaded from now on arrive by every lane where one would for its warp."""
+    load = launcher.load
+
+    def load_so(spec: KernelSpec, layout: launcher.ParamLayout) -> launcher.Kernel:
+        return load(replace(spec, defines=(*spec.defines, ("EVERY_LANE_ARRIVES", 1))), layout)
+
+    launcher.load = load_so
+
+
+def target(seconds: float, every_lane_arrives: bool) -> None:
     """Be the program that compute-sanitizer watches; end after `seconds`, for its summary to be printed."""
+    if every_lane_arrives:
+        let_every_lane_arrive()
     torch.manual_seed(0)
     start = time.monotonic()
     for name in launches():
@@ -144,8 +161,9 @@ def sanitize(tool: str, log: Path, seconds: float) -> dict[str, Any]:
     if program is None:
         return {"failure": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin", "clean": False}
     command = [program, "--tool", tool, "--error-exitcode", str(STATUS_OF_FINDINGS), "--print-limit", "20"]
+    watched = [*TARGET, "--seconds", str(seconds)] + (["--every-lane-arrives"] if tool == "racecheck" else [])
     start = time.monotonic()
-    failure = run_child([*command, *TARGET, "--seconds", str(seconds)], log, seconds + SLACK_S, ENVIRONMENT)
+    failure = run_child([*command, *watched], log, seconds + SLACK_S, ENVIRONMENT)
     text = log.read_text(errors="replace")
     summary = FINDINGS[tool].search(text)
     result: dict[str, Any] = {
@@ -163,11 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
+    parser.add_argument("--every-lane-arrives", action="store_true", help="of --target, for racecheck")
     parser.add_argument("--seconds", type=float, default=40, help="of launches under each tool")
     parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
     if arguments.target:
-        return target(arguments.seconds)
+        return target(arguments.seconds, arguments.every_lane_arrives)
     if arguments.out is None:
         parser.error("name the file to write")
     stop_children_on_signals()

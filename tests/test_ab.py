@@ -92,6 +92,13 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
     assert engine.asked == untimed + worker.TIMED
 
 
+def test_start_up_without_the_warmup_says_so(tmp_path: Path) -> None:
+    (row,) = [row for row in report.rows("m", RUNS, None, deepgemm_warmup=False) if "start-up" in row.get("what", "")]
+    assert report.name_of(row) == "start-up without DeepGEMM's warm-up (s)"
+    assert setup.child_environment(tmp_path, False)["VLLM_DEEP_GEMM_WARMUP"] == "skip"
+    assert "VLLM_DEEP_GEMM_WARMUP" not in setup.child_environment(tmp_path)
+
+
 def test_rows() -> None:
     found = report.rows("m", RUNS, report.why_no_verdict(RUNS, True))
     assert [report.name_of(row) for row in found] == [

@@ -13,8 +13,9 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks import sanitize
 from benchmarks.experts_parts import launches_up_to
-from fp8_backend.kernels import experts, gemm, grouped, heuristics, layout, m_grouped, reference, routing
+from fp8_backend.kernels import experts, gemm, grouped, heuristics, launcher, layout, m_grouped, reference, routing
 from fp8_backend.kernels.compiler import CUDA_FOLDER
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
@@ -78,6 +79,21 @@ def test_every_gemm_config(config, packed, folder):
             assert reference.relative_error(out, expected) < BF16_ERROR, choice
             out.fill_(float("nan"))
             assert surroundings.isnan().all()
+
+
+# What racecheck watches (benchmarks/sanitize.py) must be right, too.
+def test_every_lane_may_arrive(folder, monkeypatch):
+    torch.manual_seed(4)
+    n, k = 136, 1000
+    (codes, scale), x = make_weight(n, k), torch.randn(70, k, dtype=torch.bfloat16)
+    weight, expected = (layout.pack_weight(codes), layout.pack_scale(scale, n, k)), truth(x, codes, scale)
+    with emulated(folder, MACHINE) as machine, monkeypatch.context() as patch:
+        patch.setattr(launcher, "load", launcher.load)  # to be put back
+        sanitize.let_every_lane_arrive()
+        for m in (1, 70):
+            assert reference.relative_error(gemm.fp8_linear(x[:m], *weight, n), expected[:m]) < BF16_ERROR
+        assert {spec.file for spec, _ in machine.loaded} == {"quantize.cuh", "decode.cuh", "gemm.cuh"}
+        assert all(("EVERY_LANE_ARRIVES", 1) in spec.defines for spec, _ in machine.loaded)
 
 
 @pytest.mark.parametrize(

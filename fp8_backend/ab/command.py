@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=int, default=129, help="tokens of TPOT's long answer")
     parser.add_argument("--rounds", type=int, default=1, help="times default, ours, ours, default")
     parser.add_argument("--kv-gib", type=float, help="KV cache of both arms; default: 8 on a GPU, 0.25 on a CPU")
+    parser.add_argument(
+        "--skip-deepgemm-warmup",
+        action="store_true",
+        help="of both arms (it takes the default minutes): kernels compile in the calls that need them, which are not "
+        "timed, and the start-up time says so",
+    )
     parser.add_argument("--run-limit", type=float, default=900, metavar="S", help="seconds after which a run is ended")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds after which no run is started")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs that --out already holds")
@@ -94,7 +100,15 @@ def request_for(arguments: argparse.Namespace, setup: Setup) -> Request:
     )
 
 
-def run_arm(arm: str, number: int, setup: Setup, request: Request, out: Path, limit_s: float) -> dict[str, Any]:
+def run_arm(
+    arm: str,
+    number: int,
+    setup: Setup,
+    request: Request,
+    out: Path,
+    limit_s: float,
+    deepgemm_warmup: bool = True,
+) -> dict[str, Any]:
     """Run one arm in a process and with caches of its own; return what it measured and what its log says."""
     request.engine = engine_arguments(setup, arm, request)
     name = f"run-{number}-{arm}"
@@ -103,7 +117,7 @@ def run_arm(arm: str, number: int, setup: Setup, request: Request, out: Path, li
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "fp8_backend.ab.worker", str(asked), str(answer)]
     with tempfile.TemporaryDirectory(prefix="fp8-ab-") as caches:
-        failure = run_child(command, log, limit_s, child_environment(Path(caches)))
+        failure = run_child(command, log, limit_s, child_environment(Path(caches), deepgemm_warmup))
     found = json.loads(answer.read_text()) if answer.exists() else {"tpot_ms": {}, "prefill_ms": {}}
     if found.get("done"):
         failure = None  # everything was measured; how the process ended does not matter
@@ -143,7 +157,7 @@ def _result(
         "kl": _kl(runs, setup, request),
         "no_verdict": no_verdict,
         "runs": shown,
-        "rows": report.rows(setup.model.name, runs, no_verdict),
+        "rows": report.rows(setup.model.name, runs, no_verdict, not arguments.skip_deepgemm_warmup),
     }
 
 
@@ -186,7 +200,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.deadline and start > begin + arguments.deadline:
                 env["missing_runs"].append(f"run {number}, {arm}: not started before --deadline; use --resume")
                 continue
-            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit))
+            warmup = not arguments.skip_deepgemm_warmup
+            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, warmup))
             _say(runs[-1], time.monotonic() - start)
             write_json(out / "e2e.json", _result(arguments, setup, request, runs, env))
     result = _result(arguments, setup, request, runs, env)

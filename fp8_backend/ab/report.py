@@ -61,8 +61,13 @@ def why_no_verdict(runs: Sequence[dict[str, Any]], default_is_fp8: bool) -> str 
     return None
 
 
-def rows(model: str, runs: Sequence[dict[str, Any]], no_verdict: str | None) -> list[dict[str, Any]]:
-    """Return one row for each batch, prefill, start-up time and peak memory."""
+def rows(
+    model: str, runs: Sequence[dict[str, Any]], no_verdict: str | None, deepgemm_warmup: bool = True
+) -> list[dict[str, Any]]:
+    """Return one row for each batch, prefill, start-up time and peak memory.
+
+    deepgemm_warmup: whether the runs had it; the start-up time's row says where they had not.
+    """
     complete = [run["answer"] | {"arm": run["arm"]} for run in runs if run["failure"] is None]
 
     def row(what: dict[str, Any], unit: str, values: dict[str, list[float]]) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def rows(model: str, runs: Sequence[dict[str, Any]], no_verdict: str | None) -> 
         result.append(row({"batch": int(batch)}, "ms", values("tpot_ms", batch)))
     for prefill in dict.fromkeys(key for answer in complete for key in answer["prefill_ms"]):
         result.append(row({"prefill": prefill}, "ms", values("prefill_ms", prefill)))
-    result.append(row({"what": "start-up"}, "s", values("start_up_s")))
+    start_up = "start-up" if deepgemm_warmup else "start-up without DeepGEMM's warm-up"
+    result.append(row({"what": start_up}, "s", values("start_up_s")))
     result.append(row({"what": "peak memory"}, "gib", values("peak_bytes", scale=2**-30)))
     return result
 

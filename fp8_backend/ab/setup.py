@@ -102,9 +102,13 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
     return common | {"gpu_memory_utilization": 0.05, "enforce_eager": True}
 
 
-def child_environment(caches: Path) -> dict[str, str]:
-    """Return what a run's environment adds: caches of its own, and nothing asked online."""
+def child_environment(caches: Path, deepgemm_warmup: bool = True) -> dict[str, str]:
+    """Return what a run's environment adds: caches of its own, and nothing asked online.
+
+    deepgemm_warmup: whether vLLM may compile DeepGEMM's kernels for every number of tokens as it starts.
+    """
     return {
+        **({} if deepgemm_warmup else {"VLLM_DEEP_GEMM_WARMUP": "skip"}),
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "DG_JIT_CACHE_DIR": str(caches / "deep_gemm"),
         "TRTLLM_DG_CACHE_DIR": str(caches / "tensorrt_llm"),

@@ -52,6 +52,13 @@ DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     made.pending = static_cast<int>(arrivals);
 }
 DEVICE void barrier_init_fence() {}
+#ifdef EVERY_LANE_ARRIVES
+constexpr u32 kArrivalsOfWarp = 32;
+DEVICE bool arrives_for_warp(u32) { return true; }
+#else
+constexpr u32 kArrivalsOfWarp = 1;
+DEVICE bool arrives_for_warp(u32 lane) { return lane == 0; }
+#endif
 DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
     emulation::barrier_at(emulation::owner_of(barrier), barrier).arrive(arrivals);
 }

@@ -149,7 +149,7 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         __syncwarp();  // one lane arrives for all
-        if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kMmaGroups - 1].y);
+        if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kMmaGroups - 1].y);
         fence_registers(partial[u]);
 #pragma unroll
         for (u32 j = 0; j < kMmaGroups; ++j) {
@@ -221,7 +221,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     if (warp == 0) {
         if (lane < num_stages) {
             barrier_init(full + 8 * lane, kProducers);
-            barrier_init(empty + 8 * lane, kMathWarps);
+            barrier_init(empty + 8 * lane, kMathWarps * kArrivalsOfWarp);
         }
         if (lane == 0) barrier_init(exchanged, 1);
         barrier_init_fence();
@@ -310,7 +310,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                     for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
                         __syncwarp();  // one lane arrives for all
-                        if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
+                        if (arrives_for_warp(lane)) barrier_arrive(empty + 8 * ring.stage);
                     }
                 } else if (count == kUnroll) {
                     multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, first_token, scale_low, scale_high, lane);

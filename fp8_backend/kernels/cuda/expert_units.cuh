@@ -138,7 +138,7 @@ struct Stages {
     DEVICE void init_barriers(u32 producers, u32 consumers) const {
         if (threadIdx.x < number) {
             barrier_init(full + 8 * threadIdx.x, producers + (FUSED ? depth : 1) * kLoaderArrivals);
-            barrier_init(empty + 8 * threadIdx.x, consumers);
+            barrier_init(empty + 8 * threadIdx.x, consumers * kArrivalsOfWarp);
         }
         barrier_init_fence();
         __syncthreads();

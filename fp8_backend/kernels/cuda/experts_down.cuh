@@ -47,7 +47,7 @@ template <u32 kCount> DEVICE void multiply(Sums& sum, const Stages& stages, u32 
         fence_registers(partial[u]);
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
+    if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
 #pragma unroll

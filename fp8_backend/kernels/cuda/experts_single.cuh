@@ -229,7 +229,7 @@ struct Turns {
         barrier_wait(full + 8 * slot, parity);
         const float seen = multiply(ring + slot * kSlotBytes, scales + slot * kSlotScales);
         __syncwarp();
-        if (lane == 0) barrier_arrive_after(empty + 8 * slot, seen);
+        if (arrives_for_warp(lane)) barrier_arrive_after(empty + 8 * slot, seen);
         slot += kTeams;
         if (slot >= num_stages) slot -= num_stages, parity ^= 1;
     }
@@ -256,7 +256,7 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
 
     if (threadIdx.x < num_stages) {
         barrier_init(full + 8 * threadIdx.x, kProducers / 32);
-        barrier_init(empty + 8 * threadIdx.x, 4);
+        barrier_init(empty + 8 * threadIdx.x, 4 * kArrivalsOfWarp);
     }
     barrier_init_fence();
     __syncthreads();

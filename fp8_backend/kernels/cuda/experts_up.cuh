@@ -66,7 +66,7 @@ DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 second_offs
         fence_registers(second[u]);
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
+    if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage, of_rows[kCount - 1][ROWS / 8 - 1].y);
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
 #pragma unroll

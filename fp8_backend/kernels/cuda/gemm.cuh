@@ -36,7 +36,7 @@ constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
-constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4;
+constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
 constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
@@ -225,7 +225,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
                         __syncwarp();
-                        barrier_arrive_after_words(empty + 8 * s, low[0], high[0], lane == 0);
+                        barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives_for_warp(lane));
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);

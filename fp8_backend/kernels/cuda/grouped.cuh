@@ -20,7 +20,7 @@ constexpr u32 kTileRows = 128, kHalf = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kBytesHalf = kHalf * kBlockK;
 constexpr u32 kStageBytes = kBytesA + 2 * kBytesHalf;
 constexpr u32 kExchangeBytes = GATED ? 64 * 128 * 4 : 0;
-constexpr u32 kFullArrivals = 128 + 2 + !GATED, kEmptyArrivals = 8;
+constexpr u32 kFullArrivals = 128 + 2 + !GATED, kEmptyArrivals = 8 * kArrivalsOfWarp;
 #if !GATED
 constexpr u32 kBoxRows = kTileRows / 2;  // a narrow tile fetches one box of rows, a wide one two
 #endif
@@ -109,7 +109,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
         }
         for (u32 i = 0; i < kTickets; ++i) {
             barrier_init(ticket_full + 8 * i, 1);
-            barrier_init(ticket_empty + 8 * i, 4);
+            barrier_init(ticket_empty + 8 * i, 4 * kArrivalsOfWarp);
         }
         barrier_init_fence();
     }
@@ -218,7 +218,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             barrier_wait(ticket_bar, at_ticket.parity);
             t = __float_as_uint(load_shared(tickets + 16 * at_ticket.stage));
             __syncwarp();
-            barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, lane == 0);
+            barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, arrives_for_warp(lane));
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (lane == 0 && warp == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);

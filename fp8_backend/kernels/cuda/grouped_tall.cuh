@@ -14,7 +14,7 @@ constexpr u32 kTileRows = 256, kTileColumns = 128, kHalfRows = 128;
 constexpr u32 kBytesA = kTileRows * kBlockK, kStageBytes = kBytesA + kTileColumns * kBlockK;
 constexpr u32 kScaleRows = kTileRows + 4;  // tiles start at any row, copies of scales at every fourth
 constexpr u32 kStageScaleBytes = (kScaleRows + 4) * 4;
-constexpr u32 kProducers = 3, kEmptyArrivals = 8;
+constexpr u32 kProducers = 3, kEmptyArrivals = 8 * kArrivalsOfWarp;
 
 // Where a lane finds its operands in stage 0: descriptors' low words, addresses in shared memory, of barriers too.
 struct Places {
@@ -47,7 +47,7 @@ template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Plac
             fence_registers(partial);
             if (half == kHalves - 1) {
                 __syncwarp();
-                barrier_arrive_after_words(at.empty + 8 * s, low, high, lane == 0);
+                barrier_arrive_after_words(at.empty + 8 * s, low, high, arrives_for_warp(lane));
                 ring.stage = s;
                 ring.advance(NUM_STAGES);
                 full_already = barrier_passed(at.full + 8 * ring.stage, ring.parity);

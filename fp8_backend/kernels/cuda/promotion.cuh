@@ -22,7 +22,7 @@ template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2]
     for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
         for (u32 i = 0; i < 64; ++i) sum[slice][i] = 0.f;
-    u32 rows = at.rows, scale_a = at.scale_a, empty = at.empty, releases = lane == 0;
+    u32 rows = at.rows, scale_a = at.scale_a, empty = at.empty, releases = arrives_for_warp(lane);
     u32 of_slice[kSlices];
 #pragma unroll
     for (u32 slice = 0; slice < kSlices; ++slice) of_slice[slice] = at.scale_b[slice];
