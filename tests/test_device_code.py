@@ -69,7 +69,7 @@ def test_every_gemm_config(config, packed, folder):
     # The wide ones in tiles that each cut a block of scales elsewhere.
     n = 136 if config.block_n <= 128 else 2 * config.block_n + 104
     a, weight, bias, expected, choices = gemm_problem(config, n, packed)
-    with emulated(folder, MACHINE):
+    with emulated(folder, MACHINE) as machine:
         for choice in choices if packed else [replace(choices[0], strip=2)]:
             # Other elements around the output; its rows are aligned for the copy engine with 16 bits, and not with 32.
             dtype = torch.bfloat16 if packed else torch.float32
@@ -79,6 +79,7 @@ def test_every_gemm_config(config, packed, folder):
             assert reference.relative_error(out, expected) < BF16_ERROR, choice
             out.fill_(float("nan"))
             assert surroundings.isnan().all()
+        assert not packed or machine.filled_rows() == 0  # the last tile of rows is a whole one
 
 
 # What racecheck watches (benchmarks/sanitize.py) must be right, too.
@@ -309,7 +310,7 @@ def test_masked_grouped_gemm(expected_m, folder):
 RING, EXCHANGE = 0, -1  # which choice of a configuration: k by one CTA, or by as many as can be
 FAULTS = {
     "a stage is filled before it is free": (RING, "barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
-    "a stage is free when one warp has read it": (RING, "MATH_WARPGROUPS * 4;", "1;"),
+    "a stage is free when one warp has read it": (RING, "MATH_WARPGROUPS * 4 * kArrivalsOfWarp;", "1;"),
     "a stage is read at once": (RING, "if (!full_already) barrier_wait(full + 8 * s, ring.parity);", ""),
     "half of the sums are waited for": (EXCHANGE, "kGroups * kGroupBytes);", "kGroups * kGroupBytes / 2);"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fp8_backend.kernels import quantize
 from fp8_backend.kernels.heuristics import (
     HALF_SHARED_BYTES,
     DecodeChoice,
@@ -73,6 +74,17 @@ def test_few_tokens_stream_and_many_multiply():
 def test_narrow_weights_are_split_along_k():
     choice = select(GemmProblem(1, 512, 7168))
     assert choice.config.split == 8 and choice.grid >= 64
+
+
+# Behind a norm a GEMM's CTAs are in the way of the kernels around it.
+def test_few_tokens_behind_a_norm_keep_decode_kernels():
+    for m in (1, 16):
+        assert isinstance(select(GemmProblem(m, 24576, 4096), fusable=False), DecodeChoice)
+    assert not isinstance(select(GemmProblem(32, 24576, 4096), fusable=False), DecodeChoice)
+
+
+def test_large_codes_are_written_before_the_gemm_starts():
+    assert quantize.early(1024, 4096) == 1 and quantize.early(8192, 4096) == 0
 
 
 # Small enough that the fastest kernels split k: the mode must change the choice, and never to a kernel that does.

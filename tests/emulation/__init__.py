@@ -99,16 +99,22 @@ class Emulated:
     def __init__(self, folder: Path, sources: Path | None, seed: int) -> None:
         self.folder, self.sources, self.seed, self.runs = folder, sources, seed, 0
         self.loaded: dict[tuple[KernelSpec, launcher.ParamLayout], launcher.Kernel] = {}
+        self._libraries: list[ctypes.CDLL] = []
 
     def load(self, spec: KernelSpec, layout: launcher.ParamLayout) -> launcher.Kernel:
         """Return a kernel whose launches run here and now; stands for `launcher.load`."""
         key = (spec, layout)
         if key not in self.loaded:
             library = ctypes.CDLL(str(build(replace(spec, folder=self.sources or spec.folder), self.folder)))
+            self._libraries.append(library)
             library.run.restype = ctypes.c_char_p
             library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7)
             self.loaded[key] = launcher.Kernel(spec.name, 0, layout, launch=self._launch(spec.name, library.run))
         return self.loaded[key]
+
+    def filled_rows(self) -> int:
+        """Return how many rows that no tensor has were filled with zeros, by all launches of the kernels loaded."""
+        return sum(ctypes.c_uint.in_dll(library, "filled_rows").value for library in self._libraries)
 
     def _launch(self, name: str, run: Callable[..., bytes]) -> Callable[..., int]:
         def launch(config: int, _function: int, parameters: int, _extra: None) -> int:

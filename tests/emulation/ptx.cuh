@@ -161,10 +161,16 @@ DEVICE void prefetch_l2(const void* source, u32 bytes) {
 // Where the byte for an address lies, swizzled as the engine and wgmma do it, in rows of 128 or 64 bytes.
 DEVICE u32 swizzle(u32 address, u32 row_bytes = 128) { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 
+// Rows outside of a tensor that a copy has filled with zeros, since this library was loaded: the copy engine is slow at that.
+extern "C" {
+u32 filled_rows = 0;
+}
+
 DEVICE void copy_box(emulation::Cta& of, u32 target, const TensorMap& map, u32 x, u32 y, u32 z) {
     const u32 row_bytes = map.box[0] * map.element;
     for (u32 plane = 0; plane < map.box[2]; ++plane)
-        for (u32 row = 0; row < map.box[1]; ++row)
+        for (u32 row = 0; row < map.box[1]; ++row) {
+            filled_rows += y + row >= map.dims[1];
             for (u32 byte = 0; byte < row_bytes; ++byte) {
                 const u64 column = x + byte / map.element;
                 const bool inside = column < map.dims[0] && y + row < map.dims[1] && z + plane < map.dims[2];
@@ -172,6 +178,7 @@ DEVICE void copy_box(emulation::Cta& of, u32 target, const TensorMap& map, u32 x
                 const u8* source = reinterpret_cast<const u8*>(map.address) + x * map.element + byte + (y + row) * map.strides[0] + (z + plane) * map.strides[1];
                 *emulation::at(of, map.swizzled ? swizzle(place, map.swizzled) : place, 1) = inside ? *source : 0;
             }
+        }
 }
 DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier) {
     const TensorMap described = *map;
