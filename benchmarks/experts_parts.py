@@ -23,6 +23,7 @@ from fp8_backend.bench.moe import calls_for, floor_us, route_on_gpu
 from fp8_backend.bench.moe_operands import RandomExperts, copies_for
 from fp8_backend.bench.moe_shapes import MoeShape, parse_models
 from fp8_backend.bench.shapes import parse_ms
+from fp8_backend.bench.stream import read_bytes_per_us
 from fp8_backend.kernels import experts, launcher
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
@@ -55,8 +56,8 @@ def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict
     """Yield a row for each form: its kernels, and microseconds up to and with each of them."""
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
     drawn = [route_on_gpu(shape, tokens, "balanced", 0)]
-    hit = len(drawn[0][1].unique())
-    drawn += [route_on_gpu(shape, tokens, "balanced", seed) for seed in range(1, calls_for(shape, tokens, hit))]
+    hit, rate = len(drawn[0][1].unique()), read_bytes_per_us(x.device.index)
+    drawn += [route_on_gpu(shape, tokens, "balanced", seed) for seed in range(1, calls_for(shape, tokens, hit, rate))]
     out = torch.empty_like(x)
     for form in get_args(experts.Form):
         if not experts.can_serve(form, tokens, shape.top_k, shape.hidden, shape.intermediate):
@@ -71,7 +72,7 @@ def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict
         arms = {str(most): capture([partial(cut, call, most) for call in calls]) for most in range(1, len(names) + 1)}
         us = interleaved_us(arms, ROUNDS)
         up_to = [[name, round(us[str(most)], 2)] for most, name in enumerate(names, 1)]
-        floor = round(floor_us(shape, hit), 2)
+        floor = round(floor_us(shape, hit, rate), 2)
         yield {"model": shape.name, "tokens": tokens, "form": form, "us_up_to": up_to, "floor_us": floor}
 
 

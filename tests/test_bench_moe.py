@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp8_backend import cli
-from fp8_backend.bench import moe, moe_grouped, moe_operands, moe_peers, moe_report, moe_shapes, moe_warm
+from fp8_backend.bench import moe, moe_grouped, moe_operands, moe_peers, moe_report, moe_shapes, moe_warm, stream
 from fp8_backend.bench.moe_shapes import MODELS, MoeShape
 from fp8_backend.bench.peers import parse_peers
 from fp8_backend.errors import ArgumentError
@@ -17,6 +17,7 @@ from fp8_backend.kernels.reference import relative_error
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 SMALL = MoeShape("small", 8, 256, 128, 2)
+READ = stream.read_rate(3_201_000, 6144)  # of an H200
 
 
 def row(tokens: int, us: float, model: str = "dsv3", routing: str = "balanced", **changes: object) -> dict:
@@ -33,10 +34,16 @@ ROWS = [
 ]
 
 
+def test_memory_of_both_gpus() -> None:
+    assert READ == pytest.approx(4.5e6, rel=0.001) and stream.read_rate(2_619_000, 5120) == pytest.approx(
+        3.07e6, rel=0.001
+    )
+
+
 def test_layers_are_those_of_the_models() -> None:
     shape = MODELS["qwen3-30b"]
     assert (shape.experts, shape.hidden, shape.intermediate, shape.top_k) == (128, 2048, 768, 8)
-    assert moe.floor_us(shape, 128) == pytest.approx(134, abs=0.5)  # docs: 134 us for all experts
+    assert moe.floor_us(shape, 128, READ) == pytest.approx(134, abs=0.5)  # docs: 134 us for all experts
     assert MODELS["dsv3"].flops(8192) == 6 * 8192 * 8 * 7168 * 2048
     assert moe_shapes.parse_models("64,1024,256,4") == (MoeShape("64,1024,256,4", 64, 1024, 256, 4),)
     assert [shape.name for shape in moe_shapes.parse_models("dsv3,qwen3-30b,dsv3")] == ["dsv3", "qwen3-30b"]
@@ -117,8 +124,8 @@ def test_our_experts_match_their_truth() -> None:
 
 
 def test_calls_of_a_graph() -> None:
-    assert moe.calls_for(MODELS["qwen3-30b"], 1, 8) == moe.MAX_CALLS
-    assert moe.calls_for(MODELS["dsv3"], 8192, 256) == moe.MIN_CALLS
+    assert moe.calls_for(MODELS["qwen3-30b"], 1, 8, READ) == moe.MAX_CALLS
+    assert moe.calls_for(MODELS["dsv3"], 8192, 256, READ) == moe.MIN_CALLS
 
 
 @needs_no_gpu
@@ -137,8 +144,8 @@ def test_grouped_cells() -> None:
     measured = [cell for cell in moe_grouped.CELLS if cell.rows.isdecimal()]
     assert len(measured) == 9
     cell = next(cell for cell in measured if cell.layout == "contiguous" and len(cell.counts) == 4)
-    assert moe_grouped.floor_us(cell, 4096, 7168) == pytest.approx(1288, rel=0.01)  # docs: 1288 us
-    assert moe_grouped.floor_us(measured[0], 4096, 7168) == pytest.approx(1671, rel=0.01)
+    assert moe_grouped.floor_us(cell, 4096, 7168, READ) == pytest.approx(1288, rel=0.01)  # docs: 1288 us
+    assert moe_grouped.floor_us(measured[0], 4096, 7168, READ) == pytest.approx(1671, rel=0.01)
     assert measured[0].max_m == 64
 
 

@@ -13,13 +13,13 @@ from fp8_backend.bench.moe_operands import RandomExperts, Routed, copies_for, sa
 from fp8_backend.bench.moe_peers import NAMES, MoePeer, load
 from fp8_backend.bench.moe_shapes import MoeShape, Routing, route
 from fp8_backend.bench.peers import reason_of
+from fp8_backend.bench.stream import read_bytes_per_us
 from fp8_backend.errors import DriverError
 from fp8_backend.kernels.experts import select_form
 from fp8_backend.kernels.reference import relative_error
 from fp8_backend.measure.accuracy import LIMIT_RATIO, LIMIT_SLACK
 from fp8_backend.measure.timing import Captured, capture, interleaved_us
 
-READ_BYTES_PER_US = 4.5e6  # read bandwidth of an H200
 # A graph holds as many calls as take about this long, at least MIN_CALLS and at most MAX_CALLS.
 REPLAY_US, MIN_CALLS, MAX_CALLS = 3000, 3, 16
 OPERATIONS_PER_US = 6e8  # what a call reaches at least where it is long
@@ -54,15 +54,15 @@ class Plan:
         return len(self.shapes) * len(self.tokens) * len(self.routings)
 
 
-def calls_for(shape: MoeShape, tokens: int, hit: int) -> int:
+def calls_for(shape: MoeShape, tokens: int, hit: int, bytes_per_us: float) -> int:
     """Return how many calls a graph holds, each with a routing of its own."""
-    us = max(hit * shape.expert_bytes / READ_BYTES_PER_US, shape.flops(tokens) / OPERATIONS_PER_US)
+    us = max(floor_us(shape, hit, bytes_per_us), shape.flops(tokens) / OPERATIONS_PER_US)
     return max(MIN_CALLS, min(MAX_CALLS, int(REPLAY_US / us)))
 
 
-def floor_us(shape: MoeShape, hit: float) -> float:
-    """Return the time of reading the weights of the experts hit once."""
-    return hit * shape.expert_bytes / READ_BYTES_PER_US
+def floor_us(shape: MoeShape, hit: float, bytes_per_us: float) -> float:
+    """Return the time of reading the weights of the experts hit once, at the memory's rate."""
+    return hit * shape.expert_bytes / bytes_per_us
 
 
 def run(plan: Plan) -> Iterator[Row]:
@@ -90,7 +90,8 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
     shape, cell = layer.shape, f"{layer.shape.name} {tokens} {routing}"
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
     first = route_on_gpu(shape, tokens, routing, 0)
-    count = calls_for(shape, tokens, len(first[1].unique()))
+    rate = read_bytes_per_us(x.device.index)
+    count = calls_for(shape, tokens, len(first[1].unique()), rate)
     routed = [first, *(route_on_gpu(shape, tokens, routing, seed) for seed in range(1, count))]
     hit = sum(len(ids.unique()) for _, ids in routed) / count
     rows = sampled_tokens(tokens).cuda()
@@ -116,7 +117,7 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
         "tokens": tokens,
         "routing": routing,
         "us": round(ours_us, 3),
-        "floor_us": round(floor_us(shape, hit), 3),
+        "floor_us": round(floor_us(shape, hit, rate), 3),
         "tflops": round(shape.flops(tokens) / ours_us / 1e6, 1),
         "peers": {name: round(us[name], 3) for name in NAMES if name in us},
         "extra_bytes": extra["ours"],

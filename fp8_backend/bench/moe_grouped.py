@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from fp8_backend.bench.moe import READ_BYTES_PER_US
 from fp8_backend.bench.peers import deepgemm_module, reason_of
+from fp8_backend.bench.stream import read_bytes_per_us
 from fp8_backend.kernels import reference
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
 from fp8_backend.kernels.m_grouped import (
@@ -85,10 +85,10 @@ class GroupedWeight:
         torch.cuda.synchronize()
 
 
-def floor_us(cell: GroupedCell, n: int, k: int) -> float:
-    """Return the larger of the times of reading the weights hit and of the operations at peak rate."""
+def floor_us(cell: GroupedCell, n: int, k: int, bytes_per_us: float) -> float:
+    """Return the larger of the times of reading the weights hit at the memory's rate and of the operations at peak."""
     hit = sum(count > 0 for count in cell.counts)
-    return max(hit * n * k / READ_BYTES_PER_US, 2 * sum(cell.counts) * n * k / PEAK_OPERATIONS_PER_US)
+    return max(hit * n * k / bytes_per_us, 2 * sum(cell.counts) * n * k / PEAK_OPERATIONS_PER_US)
 
 
 def run(failures: dict[str, list[str]], peers: Sequence[str]) -> Iterator[Row]:
@@ -124,6 +124,7 @@ def measure(cell: GroupedCell, weight: GroupedWeight, module: Any, failures: dic
             failures.setdefault(f"deepgemm: {reason_of(error)}", []).append(f"{cell.layout} {cell.rows}")
             torch.cuda.synchronize()
     us = interleaved_us(arms)
+    rate = read_bytes_per_us(torch.cuda.current_device())
     return {
         "layout": cell.layout,
         "groups": len(cell.counts),
@@ -131,7 +132,7 @@ def measure(cell: GroupedCell, weight: GroupedWeight, module: Any, failures: dic
         "n": weight.n,
         "k": weight.k,
         "us": round(us["ours"], 3),
-        "floor_us": round(floor_us(cell, weight.n, weight.k), 3),
+        "floor_us": round(floor_us(cell, weight.n, weight.k, rate), 3),
         "peers": {"deepgemm": round(us["deepgemm"], 3)} if "deepgemm" in us else {},
         "rel_err": errors["ours"] if errors["ours"] < 1e300 else None,
         "deepgemm_rel_err": errors.get("deepgemm"),
