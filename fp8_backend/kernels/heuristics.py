@@ -90,7 +90,7 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
 # predict.
 _LAUNCH_NS = 2180  # from the start of a kernel to its first product, and its end
 _FREE_NS = 1340  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
-_STREAM_BYTES_PER_NS = 34.9  # a multiprocessor's share of memory bandwidth
+_STREAM_BYTES_PER_NS = 34.9  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
 _FILL_BYTES_PER_NS = 51  # what it gets from L2, weights on their way from memory included
 _ROUND_TRIP_NS = 3990  # of a stage, from its release to new data in it, with all multiprocessors at work
 _BLOCK_NS, _BLOCK_TOKEN_NS = 234, 4.26  # one k-block through a CTA, and more for each token
