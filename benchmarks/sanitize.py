@@ -5,7 +5,7 @@
 Only our kernels run on the GPU: operands are made and results compared on the CPU.
 
 racecheck counts the arrival of a lane for that lane alone: where one lane arrives behind __syncwarp() for its warp, it
-takes what the others read before as a race with what is written next. Under it every lane arrives (ptx.cuh).
+takes what the others read before as a race with what is written next. Under it every lane arrives (arrivals.cuh).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ LAUNCHED = re.compile(r"^ *\d+\.\d s ", re.MULTILINE)
 FINDING = re.compile(r"^========= +(?!COMPUTE-SANITIZER)(\S.*)", re.MULTILINE)
 STATUS_OF_FINDINGS = 86
 TARGET = [sys.executable, "-m", "benchmarks.sanitize", "--target"]
+WATCHED = {"memcheck": [], "racecheck": ["--every-lane-arrives"]}  # what each tool is shown
 SLACK_S = 30  # to start, to end the launch under way, and to print the summary
 # One allocation a tensor, so that memcheck knows where each ends.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -161,7 +162,7 @@ def sanitize(tool: str, log: Path, seconds: float) -> dict[str, Any]:
     if program is None:
         return {"failure": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin", "clean": False}
     command = [program, "--tool", tool, "--error-exitcode", str(STATUS_OF_FINDINGS), "--print-limit", "20"]
-    watched = [*TARGET, "--seconds", str(seconds)] + (["--every-lane-arrives"] if tool == "racecheck" else [])
+    watched = [*TARGET, *WATCHED[tool], "--seconds", str(seconds)]
     start = time.monotonic()
     failure = run_child([*command, *watched], log, seconds + SLACK_S, ENVIRONMENT)
     text = log.read_text(errors="replace")
@@ -177,7 +178,7 @@ def sanitize(tool: str, log: Path, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the launches alone, which compiles every kernel, then under each tool; write after each one."""
+    """Run what each tool is shown alone, which compiles its kernels, then under the tool; write after each one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--target", action="store_true", help="launch the kernels and nothing else")
@@ -193,10 +194,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     result = {"env": environment(arguments.commit), "sanitizer": found}
     log = arguments.out.with_suffix(".log")
-    if (failure := run_child(TARGET, log, arguments.seconds + SLACK_S, ENVIRONMENT)) is not None:
-        found["without a tool"] = {"failure": failure, "clean": False}
-        write_json(arguments.out, result)
-        sys.exit(f"the launches fail without any tool: {failure}")
+    for options in WATCHED.values():
+        if (failure := run_child([*TARGET, *options], log, arguments.seconds + SLACK_S, ENVIRONMENT)) is not None:
+            found["without a tool"] = {"failure": failure, "clean": False}
+            write_json(arguments.out, result)
+            sys.exit(f"the launches fail without any tool: {failure}")
     for tool in FINDINGS:
         found[tool] = sanitize(tool, arguments.out.with_name(f"{arguments.out.stem}-{tool}.log"), arguments.seconds)
         print(f"{tool}: {found[tool]}"[:500], flush=True)

@@ -99,6 +99,15 @@ def test_start_up_without_the_warmup_says_so(tmp_path: Path) -> None:
     assert "VLLM_DEEP_GEMM_WARMUP" not in setup.child_environment(tmp_path)
 
 
+def test_a_run_is_kept_with_its_warmup_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run-1-default.json"
+    assert command.kept_run(path, True) is None
+    path.write_text(json.dumps(RUNS[0] | {"deepgemm_warmup": False}))
+    assert command.kept_run(path, False) is not None and command.kept_run(path, True) is None
+    path.write_text(json.dumps(run(1, "default", 4.0, 120.0, "killed")))
+    assert command.kept_run(path, True) is None
+
+
 def test_rows() -> None:
     found = report.rows("m", RUNS, report.why_no_verdict(RUNS, True))
     assert [report.name_of(row) for row in found] == [

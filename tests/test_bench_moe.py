@@ -35,9 +35,8 @@ ROWS = [
 
 
 def test_memory_of_both_gpus() -> None:
-    assert READ == pytest.approx(4.5e6, rel=0.001) and stream.read_rate(2_619_000, 5120) == pytest.approx(
-        3.07e6, rel=0.001
-    )
+    assert READ == pytest.approx(4.5e6, rel=0.001)
+    assert stream.read_rate(2_619_000, 5120) == pytest.approx(3.07e6, rel=0.001)
 
 
 def test_layers_are_those_of_the_models() -> None:

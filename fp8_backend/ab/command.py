@@ -123,8 +123,18 @@ def run_arm(
         failure = None  # everything was measured; how the process ended does not matter
     lines = selection_lines(log.read_text(errors="replace"))
     run = {"number": number, "arm": arm, "failure": failure, "selection": lines, "answer": found}
+    run["deepgemm_warmup"] = deepgemm_warmup
     (out / f"{name}.json").write_text(json.dumps(run))
     return run
+
+
+def kept_run(path: Path, deepgemm_warmup: bool) -> dict[str, Any] | None:
+    """Return the run that `run_arm` wrote here, or None if none ended well, or one with another warm-up."""
+    if not path.exists():
+        return None
+    run: dict[str, Any] = json.loads(path.read_text())
+    # Of a run that says nothing of it: there was no other way.
+    return run if run["failure"] is None and run.get("deepgemm_warmup", True) == deepgemm_warmup else None
 
 
 def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | str:
@@ -191,8 +201,8 @@ def run(arguments: argparse.Namespace) -> int:
         request = request_for(arguments, setup)
         print(f"{setup.model.name}: default arm is {setup.default_text}", flush=True)
         for number, arm in enumerate(ORDER * arguments.rounds, 1):
-            kept = out / f"run-{number}-{arm}.json"
-            if arguments.resume and kept.exists() and (run := json.loads(kept.read_text()))["failure"] is None:
+            warmup = not arguments.skip_deepgemm_warmup
+            if arguments.resume and (run := kept_run(out / f"run-{number}-{arm}.json", warmup)) is not None:
                 runs.append(run)
                 print(f"run {number}, {arm}: kept", flush=True)
                 continue
@@ -200,7 +210,6 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.deadline and start > begin + arguments.deadline:
                 env["missing_runs"].append(f"run {number}, {arm}: not started before --deadline; use --resume")
                 continue
-            warmup = not arguments.skip_deepgemm_warmup
             runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, warmup))
             _say(runs[-1], time.monotonic() - start)
             write_json(out / "e2e.json", _result(arguments, setup, request, runs, env))

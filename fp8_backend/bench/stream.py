@@ -27,7 +27,11 @@ _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "u32"))
 
 @cache
 def read_bytes_per_us(device: int) -> float:
-    """Return how many bytes a microsecond the GPU of this index reads from its memory at most."""
+    """Return how many bytes a microsecond the GPU of this index reads from its memory at most.
+
+    Raises:
+        DriverError: the driver does not tell clock and width of the memory.
+    """
     wanted = driver.DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, driver.DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
     found = [ctypes.c_int() for _ in wanted]
     for value, attribute in zip(found, wanted, strict=True):

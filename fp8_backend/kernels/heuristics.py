@@ -85,9 +85,8 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds. Its constants were fitted together to a sweep on one H100 (docs/kernel-notes.md: 27
-# weights, 1 to 8192 rows): they rank kernels, the choice is 1.6 % from the best one on average, and are not meant to
-# predict.
+# The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s (docs/kernel-notes.md): they
+# rank kernels, and are not meant to predict.
 _LAUNCH_NS = 2180  # from the start of a kernel to its first product, and its end
 _FREE_NS = 1340  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
 _STREAM_BYTES_PER_NS = 34.9  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)

@@ -61,8 +61,7 @@ def capture(calls: Sequence[Callable[[], object]]) -> Captured:
 def interleaved_us(arms: Mapping[str, Captured], rounds: int = 7) -> dict[str, float]:
     """Return each arm's median time of one call in microseconds; the arms take turns, one timed replay each.
 
-    A replay before it is not timed: it leaves the clock where this arm's power puts it and the caches as it fills them
-    (one H100, DeepGEMM at 16384 x 51200x5120: 6484 us behind another kernel, 6951 behind itself).
+    A replay before it is not timed: it leaves clock and caches as this arm does, whichever arm was before it.
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):

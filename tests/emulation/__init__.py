@@ -107,13 +107,14 @@ class Emulated:
         if key not in self.loaded:
             library = ctypes.CDLL(str(build(replace(spec, folder=self.sources or spec.folder), self.folder)))
             self._libraries.append(library)
+            ctypes.c_uint.in_dll(library, "filled_rows").value = 0  # a library stays loaded, and has counted for others
             library.run.restype = ctypes.c_char_p
             library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7)
             self.loaded[key] = launcher.Kernel(spec.name, 0, layout, launch=self._launch(spec.name, library.run))
         return self.loaded[key]
 
     def filled_rows(self) -> int:
-        """Return how many rows that no tensor has were filled with zeros, by all launches of the kernels loaded."""
+        """Return how many rows that no tensor has were filled with zeros, by all launches so far."""
         return sum(ctypes.c_uint.in_dll(library, "filled_rows").value for library in self._libraries)
 
     def _launch(self, name: str, run: Callable[..., bytes]) -> Callable[..., int]:

@@ -52,13 +52,6 @@ DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     made.pending = static_cast<int>(arrivals);
 }
 DEVICE void barrier_init_fence() {}
-#ifdef EVERY_LANE_ARRIVES
-constexpr u32 kArrivalsOfWarp = 32;
-DEVICE bool arrives_for_warp(u32) { return true; }
-#else
-constexpr u32 kArrivalsOfWarp = 1;
-DEVICE bool arrives_for_warp(u32 lane) { return lane == 0; }
-#endif
 DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
     emulation::barrier_at(emulation::owner_of(barrier), barrier).arrive(arrivals);
 }
@@ -161,7 +154,7 @@ DEVICE void prefetch_l2(const void* source, u32 bytes) {
 // Where the byte for an address lies, swizzled as the engine and wgmma do it, in rows of 128 or 64 bytes.
 DEVICE u32 swizzle(u32 address, u32 row_bytes = 128) { return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4; }
 
-// Rows outside of a tensor that a copy has filled with zeros, since this library was loaded: the copy engine is slow at that.
+// Rows outside of a tensor that copies have filled with zeros: the copy engine is slow at that.
 extern "C" {
 u32 filled_rows = 0;
 }

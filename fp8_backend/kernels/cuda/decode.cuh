@@ -19,6 +19,7 @@
 // and 2..11 (FUSED: activations are requested, the weights behind them may follow).
 //
 // A stage holds exactly `rows` rows, so wgmma, which always reads 64, may read past them: those accumulators are never stored.
+#include "arrivals.cuh"
 #include "group.cuh"
 #include "wgmma.cuh"
 

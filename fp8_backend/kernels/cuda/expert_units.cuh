@@ -4,6 +4,7 @@
 // Every CTA does the same sums in the same order, so all of them, and the kernels after them, agree where a row lies. At 512 pairs of token and
 // expert it takes about a microsecond, less than a launch.
 #pragma once
+#include "arrivals.cuh"
 #include "group.cuh"
 #include "wgmma.cuh"
 

@@ -16,6 +16,7 @@
 //   warps 4..19   four math warpgroups, which take stages in turn. First they quantise x.
 // Barriers: full (4 producers + bytes) and empty (4 warps of a warpgroup) per stage. Named: 1 producers, 2 experts are listed and x is quantised (all threads),
 // 3 math threads.
+#include "arrivals.cuh"
 #include "group.cuh"
 #include "wgmma.cuh"
 

@@ -22,6 +22,7 @@
 // scales), and writes some of them twice, the same bits; where a has fewer rows than a tile, boxes have no more than these (bytes_a a stage), and no
 // output needs the others. A packed b is swizzled in memory,
 // and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
+#include "arrivals.cuh"
 #include "tiles.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);

@@ -4,6 +4,7 @@
 // k-block of 128 x 256, which is longer than the tensor core takes. The tensor core accumulates one k-block in `partial`; promotion scales it
 // into `sum`, because the FP8 accumulator keeps fewer bits than float32. Warpgroups do not take turns (docs/kernel-notes-moe.md).
 #pragma once
+#include "arrivals.cuh"
 #include "wgmma.cuh"
 
 // Where a lane finds its operands in stage 0: addresses in shared memory, of barriers too.

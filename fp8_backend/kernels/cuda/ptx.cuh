@@ -81,15 +81,6 @@ DEVICE void barrier_arrive_after_words(u32 barrier, float first, float second, u
         " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
         "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(arrives) : "memory");
 }
-// One lane arrives for its warp, behind __syncwarp(). compute-sanitizer's racecheck counts an arrival for the lane that makes it, and not what others
-// have done before that: for it (benchmarks/sanitize.py) all arrive.
-#ifdef EVERY_LANE_ARRIVES
-constexpr u32 kArrivalsOfWarp = 32;
-DEVICE bool arrives_for_warp(u32) { return true; }
-#else
-constexpr u32 kArrivalsOfWarp = 1;
-DEVICE bool arrives_for_warp(u32 lane) { return lane == 0; }
-#endif
 DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
