@@ -92,20 +92,23 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
     assert engine.asked == untimed + worker.TIMED
 
 
-def test_start_up_without_the_warmup_says_so(tmp_path: Path) -> None:
-    (row,) = [row for row in report.rows("m", RUNS, None, deepgemm_warmup=False) if "start-up" in row.get("what", "")]
-    assert report.name_of(row) == "start-up without DeepGEMM's warm-up (s)"
+def test_a_start_up_says_what_it_leaves_out(tmp_path: Path) -> None:
+    name = setup.start_up_text(False, True)
+    (row,) = [row for row in report.rows("m", RUNS, None, name) if "start-up" in row.get("what", "")]
+    assert report.name_of(row) == "start-up with kept caches without DeepGEMM's warm-up (s)"
+    assert setup.start_up_text(True, False) == "start-up"
     assert setup.child_environment(tmp_path, False)["VLLM_DEEP_GEMM_WARMUP"] == "skip"
     assert "VLLM_DEEP_GEMM_WARMUP" not in setup.child_environment(tmp_path)
 
 
-def test_a_run_is_kept_with_its_warmup_alone(tmp_path: Path) -> None:
+def test_a_run_is_kept_with_its_way_to_start_alone(tmp_path: Path) -> None:
     path = tmp_path / "run-1-default.json"
-    assert command.kept_run(path, True) is None
-    path.write_text(json.dumps(RUNS[0] | {"deepgemm_warmup": False}))
-    assert command.kept_run(path, False) is not None and command.kept_run(path, True) is None
-    path.write_text(json.dumps(run(1, "default", 4.0, 120.0, "killed")))
-    assert command.kept_run(path, True) is None
+    assert command.kept_run(path, "start-up") is None
+    path.write_text(json.dumps(RUNS[0] | {"start_up": setup.start_up_text(False, False)}))
+    assert command.kept_run(path, setup.start_up_text(False, False)) is not None
+    assert command.kept_run(path, "start-up") is None
+    path.write_text(json.dumps(run(1, "default", 4.0, 120.0, "killed") | {"start_up": "start-up"}))
+    assert command.kept_run(path, "start-up") is None
 
 
 def test_rows() -> None:
@@ -259,8 +262,10 @@ def _arguments(model: Path) -> command.argparse.Namespace:
 def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     found = setup.prepare(checkpoint, None, tmp_path / "scratch")
     request = command.request_for(_arguments(checkpoint), found)
-    done = command.run_arm("ours", 1, found, request, tmp_path, 300)
-    assert done["failure"] is None
+    caches = tmp_path / "caches"
+    done = command.run_arm("ours", 1, found, request, tmp_path, 300, kept_caches=caches)
+    assert done["failure"] is None and done["start_up"] == "start-up with kept caches"
+    assert any(caches.iterdir()), "nothing was kept"
     answer = done["answer"]
     assert answer["tpot_ms"]["1"] > 0 and answer["prefill_ms"]["1x64"] > 0 and answer["start_up_s"] > 0
     assert answer["peak_bytes"] > 2**27 and names_ours(done["selection"])

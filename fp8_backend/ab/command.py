@@ -15,7 +15,7 @@ from typing import Any
 from fp8_backend.ab import report
 from fp8_backend.ab.logs import selection_lines
 from fp8_backend.ab.models import CONFIGS, find_model
-from fp8_backend.ab.setup import Setup, child_environment, engine_arguments, prepare
+from fp8_backend.ab.setup import Setup, child_environment, engine_arguments, prepare, start_up_text
 from fp8_backend.ab.worker import Request
 from fp8_backend.errors import ArgumentError, UnsupportedError
 from fp8_backend.measure.child import run_child, stop_children_on_signals
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of both arms (it takes the default minutes): kernels compile in the calls that need them, which are not "
         "timed, and the start-up time says so",
+    )
+    parser.add_argument(
+        "--caches",
+        type=Path,
+        metavar="DIR",
+        help="keep compile caches here and let runs share them: from an arm's second run on its start-up is a warm "
+        "one, and the start-up time says so",
     )
     parser.add_argument("--run-limit", type=float, default=900, metavar="S", help="seconds after which a run is ended")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds after which no run is started")
@@ -108,8 +115,12 @@ def run_arm(
     out: Path,
     limit_s: float,
     deepgemm_warmup: bool = True,
+    kept_caches: Path | None = None,
 ) -> dict[str, Any]:
-    """Run one arm in a process and with caches of its own; return what it measured and what its log says."""
+    """Run one arm in a process of its own; return what it measured and what its log says.
+
+    kept_caches: where the caches of compiled kernels stay; None: in a folder that is gone after the run.
+    """
     request.engine = engine_arguments(setup, arm, request)
     name = f"run-{number}-{arm}"
     asked, answer, log = (out / f"{name}{suffix}" for suffix in (".request.json", ".answer.json", ".log"))
@@ -117,24 +128,24 @@ def run_arm(
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "fp8_backend.ab.worker", str(asked), str(answer)]
     with tempfile.TemporaryDirectory(prefix="fp8-ab-") as caches:
-        failure = run_child(command, log, limit_s, child_environment(Path(caches), deepgemm_warmup))
+        environment = child_environment(kept_caches or Path(caches), deepgemm_warmup)
+        failure = run_child(command, log, limit_s, environment)
     found = json.loads(answer.read_text()) if answer.exists() else {"tpot_ms": {}, "prefill_ms": {}}
     if found.get("done"):
         failure = None  # everything was measured; how the process ended does not matter
     lines = selection_lines(log.read_text(errors="replace"))
     run = {"number": number, "arm": arm, "failure": failure, "selection": lines, "answer": found}
-    run["deepgemm_warmup"] = deepgemm_warmup
+    run["start_up"] = start_up_text(deepgemm_warmup, kept_caches is not None)
     (out / f"{name}.json").write_text(json.dumps(run))
     return run
 
 
-def kept_run(path: Path, deepgemm_warmup: bool) -> dict[str, Any] | None:
-    """Return the run that `run_arm` wrote here, or None if none ended well, or one with another warm-up."""
+def kept_run(path: Path, start_up: str) -> dict[str, Any] | None:
+    """Return the run that `run_arm` wrote here, or None if none ended well, or one that started another way."""
     if not path.exists():
         return None
     run: dict[str, Any] = json.loads(path.read_text())
-    # Of a run that says nothing of it: there was no other way.
-    return run if run["failure"] is None and run.get("deepgemm_warmup", True) == deepgemm_warmup else None
+    return run if run["failure"] is None and run["start_up"] == start_up else None
 
 
 def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | str:
@@ -153,6 +164,10 @@ def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | s
     return f"at least {kl:.6f} (the {LIKELIEST} likeliest tokens of either arm, the others as one)"
 
 
+def _start_up(arguments: argparse.Namespace) -> str:
+    return start_up_text(not arguments.skip_deepgemm_warmup, arguments.caches is not None)
+
+
 def _result(
     arguments: argparse.Namespace, setup: Setup, request: Request, runs: list[dict[str, Any]], env: dict[str, Any]
 ) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def _result(
         "kl": _kl(runs, setup, request),
         "no_verdict": no_verdict,
         "runs": shown,
-        "rows": report.rows(setup.model.name, runs, no_verdict, not arguments.skip_deepgemm_warmup),
+        "rows": report.rows(setup.model.name, runs, no_verdict, _start_up(arguments)),
     }
 
 
@@ -196,13 +211,14 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     env = {**environment(arguments.commit), "missing_runs": []}
     runs: list[dict[str, Any]] = []
+    caches = arguments.caches.resolve() if arguments.caches else None
     with tempfile.TemporaryDirectory(prefix="fp8-ab-twin-") as scratch:
-        setup = prepare(find_model(arguments.model, Path(scratch)), arguments.kv_gib, Path(scratch))
+        # What vLLM keeps of torch.compile holds for a model's path: one that is named needs the same in the next call.
+        setup = prepare(find_model(arguments.model, caches or Path(scratch)), arguments.kv_gib, Path(scratch))
         request = request_for(arguments, setup)
         print(f"{setup.model.name}: default arm is {setup.default_text}", flush=True)
         for number, arm in enumerate(ORDER * arguments.rounds, 1):
-            warmup = not arguments.skip_deepgemm_warmup
-            if arguments.resume and (run := kept_run(out / f"run-{number}-{arm}.json", warmup)) is not None:
+            if arguments.resume and (run := kept_run(out / f"run-{number}-{arm}.json", _start_up(arguments))):
                 runs.append(run)
                 print(f"run {number}, {arm}: kept", flush=True)
                 continue
@@ -210,7 +226,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.deadline and start > begin + arguments.deadline:
                 env["missing_runs"].append(f"run {number}, {arm}: not started before --deadline; use --resume")
                 continue
-            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, warmup))
+            warmup = not arguments.skip_deepgemm_warmup
+            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, warmup, caches))
             _say(runs[-1], time.monotonic() - start)
             write_json(out / "e2e.json", _result(arguments, setup, request, runs, env))
     result = _result(arguments, setup, request, runs, env)

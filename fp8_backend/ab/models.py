@@ -121,6 +121,6 @@ def find_model(model: Path, scratch: Path) -> Path:
             f"{', '.join(CONFIGS)}"
         )
     folder = scratch / str(model)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[str(model)], indent=1) + "\n")
     return folder

@@ -62,11 +62,11 @@ def why_no_verdict(runs: Sequence[dict[str, Any]], default_is_fp8: bool) -> str 
 
 
 def rows(
-    model: str, runs: Sequence[dict[str, Any]], no_verdict: str | None, deepgemm_warmup: bool = True
+    model: str, runs: Sequence[dict[str, Any]], no_verdict: str | None, start_up: str = "start-up"
 ) -> list[dict[str, Any]]:
     """Return one row for each batch, prefill, start-up time and peak memory.
 
-    deepgemm_warmup: whether the runs had it; the start-up time's row says where they had not.
+    start_up: what the start-up times are called (`setup.start_up_text`).
     """
     complete = [run["answer"] | {"arm": run["arm"]} for run in runs if run["failure"] is None]
 
@@ -96,7 +96,6 @@ def rows(
         result.append(row({"batch": int(batch)}, "ms", values("tpot_ms", batch)))
     for prefill in dict.fromkeys(key for answer in complete for key in answer["prefill_ms"]):
         result.append(row({"prefill": prefill}, "ms", values("prefill_ms", prefill)))
-    start_up = "start-up" if deepgemm_warmup else "start-up without DeepGEMM's warm-up"
     result.append(row({"what": start_up}, "s", values("start_up_s")))
     result.append(row({"what": "peak memory"}, "gib", values("peak_bytes", scale=2**-30)))
     return result

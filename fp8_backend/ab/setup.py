@@ -102,8 +102,14 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
     return common | {"gpu_memory_utilization": 0.05, "enforce_eager": True}
 
 
+def start_up_text(deepgemm_warmup: bool, kept_caches: bool) -> str:
+    """Return what a start-up time is called: its name says what such a start leaves out."""
+    parts = ["start-up", *["with kept caches"] * kept_caches, *["without DeepGEMM's warm-up"] * (not deepgemm_warmup)]
+    return " ".join(parts)
+
+
 def child_environment(caches: Path, deepgemm_warmup: bool = True) -> dict[str, str]:
-    """Return what a run's environment adds: caches of its own, and nothing asked online.
+    """Return what a run's environment adds: where its compile caches are, and nothing asked online.
 
     deepgemm_warmup: whether vLLM may compile DeepGEMM's kernels for every number of tokens as it starts.
     """
