@@ -18,7 +18,7 @@ from fp8_backend.kernels.tensor_map import BYTES, row_major_map
 _LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 10 + ("i64",) * 2 + ("u32",) * 11)
 _BOX_ROWS = TILE_ROWS // 2  # kBoxRows of grouped.cuh
 _THREADS = 384
-_TICKET_BYTES, _ROW_TABLE_BYTES = 64, TILE_ROWS * 4
+_TICKET_BYTES, _EXCHANGE_READ_BYTES, _ROW_TABLE_BYTES = 64, 16, TILE_ROWS * 4
 _K_BLOCKS_AT_ONCE = 16
 _WAVES = 6  # items a CTA takes, so that the last ones end together
 # Rows a group on average from which on contiguous rows go to grouped_tall.cuh (one H100, 4096x7168, us in tiles of 128
@@ -46,7 +46,8 @@ class GroupedConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA, laid out as grouped.cuh says."""
         stage = (TILE_ROWS + 2 * BLOCK) * BLOCK + TILE_ROWS * 4 + 32 + 16 + 2 * 8
-        return self.num_stages * stage + (64 * BLOCK * 4 if self.gated else 0) + _TICKET_BYTES + _ROW_TABLE_BYTES
+        gated = 64 * BLOCK * 4 + _EXCHANGE_READ_BYTES + _ROW_TABLE_BYTES if self.gated else 0
+        return self.num_stages * stage + gated + _TICKET_BYTES
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""

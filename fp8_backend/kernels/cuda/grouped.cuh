@@ -10,8 +10,8 @@
 //   warpgroups 1, 2 math (promotion.cuh). Wide tiles (more than 64 rows): each owns 64 rows, so that gate and up of an element meet in one
 //                   thread. Narrow ones: both own the same 64 rows, each one half of the columns; the up half crosses through `exchange`.
 // Barriers per stage: full (128 threads whose copies have landed, 2 or 3 lanes + bytes), empty (one arrival a math warp). A stage of no rows ends
-// the walk. Per ticket: full (who drew it), empty (a lane of each producer warp). Named barriers: 3 exchange written, 4 exchange read;
-// 5 row table free, row table written.
+// the walk. Per ticket: full (who drew it), empty (a lane of each producer warp). Exchange: read (one arrival a warp of warpgroup 1; not a named
+// barrier, whose arrival does not wait for loads under way). Named barriers: 3 exchange written; 5 row table free, row table written.
 #include "group.cuh"
 #include "promotion.cuh"
 #include "tiles.cuh"
@@ -96,7 +96,7 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
     constexpr u32 kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8, kOffsetTicket = kOffsetTicketFull + kTickets * 16;
 #if GATED
-    constexpr u32 kOffsetRows = kOffsetTicket + kTickets * 16;
+    constexpr u32 kOffsetExchangeRead = kOffsetTicket + kTickets * 16, kOffsetRows = kOffsetExchangeRead + 16;
 #endif
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
     const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = ticket_full + kTickets * 8, tickets = base + kOffsetTicket;
@@ -111,6 +111,9 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             barrier_init(ticket_full + 8 * i, 1);
             barrier_init(ticket_empty + 8 * i, 4 * kArrivalsOfWarp);
         }
+#if GATED
+        barrier_init(base + kOffsetExchangeRead, 4 * kArrivalsOfWarp);
+#endif
         barrier_init_fence();
     }
     __syncthreads();
@@ -228,9 +231,12 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
     } else {
         take_registers<GATED ? 232 : 224>();
         const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32;
-        float* exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
         const u32 weights = matrix_descriptor_low(base + kBytesA);
-        if (GATED && math == 0) named_barrier_arrive(4, 256);
+#if GATED
+        float* const exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
+        const u32 exchange_read = base + kOffsetExchangeRead;
+        u32 exchange_parity = 1;  // nothing is there to be read yet
+#endif
 
         while (true) {
             barrier_wait(full + 8 * ring.stage, ring.parity);
@@ -238,18 +244,18 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             const u32 rows = tile.y;
             if (rows == 0) break;
             const bool narrow = rows <= 64;
-            const u32 first_half = narrow ? math : 0;
             const u32 warp_row = (narrow ? 0 : math * 64) + warp * 16, row_in_tile = warp_row + lane / 4;  // and 8 further down
             const u32 block_0 = GATED ? tile.z : 2 * tile.z, block_1 = GATED ? n / kHalf + tile.z : block_0 + 1;
+#if !GATED
+            const u32 first_half = narrow ? math : 0;
             u32 entry[2] = {0, 0};
-            if (!GATED) {
 #pragma unroll
-                for (u32 half = 0; half < 2; ++half)
-                    if (row_in_tile + half * 8 < rows) {
-                        const u32 place = tile.x + row_in_tile + half * 8;
-                        entry[half] = sorted ? __ldcg(sorted + place) : place;
-                    }
-            }
+            for (u32 half = 0; half < 2; ++half)
+                if (row_in_tile + half * 8 < rows) {
+                    const u32 place = tile.x + row_in_tile + half * 8;
+                    entry[half] = sorted ? __ldcg(sorted + place) : place;
+                }
+#endif
             float sum[2][64];
             const u32 scales_b = base + kOffsetScaleB, scale_of_1 = scales_b + (4 + block_1 % 4) * 4;
             auto operands_from = [&](u32 half) {
@@ -261,38 +267,39 @@ grouped(const __grid_constant__ TensorMap map_a, const u8* a, const float* scale
             if (narrow) multiply_blocks<1, StageLayout>(sum, operands_from(math), ring, NUM_STAGES, k_blocks, lane);
             else multiply_blocks<2, StageLayout>(sum, operands_from(0), ring, NUM_STAGES, k_blocks, lane);
             const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
-            if (GATED) {
-                if (narrow) {
-                    if (math == 1) {
-                        named_barrier(4, 256);
+#if GATED
+            if (narrow) {
+                if (math == 1) {
+                    barrier_wait(exchange_read, exchange_parity);
+                    exchange_parity ^= 1;
 #pragma unroll
-                        for (u32 i = 0; i < 64; ++i) exchange[i * 128] = sum[0][i];
-                        named_barrier_arrive(3, 256);
-                        continue;
-                    }
-                    named_barrier(3, 256);
+                    for (u32 i = 0; i < 64; ++i) exchange[i * 128] = sum[0][i];
+                    named_barrier_arrive(3, 256);
+                    continue;
+                }
+                named_barrier(3, 256);
 #pragma unroll
-                    for (u32 i = 0; i < 64; ++i) sum[1][i] = exchange[i * 128];
-                    named_barrier_arrive(4, 256);
-                }
-                const i64 row = tile.x + row_in_tile;
-                u8* codes = static_cast<u8*>(out) + row * n + tile.z * kHalf;
-                float* scale = out_scale + static_cast<i64>(tile.z) * out_scale_stride + row;
-                write_gated<0>(sum[0], sum[1], codes, scale, valid_low, lane);
-                write_gated<1>(sum[0], sum[1], codes + 8ll * n, scale + 8, valid_high, lane);
-            } else {
-                const u32 element = type == kF32 ? 4 : 2;
-                u8* row_low = static_cast<u8*>(out) + entry[0] * out_stride * element;
-                u8* row_high = static_cast<u8*>(out) + entry[1] * out_stride * element;
-                const u32 column = (2 * tile.z + first_half) * kHalf;
-                write_row<0>(sum[0], row_low, column, n, type, vectorised, valid_low, lane);
-                write_row<1>(sum[0], row_high, column, n, type, vectorised, valid_high, lane);
-                if (!narrow) {
-                    write_row<0>(sum[1], row_low, column + kHalf, n, type, vectorised, valid_low, lane);
-                    write_row<1>(sum[1], row_high, column + kHalf, n, type, vectorised, valid_high, lane);
-                }
+                for (u32 i = 0; i < 64; ++i) sum[1][i] = load_shared(smem_address(exchange + i * 128));
+                __syncwarp();
+                if (arrives_for_warp(lane)) barrier_arrive_after(exchange_read, sum[1][63]);
             }
+            const i64 row = tile.x + row_in_tile;
+            u8* codes = static_cast<u8*>(out) + row * n + tile.z * kHalf;
+            float* scale = out_scale + static_cast<i64>(tile.z) * out_scale_stride + row;
+            write_gated<0>(sum[0], sum[1], codes, scale, valid_low, lane);
+            write_gated<1>(sum[0], sum[1], codes + 8ll * n, scale + 8, valid_high, lane);
+#else
+            const u32 element = type == kF32 ? 4 : 2;
+            u8* row_low = static_cast<u8*>(out) + entry[0] * out_stride * element;
+            u8* row_high = static_cast<u8*>(out) + entry[1] * out_stride * element;
+            const u32 column = (2 * tile.z + first_half) * kHalf;
+            write_row<0>(sum[0], row_low, column, n, type, vectorised, valid_low, lane);
+            write_row<1>(sum[0], row_high, column, n, type, vectorised, valid_high, lane);
+            if (!narrow) {
+                write_row<0>(sum[1], row_low, column + kHalf, n, type, vectorised, valid_low, lane);
+                write_row<1>(sum[1], row_high, column + kHalf, n, type, vectorised, valid_high, lane);
+            }
+#endif
         }
-        if (GATED && math == 1) named_barrier(4, 256);  // the last word that exchange is free
     }
 }
