@@ -87,43 +87,44 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
 
 # The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s (docs/kernel-notes.md): they
 # rank kernels, and are not meant to predict.
-_LAUNCH_NS = 2180  # from the start of a kernel to its first product, and its end
-_FREE_NS = 1340  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
-_STREAM_BYTES_PER_NS = 34.9  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
-_FILL_BYTES_PER_NS = 51  # what it gets from L2, weights on their way from memory included
-_ROUND_TRIP_NS = 3990  # of a stage, from its release to new data in it, with all multiprocessors at work
-_BLOCK_NS, _BLOCK_TOKEN_NS = 234, 4.26  # one k-block through a CTA, and more for each token
-_BLOCK_ROWS_TOKEN_NS = 35.5  # and for each where both math warpgroups multiply every k-block
-_SHARED_SM = 1.32  # how much longer a k-block takes beside another CTA
-_OVERLAP = 0.27  # of the early stages of a CTA with all of the shared memory, the part that arrives before the tokens
-_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 225, 66, 8.6  # sums to another CTA of the cluster
-_OUTPUT_TOKEN_NS = 6.7  # sums to the output without a cluster
-_GROUPS_AT_ONCE, _GROUP_NS = 3.8, 487  # groups of a half-warp whose latencies overlap; each more
+_LAUNCH_NS = 1620  # from the start of a kernel to its first product, and its end
+_FREE_NS = 3520  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
+_STREAM_BYTES_PER_NS = 34.4  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
+_FILL_BYTES_PER_NS = 48.9  # what it gets from L2, weights on their way from memory included
+_ROUND_TRIP_NS = 4160  # of a stage, from its release to new data in it, with all multiprocessors at work
+_BLOCK_NS, _BLOCK_TOKEN_NS = 186, 8.9  # one k-block through a CTA, and more for each token
+_BLOCK_ROWS_TOKEN_NS = 56.7  # and for each where both math warpgroups multiply every k-block
+_SHARED_SM = 1.22  # how much longer a k-block takes beside another CTA
+_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 204, 60, 7.0  # sums to another CTA of the cluster
+_OUTPUT_TOKEN_NS = 6.3  # sums to the output without a cluster
+_GROUPS_AT_ONCE, _GROUP_NS = 2.95, 1980  # groups of a half-warp whose latencies overlap; each more
 _HALF_WARPS = 20  # that quantise
-_SMALL_BYTES, _SMALL_TOKEN_NS = 8e6, 60  # each token and k-block of weights of fewer bytes
-_LATE_TOKENS_NS, _LATE_GROUP_NS = 1200, 0.22  # tokens through a kernel of their own
-_LATE_TOKEN_NS = 2690  # a single one, which is quantised inside by the time that this kernel needs to start
+_SMALL_BYTES, _SMALL_TOKEN_NS = 8e6, 232  # each token and k-block of weights of fewer bytes
+_LATE_TOKENS_NS, _LATE_GROUP_NS = 4080, 1.6  # tokens through a kernel of their own
+_LATE_TOKEN_NS = 2900  # a single one, which is quantised inside by the time that this kernel needs to start
 # Quantisation ahead of a GEMM; for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows, it is behind
 # the weights' way.
-_QUANTISE_NS, _QUANTISE_FEW_NS = 1600, 352
+_QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
 # More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
 # room, nor those of the linear behind it (one H100, a layer of Qwen3-8B at m = 1 and 8: 77.4 and 79.7 us without this,
 # 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same).
-_JOINED_TOKENS, _JOINED_NS = 16, 5000
-_GEMM_LAUNCH_NS = 531
+_JOINED_TOKENS, _JOINED_NS = 16, 5970
+_GEMM_LAUNCH_NS = 418
+# More, for at most 64 tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a layer
+# of Qwen3-8B at m = 48: 88.4 us with tiles of 128 x 192 for its largest weight, 86.5 with 64 x 64).
+_FULL_NS = 2860
 # One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
-    (64, 64): (393, 77, 3170),
-    (64, 128): (360, 736, 7190),
-    (128, 64): (267, 1320, 3040),
-    (128, 96): (378, 1440, 5590),
-    (128, 128): (484, 846, 5740),
-    (128, 160): (526, 1950, 0),
-    (128, 192): (586, 1840, 0),
-    (256, 128): (776, 1940, 0),
+    (64, 64): (426, 85, 6000),
+    (64, 128): (396, 812, 8290),
+    (128, 64): (226, 2290, 6180),
+    (128, 96): (387, 1320, 6680),
+    (128, 128): (447, 856, 9030),
+    (128, 160): (500, 1240, 0),
+    (128, 192): (531, 1990, 0),
+    (256, 128): (713, 1900, 0),
 }
-_ALONE = 0.68  # of a k-block's time, where two CTAs would fit a multiprocessor and one is there
-_HALF_IDLE = 0.79  # of it, where at most half of the multiprocessors work: the clock is higher
+_ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
 # Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
 _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
 
@@ -175,8 +176,7 @@ def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> fl
         (_BLOCK_NS + _BLOCK_TOKEN_NS * tokens + _BLOCK_ROWS_TOKEN_NS * both) * (_SHARED_SM if ctas > 1 else 1),
         _ROUND_TRIP_NS / choice.num_stages,
     )
-    early = _OVERLAP * min(blocks, choice.prefetch) if fit == 1 else 0
-    cost = _LAUNCH_NS + (rounds * blocks - early) * block_ns - _FREE_NS * (1 - choice.grid / (fit * num_sms))
+    cost = _LAUNCH_NS + rounds * blocks * block_ns - _FREE_NS * (1 - choice.grid / (fit * num_sms))
     if config.split > 1:
         cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
     else:
@@ -205,24 +205,24 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
             clusters = min(tiles_m * tiles_n, most) if split == 1 else tiles_m * tiles_n
             strip = 0 if tiles_m <= FEW_TILES_M else STRIP
             choice = GemmChoice(config, strip, clusters * split, split)
-            yield _gemm_ns(problem, choice, tiles_m, ceil_div(tiles_m * tiles_n, most)), choice
+            yield _gemm_ns(problem, choice, tiles_m * tiles_n, most), choice
 
 
-def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles_m: int, waves: int) -> float:
+def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) -> float:
+    """most: tiles at once."""
     config, split = choice.config, choice.split
     block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n]
-    num_sms = problem.machine.num_sms
-    if config.ctas_per_sm > 1 and choice.grid <= num_sms:
-        block_ns *= _ALONE
-    if choice.grid <= num_sms // 2:
-        block_ns *= _HALF_IDLE
-    # With few rows of tiles the weights come from memory, not from L2.
-    block_ns = max(block_ns, config.block_n * BLOCK / _STREAM_BYTES_PER_NS / tiles_m * choice.grid / num_sms)
+    num_sms, waves = problem.machine.num_sms, ceil_div(tiles, most)
     if (problem.m + problem.n) * problem.k > _BEYOND_L2_BYTES and waves > _BEYOND_L2_WAVES:
         block_ns = max(block_ns, (config.block_m + config.block_n) * BLOCK / _BEYOND_L2_BYTES_PER_NS)
+    last = (tiles - (waves - 1) * most) * split  # CTAs of the last wave
+    full_waves = waves - 1 + (_ALONE if config.ctas_per_sm > 1 and last <= num_sms else 1)
+    # With few rows of tiles the weights come from memory, not from L2.
+    memory_ns = problem.n * problem.k_blocks * BLOCK / (_STREAM_BYTES_PER_NS * num_sms)
+    cost = _GEMM_LAUNCH_NS + max(full_waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns) + waves * tile_ns
     if split > 1:
-        tile_ns += split_ns
-    return _GEMM_LAUNCH_NS + waves * (ceil_div(problem.k_blocks, split) * block_ns + tile_ns)
+        cost += waves * split_ns
+    return cost + (_FULL_NS if config.ctas_per_sm == 1 and problem.m <= MAX_DECODE_TOKENS else 0)
 
 
 def adds_in_order(choice: DecodeChoice | GemmChoice) -> bool:

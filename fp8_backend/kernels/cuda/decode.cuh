@@ -226,10 +226,12 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         }
         if (lane == 0) barrier_init(exchanged, 1);
         barrier_init_fence();
-        if (SPLIT > 1 && lane == 0) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
     }
     __syncthreads();
-    if (SPLIT > 1) cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
+    if (SPLIT > 1) {
+        if (threadIdx.x == 0) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
+        cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
+    }
     launch_next_kernel();
 
     if (warp < kProducers) {
