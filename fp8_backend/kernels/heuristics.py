@@ -85,10 +85,10 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
     return 0
 
 
-# The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s (docs/kernel-notes.md): they
-# rank kernels, and are not meant to predict.
+# The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s, of linears back to back and in
+# layers (docs/kernel-notes.md): they rank kernels, and are not meant to predict.
 _LAUNCH_NS = 1620  # from the start of a kernel to its first product, and its end
-_FREE_NS = 3520  # of it, what a kernel saves that leaves room on all multiprocessors to the next one; in proportion
+_FREE_NS = 3520  # what a kernel saves that leaves room on all multiprocessors to the next ones' weights; in proportion
 _STREAM_BYTES_PER_NS = 34.4  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
 _FILL_BYTES_PER_NS = 48.9  # what it gets from L2, weights on their way from memory included
 _ROUND_TRIP_NS = 4160  # of a stage, from its release to new data in it, with all multiprocessors at work
