@@ -145,7 +145,7 @@ def kept_run(path: Path, start_up: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     run: dict[str, Any] = json.loads(path.read_text())
-    return run if run["failure"] is None and run["start_up"] == start_up else None
+    return run if run["failure"] is None and run.get("start_up") == start_up else None
 
 
 def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | str:
