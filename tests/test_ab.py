@@ -274,6 +274,15 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(rows.exp().sum(dim=1), torch.ones(190, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
+def test_kept_caches_hold_a_named_model_and_name_the_start_up(tmp_path: Path) -> None:
+    caches, out = tmp_path / "caches", tmp_path / "out"
+    for _ in range(2):  # as well where the first call has left the model
+        assert cli.main(["ab", "qwen3-8b", "--caches", str(caches), "--out", str(out), "--deadline", "1e-9"]) == 1
+    assert (caches / "qwen3-8b" / "config.json").is_file()
+    page = (out / "report.md").read_text()
+    assert "start-up with kept caches (s)" in page
+
+
 def test_a_recorded_result_is_reported_into_a_new_folder(tmp_path: Path) -> None:
     recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "h100" / "e2e.json"
     assert cli.main(["ab", "--from", str(recorded), "--out", str(tmp_path / "new" / "report")]) == 0

@@ -360,6 +360,32 @@ def test_planted_faults_of_one_launch_are_found(fault, folder, tmp_path):
             assert reference.relative_error(serve(given, here), expected) < EXPERTS_ERROR
 
 
+# Ten tiles of a k-block each: one math warpgroup can be tiles ahead of the other, which takes its sums from it.
+def call_of_narrow_tiles(seed):
+    torch.manual_seed(seed)
+    m, hidden, intermediate, num_groups = 6, 128, 640, 2
+    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
+    x, weights, ids = torch.randn(m, hidden, dtype=torch.bfloat16), torch.rand(m, 1), torch.arange(m)[:, None].int() % 2
+    expected, out = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2), torch.full_like(x, float("nan"))
+    experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, None, False)
+    assert reference.relative_error(out, expected) < EXPERTS_ERROR
+
+
+def test_sums_cross_between_warpgroups_tile_by_tile(folder):
+    with emulated(folder, Machine(1, (1, 1, 1))) as machine:
+        for machine.seed in range(2):
+            call_of_narrow_tiles(machine.seed)
+
+
+def test_sums_overwritten_before_they_are_read_are_found(folder, tmp_path):
+    sources = planted(tmp_path, "grouped.cuh", "barrier_wait(exchange_read, exchange_parity);", "")
+    with emulated(folder, Machine(1, (1, 1, 1)), sources) as machine:
+        with pytest.raises((AssertionError, EmulationError)):
+            for machine.seed in range(4):
+                call_of_narrow_tiles(machine.seed)
+
+
 # Lanes of a warp need not go on together: the one that releases a stage for all must not leave others at its barrier.
 def test_lanes_left_behind_are_found(folder, tmp_path):
     sources = planted(tmp_path, "decode.cuh", "__syncwarp();  // one lane arrives for all\n", "", count=2)

@@ -83,6 +83,11 @@ def test_few_tokens_behind_a_norm_keep_decode_kernels():
     assert not isinstance(select(GemmProblem(32, 24576, 4096), fusable=False), DecodeChoice)
 
 
+# One that fills a multiprocessor leaves the weights behind it no room.
+def test_gemms_of_few_tokens_share_a_multiprocessor():
+    assert select(GemmProblem(48, 24576, 4096), fusable=False).config.ctas_per_sm == 2
+
+
 def test_large_codes_are_written_before_the_gemm_starts():
     assert quantize.early(1024, 4096) == 1 and quantize.early(8192, 4096) == 0
 
