@@ -79,6 +79,15 @@ class Scripted(worker.Engine):
 
 
 @pytest.mark.parametrize(
+    ("seconds", "timed"), [(1.0, worker.TIMED), (0.25, 12), (0.01, worker.MOST_TIMED)], ids=["long", "short", "shortest"]
+)
+def test_short_runs_are_repeated_more_often(seconds: float, timed: int) -> None:
+    engine = Scripted([seconds])
+    engine.settled_s(8, 1024, 1)
+    assert engine.asked == 2 + timed
+
+
+@pytest.mark.parametrize(
     ("times", "untimed", "median"),
     [
         ([2.0, 2.3, 7.0, 1.0, 3.0, 2.0, 4.0], 2, 3.0),  # the first two are alike; none of them counts
