@@ -79,7 +79,7 @@ class Scripted(worker.Engine):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "timed"), [(1.0, worker.TIMED), (0.25, 12), (0.01, worker.MOST_TIMED)], ids=["long", "short", "shortest"]
+    ("seconds", "timed"), [(1.0, worker.TIMED), (0.25, 12), (0.01, worker.MOST_TIMED)], ids=["long", "short", "least"]
 )
 def test_short_runs_are_repeated_more_often(seconds: float, timed: int) -> None:
     engine = Scripted([seconds])

@@ -215,6 +215,19 @@ def test_the_table_of_experts_is_that_of_the_result() -> None:
         assert cells.split(" | ") == [*expected, str(sum(ratio < 1 for ratio in best))]
 
 
+def test_the_table_of_models_is_that_of_the_results() -> None:
+    files = {path.relative_to(ROOT) for path in (ROOT / "benchmarks" / "results").glob("*/e2e-*.json")}
+    row = r"^\| .*, (H\d00),.* ([0-9a-f]{7}) \| (.*) \| `(.*/e2e-.*\.json)` \|$"
+    table = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    assert {Path(name) for *_, name in table} == files
+    for gpu, commit, cells, name in table:
+        result = json.loads((ROOT / name).read_text())
+        assert gpu in result["env"]["gpu"]["name"] and commit == result["env"]["commit"]
+        rows = [row for row in result["rows"] if "batch" in row or "prefill" in row]
+        doubts = [", inconclusive" if "inconclusive" in row["verdict"] else "" for row in rows]
+        assert cells.split(" | ") == [f"{row['ratio']:.2f}{doubt}" for row, doubt in zip(rows, doubts, strict=True)]
+
+
 def sources(folder: Path) -> str:
     """Return the Python files of a folder with each text in one piece, however it is broken into lines."""
     text = "\n".join(path.read_text() for path in sorted(folder.rglob("*.py")))
