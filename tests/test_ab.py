@@ -293,7 +293,7 @@ def test_kept_caches_hold_a_named_model_and_name_the_start_up(tmp_path: Path) ->
 
 
 def test_a_recorded_result_is_reported_into_a_new_folder(tmp_path: Path) -> None:
-    recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "h100" / "e2e.json"
+    recorded = Path(__file__).parents[1] / "benchmarks" / "results" / "h100" / "e2e-qwen3-8b.json"
     assert cli.main(["ab", "--from", str(recorded), "--out", str(tmp_path / "new" / "report")]) == 0
     page = (tmp_path / "new" / "report" / "report.md").read_text()
     assert "| TPOT, batch 1 (ms) | 4.599 | 3.956 | 1.162 | ours 1.16x better |" in page

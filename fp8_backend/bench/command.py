@@ -148,14 +148,16 @@ def _dense(plan: dense.Plan, out: Path | None, result: dict[str, Any]) -> None:
 
 
 def _report(result: dict[str, Any], chart: Path | None) -> None:
-    """Print what was measured; rows of --chain and --host may have been merged into a result."""
+    """Print what was measured; rows of --chain and --host may have been merged into a result, or be all of it."""
     linears = [row for row in result["rows"] if "stream_us" in row]
-    print("\n".join(report.table(linears)))
+    if linears:
+        print("\n".join(report.table(linears)))
     for failure, cells in result["env"]["failures"].items():
         print(f"left out: {failure} ({len(cells)} cells, {cells[0]} first)")
     for name, reason in result["env"]["absent_peers"].items():
         print(f"absent: {name}: {reason}")
-    print("\n".join(report.summary(linears)))
+    if linears:
+        print("\n".join(report.summary(linears)))
     for kind, line in (("chain", chain.line), ("function_us", host.line)):
         print("".join(f"{line(row)}\n" for row in result["rows"] if kind in row), end="")
     if chart and linears:
