@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fp8_backend import cli
-from fp8_backend.bench import dense, host, peers, report, shapes, stream, warm
+from fp8_backend.bench import command, dense, host, peers, report, shapes, stream, warm
 from fp8_backend.bench.operands import sampled_rows
 from fp8_backend.errors import ArgumentError, UnsupportedError
 from fp8_backend.kernels import cache
@@ -108,7 +108,14 @@ def test_a_merged_result_is_reported(name: str, lines: list[str], capsys: pytest
     assert cli.main(["bench", "--from", str(recorded)]) == 0
     said = capsys.readouterr().out
     assert all(line in said for line in lines)
-    assert ("cells" in said) == (name == "dense.json")
+    assert ("ours us" in said, "verified: " in said) == (name == "dense.json", name == "dense.json")
+
+
+def test_a_chart_of_no_linears_is_refused_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded, chart = Path(__file__).parents[1] / "benchmarks" / "results" / "h200" / "chain.json", tmp_path / "a.png"
+    command._report(json.loads(recorded.read_text()), chart)  # not through the command, which asks for matplotlib first
+    assert f"{chart} is not drawn: the result has no rows of linears" in capsys.readouterr().err
+    assert not chart.exists()
 
 
 def test_calls_of_a_graph() -> None:

@@ -160,7 +160,9 @@ def _report(result: dict[str, Any], chart: Path | None) -> None:
         print("\n".join(report.summary(linears)))
     for kind, line in (("chain", chain.line), ("function_us", host.line)):
         print("".join(f"{line(row)}\n" for row in result["rows"] if kind in row), end="")
-    if chart and linears:
+    if chart and not linears:
+        print(f"{chart} is not drawn: the result has no rows of linears, only of --chain or --host", file=sys.stderr)
+    elif chart:
         gpu = (result["env"]["gpu"] or {}).get("name", "GPU")
         plot(linears, f"{gpu}, FP8 linear, bf16 in and out, weights cold", chart)
         print(f"chart: {chart}")
