@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import gemm, heuristics, launcher, layout, norm, reference, silu
+from fp8_backend.kernels import gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
@@ -59,6 +59,8 @@ def launches() -> Iterator[str]:
         if dtype.itemsize == 2:
             launch_producers(m, k, dtype)
             yield f"norm and SiLU with quantisation {m} x {k} {dtype}"
+            launch_heads(m, dtype)
+            yield f"norm and rotation of {m} x 5 heads {dtype}"
     # In turns, so that a run cut short has seen both kernels.
     for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, heuristics.DECODE_CONFIGS):
         if gemm_config is not None:
@@ -91,6 +93,15 @@ def launch_producers(m: int, k: int, dtype: torch.dtype) -> None:
         tiles = torch.empty(k_blocks, 16, 128, dtype=torch.uint8, device="cuda")
         scales = torch.empty(k_blocks, align(m, 4), device="cuda")
         launch(stream, *pointers, tiles.data_ptr(), scales.data_ptr())
+
+
+def launch_heads(m: int, dtype: torch.dtype) -> None:
+    """Launch the kernel of queries' and keys' heads, 5 a token, with others behind them."""
+    rows, weights, angles = torch.randn(m, 7 * 100).to(dtype), torch.rand(2, 100).to(dtype), torch.randn(9, 100)
+    arguments = (rows, torch.arange(m) % 9, *weights, angles.to(dtype), 1e-6, 3, 2)
+    on_gpu = (each.cuda() if isinstance(each, torch.Tensor) else each for each in arguments)
+    for found, expected in zip(norm_rope.qk_norm_rope(*on_gpu), reference.qk_norm_rope(*arguments), strict=True):
+        assert reference.relative_error(found.cpu(), expected) < LIMIT
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:

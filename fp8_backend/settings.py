@@ -50,7 +50,8 @@ class Settings(BaseModel):
     fuse: bool = Field(
         default=True,
         description="`1`: where vLLM compiles a model, RMSNorm and SiLU-and-multiply before a linear write the FP8 "
-        "codes that it multiplies. `0`: every linear quantises by itself, mostly in one more launch.",
+        "codes that it multiplies, and norm and rotation of queries and keys are one kernel. `0`: every linear "
+        "quantises by itself, mostly in one more launch, and the rest is vLLM's.",
     )
 
     @field_validator("strict", "batch_invariant", "fuse", mode="before")

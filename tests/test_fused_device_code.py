@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fp8_backend.kernels import fused_linear, heuristics, launcher, layout, norm, reference, silu
+from fp8_backend.kernels import fused_linear, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.problem import GemmProblem, Machine
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.emulation import emulated
@@ -197,3 +197,39 @@ def test_a_kernel_that_quantises_by_itself_is_not_chosen_behind_another():
             choice = heuristics.select(GemmProblem(m, n, k), fusable=False)
             assert not getattr(choice.config, "fused", False)
             assert heuristics.adds_in_order(heuristics.select(GemmProblem(m, n, k), False, True))
+
+
+def heads_of(m, query_heads, key_heads, head, dtype=torch.bfloat16, behind=0):
+    """Return what `norm_rope.qk_norm_rope` takes, and what float64 makes of it."""
+    rows = make_x(m, (query_heads + key_heads) * head + behind, dtype)
+    weights = [torch.rand(head).to(dtype) + 0.5 for _ in range(2)]
+    angles = torch.arange(40)[:, None] / 1.7 ** torch.arange(head // 2)
+    cosines, positions = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype), torch.randint(0, 40, (m,))
+    cosine, sine = cosines.double()[positions][:, None].chunk(2, dim=-1)
+    expected, first = [], 0
+    for heads, weight in zip((query_heads, key_heads), weights, strict=True):
+        part = rows[:, first : first + heads * head].reshape(-1, head)
+        one, other = normed_in_float64(part, None, weight)[1].reshape(m, heads, head).chunk(2, dim=-1)
+        expected.append(torch.cat([one * cosine - other * sine, other * cosine + one * sine], dim=-1))
+        first += heads * head
+    return (rows, positions, *weights, cosines, EPSILON, query_heads, key_heads), expected
+
+
+# Halves of less than a warp's pairs, of as many, of twice as many, of no power of two; more heads than a CTA has warps;
+# values behind them.
+@pytest.mark.parametrize(
+    ("m", "query_heads", "key_heads", "head"), [(1, 4, 1, 64), (3, 7, 2, 128), (2, 1, 1, 256), (5, 3, 3, 100)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_qk_norm_rope(m, query_heads, key_heads, head, dtype, folder):
+    torch.manual_seed(head)
+    arguments, expected = heads_of(m, query_heads, key_heads, head, dtype, behind=key_heads * head)
+    rows = arguments[0]
+    if m == 3:  # rows that pairs do not fit are copied
+        rows = surrounded(m, rows.shape[1], dtype)[:, :].copy_(rows)
+    with emulated(folder, MACHINE):
+        found = norm_rope.qk_norm_rope(rows, *arguments[1:])
+    for one, other, by_reference in zip(found, expected, reference.qk_norm_rope(*arguments), strict=True):
+        assert one.shape == other.shape and one.dtype == dtype and one.is_contiguous()
+        assert reference.relative_error(one, other) < BF16_ERROR
+        assert reference.relative_error(by_reference, other) < 3 * BF16_ERROR  # rounds every step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8_backend.kernels import fused_linear, gemm, heuristics, launcher, layout, norm, reference, silu
+from fp8_backend.kernels import fused_linear, gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -229,3 +229,71 @@ def test_every_kernel_that_may_be_chosen():
             expected = reference.fp8_gemm_nt(q, s, codes, scale, dtype=torch.float64)
             assert reference.relative_error(y, expected) < BF16_ERROR, (m, n, k)
     assert len(seen) > 4
+
+
+def heads_of(m, query_heads, key_heads, head, dtype=torch.bfloat16, behind=0):
+    """Return what `norm_rope.qk_norm_rope` takes, and what float64 makes of it."""
+    rows = make_x(m, (query_heads + key_heads) * head + behind, dtype)
+    weights = [torch.rand(head, device="cuda").to(dtype) + 0.5 for _ in range(2)]
+    angles = torch.arange(3000, device="cuda")[:, None] / 1e6 ** torch.linspace(0, 1, head // 2, device="cuda")
+    cosines = torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype)
+    positions = torch.randint(0, 3000, (m,), device="cuda")
+    return (rows, positions, *weights, cosines, EPSILON, query_heads, key_heads)
+
+
+def truth_of_heads(rows, positions, query_weight, key_weight, cosines, epsilon, query_heads, key_heads):
+    head = query_weight.shape[0]
+    cosine, sine = cosines.double()[positions][:, None].chunk(2, dim=-1)
+    expected, first = [], 0
+    for heads, weight in ((query_heads, query_weight), (key_heads, key_weight)):
+        part = rows[:, first : first + heads * head].reshape(-1, head)
+        one, other = truth_of_norm(part, None, weight)[1].reshape(len(rows), heads, head).chunk(2, dim=-1)
+        expected.append(torch.cat([one * cosine - other * sine, other * cosine + one * sine], dim=-1))
+        first += heads * head
+    return expected
+
+
+# Qwen3-8B, Qwen3-30B-A3B, its part of 4 ranks; heads of one and of four pairs a lane, of no power of two, in rows that
+# pairs do not fit.
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "head", "behind"),
+    [(32, 8, 128, 1024), (32, 4, 128, 512), (8, 1, 128, 128), (4, 4, 64, 0), (3, 2, 256, 1), (5, 1, 100, 3)],
+)
+@pytest.mark.parametrize("m", [1, 2, 7, 33, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_qk_norm_rope(m, query_heads, key_heads, head, behind, dtype):
+    arguments = heads_of(m, query_heads, key_heads, head, dtype, behind)
+    found = norm_rope.qk_norm_rope(*arguments)
+    for one, expected in zip(found, truth_of_heads(*arguments), strict=True):
+        assert one.shape == expected.shape and one.is_contiguous()
+        assert reference.relative_error(one, expected) < (0.002 if dtype == torch.bfloat16 else 0.0003)
+    for _ in range(3):
+        assert all(map(torch.equal, norm_rope.qk_norm_rope(*arguments), found))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 256])
+def test_heads_wait_for_the_linear_that_gives_them(m):
+    """The kernel starts before the linear has ended: in a graph, what it reads must be this replay's."""
+    _, _, packed = make_weight(6144, 2048)
+    x = make_x(m, 2048)
+    _, positions, *others = heads_of(m, 32, 8, 128)
+
+    def step():
+        return norm_rope.qk_norm_rope(gemm.fp8_linear(x, *packed, 6144), positions, *others)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = [step() for _ in range(8)]
+    for seed in range(5):
+        x.copy_(make_x(m, 2048, seed=seed + 7))
+        rows = gemm.fp8_linear(x, *packed, 6144)
+        torch.cuda.synchronize()
+        expected = norm_rope.qk_norm_rope(rows, positions, *others)
+        for each in made:
+            for tensor in each:
+                tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for each in made for one, other in zip(each, expected, strict=True))

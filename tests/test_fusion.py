@@ -23,6 +23,7 @@ from vllm.config.utils import Range
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
 from fp8_backend import counters
@@ -197,6 +198,67 @@ def test_a_norm_whose_sums_nobody_wants(vllm_config: VllmConfig) -> None:
     assert compiled.fused == fusion.Fused(linears=1, norms=1, gates=0)
 
 
+HEAD = 64
+
+
+def heads_of(dtype: torch.dtype, **of: Any) -> dict[str, nn.Module]:
+    """Return the norms and the rotary embedding of heads, as Qwen3 has them."""
+    norms = {name: RMSNorm(HEAD, dtype=dtype).to(DEVICE) for name in ("q_norm", "k_norm")}
+    for layer in norms.values():
+        layer.weight.data.copy_(torch.rand(HEAD) + 0.5)
+    with DEVICE:
+        rope = {"rotary_dim": HEAD, "max_position_embeddings": 64, "base": 1e4, "is_neox_style": True, **of}
+        return {**norms, "rotary_emb": RotaryEmbedding(HEAD, dtype=dtype, **rope)}
+
+
+def attention_of(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What Qwen3's attention does ahead of its kernel: three heads of queries and one of keys and of values."""
+    query, key, value = self.qkv(x)[0].split([3 * HEAD, HEAD, HEAD], dim=-1)
+    query_heads = self.q_norm(query.view(*query.shape[:-1], query.shape[-1] // HEAD, HEAD))
+    key_heads = self.k_norm(key.view(*key.shape[:-1], key.shape[-1] // HEAD, HEAD))
+    query, key = self.rotary_emb(positions, query_heads.view(query.shape), key_heads.view(key.shape))
+    return query.view(-1, 3, HEAD), key.view(-1, 1, HEAD), value.view(-1, 1, HEAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_are_normalised_and_rotated_at_once(dtype: torch.dtype, vllm_config: VllmConfig) -> None:
+    module = Module(attention_of, qkv=linear(5 * HEAD, K, dtype), **heads_of(dtype))
+    compiled = Compiled(module, vllm_config)
+    for m in (5, 2, 40):
+        inputs = rows(m, dtype), (torch.arange(m) * 7 % 64).to(DEVICE)
+        assert_same(compiled(*inputs), module(*inputs))
+    assert compiled.fused == fusion.Fused(linears=1, norms=0, gates=0, heads=1)
+    assert str(compiled.fused).endswith("; queries and keys are normalised and rotated in one kernel")
+    assert ops.qk_norm_rope.default in compiled.targets
+    left = {"vllm_ir", "cat", "clone", "index", "mul", "sub", "unsqueeze"}
+    assert not any(name in str(target) for target in compiled.targets for name in left)
+
+
+def keys_that_are_not_normalised(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    query, key = self.qkv(x)[0].split([3 * HEAD, 2 * HEAD], dim=-1)
+    return self.rotary_emb(positions, self.q_norm(query.unflatten(-1, (3, HEAD))).flatten(-2), key)
+
+
+@pytest.mark.parametrize(
+    ("forward", "of"),
+    [
+        (keys_that_are_not_normalised, {}),
+        (attention_of, {"is_neox_style": False}),
+        (attention_of, {"rotary_dim": HEAD // 2}),
+    ],
+    ids=["keys", "neighbours are rotated", "part of a head"],
+)
+def test_other_rotations_are_left_alone(
+    forward: Callable[..., Any], of: dict[str, Any], vllm_config: VllmConfig
+) -> None:
+    dtype = torch.bfloat16
+    module = Module(forward, qkv=linear(5 * HEAD, K, dtype), **heads_of(dtype, **of))
+    compiled = Compiled(module, vllm_config)
+    inputs = rows(6, dtype), torch.arange(6).to(DEVICE)
+    assert_same(compiled(*inputs), module(*inputs))
+    assert compiled.fused == fusion.Fused(linears=1, norms=0, gates=0)
+
+
 def gate_and_product(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     product = self.silu_and_mul(x)
     return self.linear(product)[0], product
@@ -251,6 +313,8 @@ def test_ops_have_faithful_fakes() -> None:
     for residual, given, keep in ((None, None, False), (x.clone(), bias, True)):
         arguments = (x, residual, weight, 1e-6, *packed, given, 136, keep)
         torch.library.opcheck(ops.rms_norm_linear, arguments, test_utils="test_faketensor")
+    heads = (x, torch.arange(3).to(DEVICE), weight[:64], weight[:64], torch.ones(4, 64).to(x), 1e-6, 2, 1)
+    torch.library.opcheck(ops.qk_norm_rope, heads, test_utils="test_faketensor")
     arguments = (rows(3, torch.bfloat16, 2 * K), *packed, None, 136)
     torch.library.opcheck(ops.silu_mul_linear, arguments, test_utils="test_faketensor")
     empty = ops.rms_norm_linear(x[:0], x[:0], weight, 1e-6, *packed, bias, 136, True)
@@ -298,4 +362,6 @@ def test_calls_are_counted() -> None:
     packed = layer.weight.data, layer.weight_scale_inv.data
     ops.silu_mul_linear(x, *packed, None, K)
     ops.rms_norm_linear(x[:, :K], None, torch.ones(K).to(x), 1e-6, *packed, None, K, False)
-    assert counters.calls - before == {"silu_mul_linear": 1, "rms_norm_linear": 1}
+    ones, places = torch.ones(2, 64).to(x), torch.zeros(3, dtype=torch.int64, device=x.device)
+    ops.qk_norm_rope(x, places, ones[0], ones[1], ones, 1e-6, 2, 1)
+    assert counters.calls - before == {"silu_mul_linear": 1, "rms_norm_linear": 1, "qk_norm_rope": 1}

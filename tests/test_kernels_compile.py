@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels import activation, decode, gemm_plan, norm, quantize, silu, warmup
+from fp8_backend.kernels import activation, decode, gemm_plan, norm, norm_rope, quantize, silu, warmup
 from fp8_backend.kernels.compiler import compile_kernel
 from tests.device_source import constants, parameter_kinds
 
@@ -30,6 +30,7 @@ def test_the_set_is_bounded():
         ("quantize.cuh", quantize._LAYOUT),
         ("rms_norm_quantize.cuh", norm._LAYOUT),
         ("silu_mul_quantize.cuh", silu._LAYOUT),
+        ("norm_rope.cuh", norm_rope._LAYOUT),
         ("activation.cuh", activation._LAYOUT),
     ],
 )

@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 
 from fp8_backend import settings
 from fp8_backend.integration import ops
+from fp8_backend.integration.fusion_heads import join_heads
 from fp8_backend.integration.plugin import ops_version
 from fp8_backend.kernels import norm, silu
 
@@ -39,17 +40,22 @@ logger = logging.getLogger("vllm.fp8_backend.integration.fusion")
 
 
 class Fused(NamedTuple):
-    """How many linears a graph had, and to how many of them each kind was joined."""
+    """How many linears a graph had, to how many of them each kind was joined, and how often heads are rotated at once.
+
+    heads: pairs of queries and keys whose RMSNorm and rotary embedding are one kernel.
+    """
 
     linears: int
     norms: int
     gates: int
+    heads: int = 0
 
     def __str__(self) -> str:
         alone = self.linears - self.norms - self.gates
+        heads = "; queries and keys are normalised and rotated in one kernel" if self.heads else ""
         return (
             f"of {self.linears} linears in a compiled piece {self.norms} are joined to RMSNorm and {self.gates} to "
-            f"SiLU-and-multiply, {alone} quantise by themselves"
+            f"SiLU-and-multiply, {alone} quantise by themselves{heads}"
         )
 
 
@@ -97,7 +103,8 @@ def fuse(graph: fx.Graph) -> Fused:
     norms = sum(_join_norm(graph, linear) for linear in linears)
     # The linears that are left, which nothing has removed.
     rest = graph.find_nodes(op="call_function", target=_LINEAR)
-    return Fused(len(linears), norms, sum(_join_gate(graph, linear) for linear in rest))
+    gates = sum(_join_gate(graph, linear) for linear in rest)
+    return Fused(len(linears), norms, gates, join_heads(graph))
 
 
 def _value(node: fx.Node) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.library import Library
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from fp8_backend import counters
-from fp8_backend.kernels import fused_linear, gemm
+from fp8_backend.kernels import fused_linear, gemm, norm_rope
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
@@ -78,6 +78,36 @@ def _silu_mul_linear_fake(
     return x.new_empty((x.shape[0], n))
 
 
+def _qk_norm_rope(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    counters.calls["qk_norm_rope"] += 1
+    return norm_rope.qk_norm_rope(
+        rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
+    )
+
+
+def _qk_norm_rope_fake(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m, head = rows.shape[0], query_weight.shape[0]
+    return rows.new_empty((m, query_heads, head)), rows.new_empty((m, key_heads, head))
+
+
 def _experts(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -144,6 +174,7 @@ def _masked_experts_fake(
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("rms_norm_linear", _rms_norm_linear, fake_impl=_rms_norm_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("silu_mul_linear", _silu_mul_linear, fake_impl=_silu_mul_linear_fake, target_lib=_LIBRARY)
+direct_register_custom_op("qk_norm_rope", _qk_norm_rope, fake_impl=_qk_norm_rope_fake, target_lib=_LIBRARY)
 direct_register_custom_op("experts", _experts, mutates_args=["out"], fake_impl=_experts_fake, target_lib=_LIBRARY)
 direct_register_custom_op(
     "masked_experts",
@@ -156,5 +187,6 @@ direct_register_custom_op(
 linear = torch.ops.fp8_backend.linear
 rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
 silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
+qk_norm_rope = torch.ops.fp8_backend.qk_norm_rope
 experts = torch.ops.fp8_backend.experts
 masked_experts = torch.ops.fp8_backend.masked_experts

@@ -185,6 +185,32 @@ def rms_norm(
     return normed, None if residual is None else rows.to(x.dtype)
 
 
+def qk_norm_rope(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return normalised queries and keys [m, heads, head], rotated by the tokens' positions (NeoX style).
+
+    Rounded as vLLM defines its rms_norm and RotaryEmbedding, step by step to the rows' dtype. Args: see
+    `norm_rope.qk_norm_rope`; any device and float dtype.
+    """
+    m, head = rows.shape[0], query_weight.shape[0]
+    cosine, sine = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    rotated, first = [], 0
+    for heads, weight in ((query_heads, query_weight), (key_heads, key_weight)):
+        part = rows[:, first : first + heads * head].reshape(m, heads, head)
+        one, other = rms_norm(part, None, weight, epsilon)[0].chunk(2, dim=-1)
+        rotated.append(torch.cat([one * cosine - other * sine, other * cosine + one * sine], dim=-1))
+        first += heads * head
+    return rotated[0], rotated[1]
+
+
 def silu_mul(hidden: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up of [..., 2 * intermediate], gate first, in float32."""
     gate, up = hidden.float().chunk(2, dim=-1)

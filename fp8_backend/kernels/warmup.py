@@ -19,6 +19,7 @@ from fp8_backend.kernels import (
     heuristics,
     masked,
     norm,
+    norm_rope,
     quantize,
     silu,
 )
@@ -54,6 +55,7 @@ def all_specs() -> tuple[KernelSpec, ...]:
         *quantize.SPECS.values(),
         *norm.SPECS.values(),
         silu.SPEC,
+        norm_rope.SPEC,
         activation.SPEC,
         *experts,
     )
@@ -115,6 +117,7 @@ def load_all() -> None:
     for chunks in norm.SPECS:
         norm.kernel(chunks, device)
     silu.kernel(device)
+    norm_rope.kernel(device)
     activation.kernel(device)
     for module in _EXPERTS:
         module.load_all()

@@ -31,6 +31,7 @@ from fp8_backend.kernels import (
     m_grouped,
     masked,
     norm,
+    norm_rope,
     quantize,
     routing,
     silu,
@@ -154,7 +155,7 @@ def encode_tiled(
 # Every module whose code launches kernels.
 MODULES = (
     *(activation, decode, experts, experts_decode, experts_prefill, experts_single, fused_linear, gemm, gemm_plan),
-    *(grouped, grouped_tall, launcher, m_grouped, masked, norm, quantize, routing, silu, tensor_map),
+    *(grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, routing, silu, tensor_map),
 )
 
 

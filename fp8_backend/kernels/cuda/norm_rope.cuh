@@ -1,0 +1,66 @@
+// RMSNorm of every query's and key's head and its rotary embedding, behind the linear that gives them: one kernel where a compiled model has two.
+//
+// A warp takes a head of a token; a lane holds neighbours of its first half and those that are rotated with them, half a head further on. All is
+// computed in float32 and rounded once. No shared memory and few registers: a CTA starts beside those of the linear, whose rows it waits for.
+#include "elements.cuh"
+
+constexpr u32 kWarps = 8, kPairs = 2;  // pairs a lane, in each half: heads of up to 256 elements
+
+// rows: [m] of 16-bit elements, one every `stride`: query heads, key heads, whatever. positions: [m]. query_weight, key_weight: [head]. cosines: a row of
+// head elements for each position, cosines first. queries: [m][query_heads][head], keys: [m][key_heads][head]. head: a multiple of 4; all 4-byte aligned.
+extern "C" __global__ void __launch_bounds__(kWarps * 32)
+norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const u16* key_weight, const u16* cosines, u16* queries, u16* keys, i64 stride,
+          u32 m, u32 query_heads, u32 key_heads, u32 head, u32 type, float epsilon) {
+    const u32 lane = threadIdx.x % 32, index = blockIdx.x * kWarps + threadIdx.x / 32, heads = query_heads + key_heads;
+    const u32 token = index / heads, which = index % heads, half = head / 2;
+    const bool is_query = which < query_heads;
+    auto pair_at = [](const u16* elements) { return __ldcg(reinterpret_cast<const u32*>(elements)); };  // past L1: this CTA may be older than they
+    auto low = [&](u32 pair) { return type == kBf16 ? low_bf16(pair) : low_f16(pair); };
+    auto high = [&](u32 pair) { return type == kBf16 ? high_bf16(pair) : high_f16(pair); };
+
+    launch_next_kernel();
+    const u16* const weight = is_query ? query_weight : key_weight;
+    u32 weights[kPairs][2] = {}, values[kPairs][2] = {}, angles[kPairs][2] = {};
+#pragma unroll
+    for (u32 i = 0; i < kPairs; ++i) {
+        const u32 at = i * 64 + lane * 2;
+        if (at >= half) continue;
+        weights[i][0] = pair_at(weight + at);
+        weights[i][1] = pair_at(weight + half + at);
+    }
+    wait_for_previous_kernel();
+    if (token >= m) return;
+    const u16* const source = rows + token * stride + which * head;
+    const u16* const angle = cosines + __ldcg(positions + token) * head;
+#pragma unroll
+    for (u32 i = 0; i < kPairs; ++i) {
+        const u32 at = i * 64 + lane * 2;
+        if (at >= half) continue;
+        values[i][0] = pair_at(source + at);
+        values[i][1] = pair_at(source + half + at);
+        angles[i][0] = pair_at(angle + at);
+        angles[i][1] = pair_at(angle + half + at);
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (u32 i = 0; i < kPairs; ++i)
+#pragma unroll
+        for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
+#pragma unroll
+    for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
+
+    u16* const target = is_query ? queries + static_cast<i64>(token * query_heads + which) * head
+                                 : keys + static_cast<i64>(token * key_heads + which - query_heads) * head;
+#pragma unroll
+    for (u32 i = 0; i < kPairs; ++i) {
+        const u32 at = i * 64 + lane * 2;
+        if (at >= half) continue;
+        const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
+        const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
+        const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
+        *reinterpret_cast<u32*>(target + at) = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
+        *reinterpret_cast<u32*>(target + half + at) =
+            pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
+    }
+}
