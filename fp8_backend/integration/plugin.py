@@ -38,8 +38,9 @@ def register() -> None:
 
 @functools.cache
 def ops_version() -> str:
-    """Return what tells torch ops and compile pass of this installation from those of another: a digest of both."""
-    sources = (Path(__file__).with_name(name).read_bytes() for name in ("ops.py", "fusion.py"))
+    """Return what tells torch ops and compile pass of this installation from those of another: a digest of them."""
+    names = ("ops.py", "fusion.py", "fusion_heads.py")
+    sources = (Path(__file__).with_name(name).read_bytes() for name in names)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
