@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import vllm.ir.ops  # noqa: F401  registers torch.ops.vllm_ir
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fp8_backend.integration import ops
 from fp8_backend.kernels import norm_rope
@@ -71,7 +72,7 @@ def _rotated(cat: Any) -> Rotated | None:
     if len(cat.args) < 2 or len(cat.args[0]) != 2 or cat.args[1] not in (-1, 2):
         return None
     less, more = cat.args[0]
-    if not (_is(less, _aten.sub.Tensor) and _is(more, _aten.add.Tensor)):
+    if not (_is(less, _aten.sub.Tensor) and _is(more, _aten.add.Tensor)) or less.kwargs or more.kwargs:
         return None
     products = [found for node in (*less.args, *more.args) if (found := _product(node)) is not None]
     if len(products) != 4:
@@ -157,6 +158,7 @@ def _kernel_takes(query: Rotated, key: Rotated) -> bool:
         and cache.dim() == 2
         and cache.shape[1] == head
         and (positions.dim(), positions.dtype) == (1, torch.int64)
+        and statically_known_true(positions.shape[0] == rows.shape[0])
     )
 
 
