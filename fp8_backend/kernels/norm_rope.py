@@ -103,10 +103,12 @@ def qk_norm_rope(
             return qk_norm_rope(
                 rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
             )
-    rows = _paired(rows)
+    head = query_weight.shape[0]
+    # Only the heads: a copy of whole rows would keep an odd length, and every second row would lie two bytes off.
+    rows = _paired(rows[:, : (query_heads + key_heads) * head])
     weights = [_paired(weight.contiguous()) for weight in (query_weight, key_weight)]
     cosines, places = _paired(cos_sin_cache.contiguous()), positions.contiguous()
-    m, head = rows.shape[0], query_weight.shape[0]
+    m = rows.shape[0]
     queries, keys = (rows.new_empty((m, heads, head)) for heads in (query_heads, key_heads))
     if m and query_heads + key_heads:
         tensors = (rows, places, *weights, cosines, queries, keys)
