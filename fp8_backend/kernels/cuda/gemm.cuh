@@ -23,6 +23,7 @@
 // output needs the others. A packed b is swizzled in memory,
 // and a tile of it contiguous; by contract it is complete, so it is fetched before the previous kernel has ended.
 #include "arrivals.cuh"
+#include "output.cuh"
 #include "tiles.cuh"
 
 constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
@@ -38,7 +39,7 @@ constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
-constexpr u32 kGroupBytes = MATH_WARPGROUPS * 128 * 16;  // what a group of columns takes in the exchange
+constexpr u32 kGroupBytes = kExchangedBytes<MATH_WARPGROUPS>;
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
 static_assert(!SPLIT_K || kGroups % 4 == 0, "up to 4 CTAs, and 8 where GemmConfig.splits says so, own as many groups each");
@@ -60,45 +61,6 @@ DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 last_m) 
 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(const Tile& tile, u32 scale_b_stride) { return min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats); }
-
-struct Output {
-    void* data;
-    const void* bias;
-    i64 stride;
-    u32 m, n, type, bias_type;
-
-    // Adds the bias to a 64 x BLOCK_N slice of accumulators as wgmma leaves them.
-    DEVICE void add_bias(float (&sum)[BLOCK_N / 2], u32 column, u32 lane) const {
-#pragma unroll
-        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
-            const u32 c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (c < n) sum[i] += load_element(bias, c, bias_type);
-        }
-    }
-
-    // Writes a slice; row = first row of this warp's 16.
-    DEVICE void write(const float (&sum)[BLOCK_N / 2], u32 row, u32 column, u32 lane) const {
-#pragma unroll
-        for (u32 i = 0; i < BLOCK_N / 2; ++i) {
-            const u32 r = row + lane / 4 + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (r < m && c < n) store_element(data, r * stride + c, type, sum[i]);
-        }
-    }
-
-    // Writes two neighbours of a row; paired: they are 4-byte aligned 16-bit elements.
-    DEVICE void write_pair(float first, float second, u32 row, u32 column, bool paired) const {
-        if (row >= m || column >= n) return;
-        const i64 at = row * stride + column;
-        if (bias != nullptr) first += load_element(bias, column, bias_type);
-        if (bias != nullptr && column + 1 < n) second += load_element(bias, column + 1, bias_type);
-        if (paired && column + 1 < n) {
-            *reinterpret_cast<u32*>(static_cast<u16*>(data) + at) = pack_elements(first, second, type);
-            return;
-        }
-        store_element(data, at, type, first);
-        if (column + 1 < n) store_element(data, at + 1, type, second);
-    }
-};
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_PER_SM)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
@@ -258,25 +220,10 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (SPLIT_K && split > 1) {
                 const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
-                u32 owner = 0, place = 0;
-#pragma unroll
-                for (u32 g = 0; g < kGroups; ++g) {
-                    const float* group = &sum[g / (BLOCK_N / 8)][g % (BLOCK_N / 8) * 4];
-                    const u32 target = room + (split_rank * owned + place) * kGroupBytes + slot;
-                    store_async(map_to_rank(target, owner), {group[0], group[1], group[2], group[3]}, map_to_rank(exchanged, owner));
-                    if (++place == owned) {
-                        ++owner;
-                        place = 0;
-                    }
-                }
+                send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
                 for (u32 g = 0; g < owned; ++g) {
-                    float4 total = {0.f, 0.f, 0.f, 0.f};
-                    for (u32 r = 0; r < split; ++r) {
-                        const float4 part =
-                            *reinterpret_cast<const float4*>(shared + NUM_STAGES * kStageBytes + (r * owned + g) * kGroupBytes + slot);
-                        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
-                    }
+                    const float4 total = received_sum<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, g, owned, split, slot);
                     const u32 group = split_rank * owned + g;
                     const u32 row = tile.m + row_in_tile + group / (BLOCK_N / 8) * 64 + warp * 16 + lane / 4;
                     const u32 column = tile.n + group % (BLOCK_N / 8) * 8 + lane % 4 * 2;
