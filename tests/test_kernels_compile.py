@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels import activation, decode, gemm_plan, norm, norm_rope, quantize, silu, warmup
+from fp8_backend.kernels import activation, decode, gemm_plan, gemm_quantize, norm, norm_rope, quantize, silu, warmup
 from fp8_backend.kernels.compiler import compile_kernel
 from tests.device_source import constants, parameter_kinds
 
@@ -26,6 +26,7 @@ def test_the_set_is_bounded():
     ("file", "layout"),
     [
         ("gemm.cuh", gemm_plan._LAYOUT),
+        ("gemm_quantize.cuh", gemm_quantize._LAYOUT),
         ("decode.cuh", decode._LAYOUT),
         ("quantize.cuh", quantize._LAYOUT),
         ("rms_norm_quantize.cuh", norm._LAYOUT),

@@ -14,6 +14,7 @@ from fp8_backend.kernels.arguments import check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmPlan
+from fp8_backend.kernels.heuristics import QuantizingGemmChoice
 
 Prepare = Callable[[torch.Tensor, int], launcher.PreparedLaunch]
 _plans: gemm.Prepared[DecodePlan | GemmPlan] = gemm.Prepared()
@@ -120,7 +121,8 @@ def _linear(
     if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape:
         check_linear(x, weight, scale, n, bias)
         choice = gemm.choose(m, n, x.shape[1], x.device.index, False, backend.batch_invariant())
-        plan = gemm.plan_of(choice, x, out, bias, prepare())
+        assert not isinstance(choice, QuantizingGemmChoice)  # it is the kernel in front that makes the codes
+        plan = gemm.plan_behind(prepare(), choice, x, out, bias)
         _plans.add(key, plan)
     plan(x, weight, scale, out, bias, *pointers[1:])
     return out

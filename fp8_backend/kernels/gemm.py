@@ -11,12 +11,13 @@ from typing import Generic, TypeVar
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import backend, decode, heuristics, launcher, layout, quantize, reference
+from fp8_backend.kernels import backend, decode, gemm_quantize, heuristics, launcher, layout, quantize, reference
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
-from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
+from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
+from fp8_backend.kernels.heuristics import Choice, GemmChoice, QuantizingGemmChoice
 from fp8_backend.kernels.launcher import PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
@@ -69,9 +70,11 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool) -> DecodeChoice | GemmChoice:
+def choose(
+    m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool, mappable: bool = True
+) -> Choice:
     """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
-    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant)
+    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant, mappable)
 
 
 class Prepared(threading.local, Generic[Plan]):
@@ -87,7 +90,7 @@ class Prepared(threading.local, Generic[Plan]):
         self.by_key[key] = plan
 
 
-_plans: Prepared[DecodePlan | GemmPlan] = Prepared()
+_plans: Prepared[DecodePlan | GemmPlan | QuantizingGemmPlan] = Prepared()
 _launches: Prepared[GemmLaunch] = Prepared()
 
 
@@ -162,7 +165,8 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        choice = choose(m, n, k, device.index, rows.element_size() == 2, backend.batch_invariant())
+        fusable, invariant = rows.element_size() == 2, backend.batch_invariant()
+        choice = choose(m, n, k, device.index, fusable, invariant, gemm_quantize.mappable(rows))
         plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)
@@ -171,16 +175,22 @@ def _checked_linear(
 
 
 def plan_of(
+    choice: Choice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+) -> DecodePlan | GemmPlan | QuantizingGemmPlan:
+    """Return the launches of x [m, k] @ weight^T + bias into out [m, n] by this kernel; nothing is checked."""
+    if isinstance(choice, QuantizingGemmChoice):
+        return QuantizingGemmPlan(choice, x, out, bias)
+    return plan_behind(quantize.prepare, choice, x, out, bias)
+
+
+def plan_behind(
+    prepare: Callable[[torch.Tensor, int], PreparedLaunch],
     choice: DecodeChoice | GemmChoice,
     x: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None,
-    prepare: Callable[[torch.Tensor, int], PreparedLaunch] = quantize.prepare,
 ) -> DecodePlan | GemmPlan:
-    """Return the launches of x [m, k] @ weight^T + bias into out [m, n] by this kernel; nothing is checked.
-
-    prepare: gives the launch that makes the codes, for kernels that do not themselves.
-    """
+    """Return them where `prepare` gives the launch that makes the codes, for kernels that do not themselves."""
     if isinstance(choice, GemmChoice):
         return GemmPlan(choice, x, out, bias, prepare)
     return DecodePlan(choice, x, out, bias, prepare)

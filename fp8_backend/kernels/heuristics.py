@@ -13,6 +13,7 @@ from fp8_backend.kernels.problem import (
     DecodeConfig,
     GemmConfig,
     GemmProblem,
+    QuantizingGemmConfig,
 )
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -46,6 +47,10 @@ DECODE_CONFIGS = tuple(
     for split in SPLITS
     if not (fused and tokens == 64)  # 64 tokens of any useful range of k do not fit beside the weights
 )
+QUANTIZING_CONFIGS = (QuantizingGemmConfig(128, 4, 6), QuantizingGemmConfig(256, 4, 3))
+# Where a GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows once more, and
+# a few rows are quantised by the time that a kernel needs to start.
+QUANTIZING_ROWS, QUANTIZING_COLUMNS = 256, 512
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,21 @@ class GemmChoice:
     split: int = 1
 
 
+@dataclass(frozen=True)
+class QuantizingGemmChoice:
+    """A GEMM kernel that quantises by itself, and its grid.
+
+    split: CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
+    """
+
+    config: QuantizingGemmConfig
+    grid: int
+    split: int = 1
+
+
+Choice = DecodeChoice | GemmChoice | QuantizingGemmChoice
+
+
 def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
     """Return how many stages fit a CTA's shared memory, at most MAX_STAGES; 0 if fewer than the kernel needs do."""
     for stages in range(MAX_STAGES, config.unroll - 1, -1):
@@ -105,6 +125,7 @@ _LATE_TOKEN_NS = 2900  # a single one, which is quantised inside by the time tha
 # Quantisation ahead of a GEMM; for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows, it is behind
 # the weights' way.
 _QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
+_QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
 # More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
 # room, nor those of the linear behind it (one H100, a layer of Qwen3-8B at m = 1 and 8: 77.4 and 79.7 us without this,
 # 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same).
@@ -124,6 +145,9 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),
 }
+# The same of GEMMs that quantise by themselves, by columns of a tile: 64 and 48 KiB a k-block from L2. Not fitted yet.
+_QUANTIZING_NS = {128: (700, 1500, 1500), 256: (950, 2000, 2500)}
+_QUANTIZING_LAUNCH_NS = 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
 # Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
 _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
@@ -225,31 +249,59 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) ->
     return cost + (_FULL_NS if config.ctas_per_sm == 1 and problem.m <= MAX_DECODE_TOKENS else 0)
 
 
-def adds_in_order(choice: DecodeChoice | GemmChoice) -> bool:
+def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, QuantizingGemmChoice]]:
+    """Yield every way to solve the problem with a GEMM that quantises by itself, and its predicted cost in nanoseconds.
+
+    There is none for less than QUANTIZING_ROWS rows or more than QUANTIZING_COLUMNS columns.
+    """
+    if problem.m < QUANTIZING_ROWS or problem.n > QUANTIZING_COLUMNS:
+        return
+    # Rows of activations come from memory once, whatever the number of tiles that they are part of.
+    memory_ns = problem.m * problem.k * 2 / (_STREAM_BYTES_PER_NS * problem.machine.num_sms)
+    for config in QUANTIZING_CONFIGS:
+        block_ns, tile_ns, split_ns = _QUANTIZING_NS[config.block_n]
+        tiles = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
+        for split in SPLITS:
+            if split > max(1, problem.k_blocks // 2):
+                continue
+            most = problem.machine.max_clusters(split)
+            waves = ceil_div(tiles, most)
+            choice = QuantizingGemmChoice(config, min(tiles, most) if split == 1 else tiles * split, split)
+            products_ns = max(waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns)
+            ends_ns = waves * (tile_ns + (split_ns if split > 1 else 0))
+            yield _QUANTIZING_LAUNCH_NS + products_ns + ends_ns, choice
+
+
+def adds_in_order(choice: Choice) -> bool:
     """Return whether an output is one sum over the k-blocks in ascending order, not a sum of partial ones.
 
     Decode kernels with at most 64 rows a CTA share the k-blocks between their math warpgroups, unless these share the
     tokens.
     """
-    if isinstance(choice, GemmChoice):
+    if not isinstance(choice, DecodeChoice):
         return choice.split == 1
     return choice.config.split == 1 and (choice.rows > 64 or choice.config.tokens >= 32)
 
 
 @lru_cache(maxsize=65536)
-def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False) -> DecodeChoice | GemmChoice:
+def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False, mappable: bool = True) -> Choice:
     """Return the kernel for a linear layer of this shape.
 
     fusable: the kernel may quantise by itself: activations have 16 bits, and none before it makes the codes anyway.
-    batch_invariant: a row's bits must not depend on m.
+    batch_invariant: a row's bits must not depend on m. mappable: the copy engine can fetch rows of the activations.
     """
-    choices: list[tuple[float, DecodeChoice | GemmChoice]] = [
+    choices: list[tuple[float, Choice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
-    quantise = _QUANTISE_FEW_NS if 16 < problem.m <= MAX_DECODE_TOKENS else _QUANTISE_NS
+    if 16 < problem.m <= MAX_DECODE_TOKENS:
+        quantise = _QUANTISE_FEW_NS
+    else:
+        quantise = max(_QUANTISE_NS, problem.m * problem.k // _QUANTISED_ELEMENTS_PER_NS)
     if not fusable and problem.m <= _JOINED_TOKENS:
         quantise += _JOINED_NS
     choices += [(cost + quantise, choice) for cost, choice in gemm_choices(problem)]
+    if fusable and mappable:
+        choices += quantizing_choices(problem)
     if batch_invariant:
         choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
     return min(choices, key=lambda pair: pair[0])[1]
@@ -262,6 +314,6 @@ def select_gemm(problem: GemmProblem, batch_invariant: bool = False) -> GemmChoi
     return min(choices, key=lambda pair: pair[0])[1]
 
 
-def all_configs() -> tuple[GemmConfig | DecodeConfig, ...]:
+def all_configs() -> tuple[GemmConfig | DecodeConfig | QuantizingGemmConfig, ...]:
     """Return every configuration that serving can need."""
-    return GEMM_CONFIGS + DECODE_CONFIGS
+    return GEMM_CONFIGS + DECODE_CONFIGS + QUANTIZING_CONFIGS

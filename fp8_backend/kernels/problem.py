@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -147,3 +148,28 @@ class DecodeConfig:
             "decode",
             (("TOKENS", self.tokens), ("FUSED", int(self.fused)), ("SPLIT", self.split)),
         )
+
+
+@dataclass(frozen=True)
+class QuantizingGemmConfig:
+    """One compiled form of gemm_quantize.cuh: activations of 16 bits, tiles of 128 rows.
+
+    block_n: 128 or 256.
+    """
+
+    block_n: int
+    stages_x: int
+    stages_b: int
+    block_m: ClassVar[int] = 128
+    threads: ClassVar[int] = 384
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: both rings, weight scales, two barriers a stage, that of the exchange."""
+        tiles = self.stages_x * self.block_m * 2 * BLOCK + self.stages_b * self.block_n * BLOCK
+        return tiles + self.stages_x * 2 * 8 + self.stages_b * _STAGE_EXTRA_BYTES + 8
+
+    def spec(self) -> KernelSpec:
+        """Return what to compile."""
+        stages = ("STAGES_X", self.stages_x), ("STAGES_B", self.stages_b)
+        return KernelSpec("gemm_quantize.cuh", "gemm_quantize", (("BLOCK_N", self.block_n), *stages))

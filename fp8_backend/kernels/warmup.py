@@ -24,7 +24,7 @@ from fp8_backend.kernels import (
     silu,
 )
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.problem import GemmConfig
+from fp8_backend.kernels.problem import GemmConfig, QuantizingGemmConfig
 
 # A kernel takes a core a second: whoever holds the lock this long without a new one is a process that hangs.
 PATIENCE_S = 120.0
@@ -104,12 +104,14 @@ def load_all() -> None:
     """
     import torch
 
-    from fp8_backend.kernels import decode, gemm_plan
+    from fp8_backend.kernels import decode, gemm_plan, gemm_quantize
 
     device = torch.cuda.current_device()
     for config in heuristics.all_configs():
         if isinstance(config, GemmConfig):
             gemm_plan.kernel(config, device)
+        elif isinstance(config, QuantizingGemmConfig):
+            gemm_quantize.kernel(config, device)
         else:
             decode.kernel(config, device)
     for rows in quantize.SPECS:

@@ -68,6 +68,11 @@ DEVICE float load_shared(u32 address) {
     return value;
 }
 DEVICE float2 load_shared_pair(u32 address) { return {load_shared(address), load_shared(address + 4)}; }
+DEVICE uint2 load_shared_words(u32 address) {
+    uint2 value;
+    std::memcpy(&value, emulation::read_at(address, 8), 8);
+    return value;
+}
 DEVICE void store_shared_pair(u32 address, uint2 value) { std::memcpy(emulation::at(emulation::cta(), address, 8), &value, 8); }
 DEVICE void barrier_arrive_after(u32 barrier, float) { barrier_arrive(barrier); }
 DEVICE void barrier_arrive_after_words(u32 barrier, float, float, u32 arrives) {
@@ -318,6 +323,18 @@ DEVICE float low_bf16(u32 pair) { return bits_as<float>(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return bits_as<float>(pair & 0xffff0000u); }
 DEVICE float low_f16(u32 pair) { return bits_as<_Float16>(static_cast<u16>(pair)); }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
+
+// Of each half; sign is that of the product. infinity: its bits, behind which NaN begin.
+DEVICE u32 larger_magnitude(u32 a, u32 b, u32 infinity) {
+    u32 larger = 0;
+    for (u32 shift = 0; shift < 32; shift += 16) {
+        const u32 x = a >> shift & 0x7fff, y = b >> shift & 0x7fff, magnitude = x > infinity ? y : y > infinity ? x : max(x, y);
+        larger |= (magnitude > infinity ? 0x7fffu : magnitude | ((a ^ b) >> shift & 0x8000)) << shift;
+    }
+    return larger;
+}
+DEVICE u32 larger_magnitude_bf16(u32 a, u32 b) { return larger_magnitude(a, b, 0x7f80); }
+DEVICE u32 larger_magnitude_f16(u32 a, u32 b) { return larger_magnitude(a, b, 0x7c00); }
 
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
 DEVICE float __fdividef(float a, float b) { return a / b; }

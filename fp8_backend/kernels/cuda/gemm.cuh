@@ -59,9 +59,6 @@ DEVICE Tile tile_at(u32 index, u32 tiles_m, u32 tiles_n, u32 strip, u32 last_m) 
     return {min(local / width * BLOCK_M, last_m), (first + local % width) * BLOCK_N};
 }
 
-// Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
-DEVICE u32 first_scale_of(const Tile& tile, u32 scale_b_stride) { return min(tile.n / 128 & ~3u, scale_b_stride - kScaleFloats); }
-
 extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_PER_SM)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
      const u8* __restrict__ packed_b, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out,
@@ -113,7 +110,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 rows_b = tile.n < n_aligned ? min(u32(BLOCK_N), n_aligned - tile.n) : 0;
                 const float* tile_scale_a = scale_a + tile.m;
-                const float* tile_scale_b = scale_b + first_scale_of(tile, scale_b_stride);
+                const float* tile_scale_b = scale_b + first_scale_of(tile.n, scale_b_stride);
                 for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
@@ -152,7 +149,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll
             for (u32 i = 0; i < kScales; ++i) {
                 const u32 column = tile.n + i * kScaled;
-                const u32 tile_scale_b = column < n ? column / 128 - first_scale_of(tile, scale_b_stride) : 0;
+                const u32 tile_scale_b = column < n ? column / 128 - first_scale_of(tile.n, scale_b_stride) : 0;
                 // Plus 0, which ptxas cannot know: it moves a value that all lanes share to a uniform register, and waits for that.
                 block_scale[i] = scales + (BLOCK_M + tile_scale_b) * 4 + lane * (k_blocks >> 31);
             }

@@ -7,6 +7,20 @@ constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
 constexpr u32 kGroupLanes = 16;
 
+DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }
+DEVICE float group_inverse(float largest) { return __fdiv_rn(kFp8Max, largest); }
+
+// Of the four lanes of a quad.
+DEVICE float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+    return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+// Codes of four neighbours.
+DEVICE u32 code_word(float a, float b, float c, float d, float inverse) {
+    return pack_e4m3(a * inverse, b * inverse) | static_cast<u32>(pack_e4m3(c * inverse, d * inverse)) << 16;
+}
+
 // 8 elements of 16 bits as they lie in memory; kept raw so that many loads can be in flight.
 struct RawGroup {
     u32 words[4];
@@ -68,14 +82,8 @@ struct Group {
     }
 
     DEVICE uint2 codes(float largest) const {
-        const float inverse = __fdiv_rn(kFp8Max, largest);
-        u32 packed[2];
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const float* v = value + 4 * i;
-            packed[i] = pack_e4m3(v[0] * inverse, v[1] * inverse) | static_cast<u32>(pack_e4m3(v[2] * inverse, v[3] * inverse)) << 16;
-        }
-        return make_uint2(packed[0], packed[1]);
+        const float inverse = group_inverse(largest);
+        return make_uint2(code_word(value[0], value[1], value[2], value[3], inverse), code_word(value[4], value[5], value[6], value[7], inverse));
     }
 };
 
@@ -87,8 +95,6 @@ template <u32 kCount> DEVICE void reduce_amax(float (&largest)[kCount]) {
 #pragma unroll
         for (u32 i = 0; i < kCount; ++i) largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
 }
-
-DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }
 
 // Where the codes of a lane belong: in rows of k_blocks * 128, or, with tile_rows > 0, in swizzled tiles [k_blocks][tile_rows][128] (quantize.cuh).
 DEVICE i64 code_place(u32 row, u32 k_block, u32 lane, u32 k_blocks, u32 tile_rows) {

@@ -27,10 +27,6 @@ constexpr u32 kBoxRows = kTileRows / 2;  // a narrow tile fetches one box of row
 constexpr u32 kTickets = 2;
 
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-DEVICE float quad_max(float value) {
-    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-    return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-}
 
 // silu(gate) * up of one row, which a quad holds (32 columns a lane, those at index 4j + 2 * kRowHalf), to codes and their scale.
 template <u32 kRowHalf>
@@ -44,7 +40,7 @@ DEVICE void write_gated(const float (&gate)[64], const float (&up)[64], u8* code
         largest = fmaxf(largest, fabsf(value[i]));
     }
     largest = quad_max(largest);
-    const float inverse = __fdiv_rn(kFp8Max, largest);
+    const float inverse = group_inverse(largest);
     // Column group j (8 columns) gives this lane 2 codes; even and odd groups are the halves of a word.
     u32 words[2][4];
 #pragma unroll
@@ -52,7 +48,7 @@ DEVICE void write_gated(const float (&gate)[64], const float (&up)[64], u8* code
 #pragma unroll
         for (u32 w = 0; w < 2; ++w) {
             const float* v = value + (g * 4 + w * 2) * 2;
-            words[w][g] = pack_e4m3(v[0] * inverse, v[1] * inverse) | static_cast<u32>(pack_e4m3(v[2] * inverse, v[3] * inverse)) << 16;
+            words[w][g] = code_word(v[0], v[1], v[2], v[3], inverse);
         }
 #pragma unroll
     for (u32 w = 0; w < 2; ++w) {

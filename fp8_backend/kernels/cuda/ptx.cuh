@@ -62,6 +62,11 @@ DEVICE float2 load_shared_pair(u32 address) {
     asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
     return value;
 }
+DEVICE uint2 load_shared_words(u32 address) {
+    uint2 value;
+    asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+    return value;
+}
 DEVICE void store_shared_pair(u32 address, uint2 value) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
@@ -233,3 +238,14 @@ DEVICE float low_f16(u32 pair) {
     return value;
 }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
+// The larger magnitude of each of two pairs, of whatever sign; NaN only where both are.
+DEVICE u32 larger_magnitude_bf16(u32 a, u32 b) {
+    u32 larger;
+    asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+DEVICE u32 larger_magnitude_f16(u32 a, u32 b) {
+    u32 larger;
+    asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}

@@ -1,4 +1,4 @@
-// What the GEMMs share about tiles: which one is next in a list that the device has made, and outputs on their way to the copy engine.
+// What the GEMMs share about tiles: which one is next in a list that the device has made, their weights' scales, and outputs on their way to the copy engine.
 #pragma once
 #include "wgmma.cuh"
 
@@ -13,6 +13,9 @@ DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
     const u32 width = static_cast<u32>(band.z) >> 16, local = index - band.w * runs;
     return {__ldcg(tiles + band.w + local % width), local / width};
 }
+
+// Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
+DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
 // Lays 16 rows x kColumns (64 or 32) columns of a warp's accumulators into rows of 128 or 64 bytes, swizzled as the copy engine expects. The target
 // is a multiple of 1024 bytes away from a swizzle period.
