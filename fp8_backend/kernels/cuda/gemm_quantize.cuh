@@ -39,57 +39,63 @@ struct RawRows {
     uint2 four[2][2][2][2];  // row, box, half, run
 
     // at: row and columns of the lane in the first box of a stage, swizzled.
-    DEVICE void load(u32 at) {
+    DEVICE void load(u32 row, u32 at) {
 #pragma unroll
-        for (u32 row = 0; row < 2; ++row)
-#pragma unroll
-            for (u32 box = 0; box < 2; ++box)
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i)
-                    four[row][box][i / 2][i % 2] = load_shared_words((at ^ i * 32) + box * kBoxBytes + row * 8 * kBlockK);
+        for (u32 i = 0; i < 8; ++i)
+            four[row][i / 4][i / 2 % 2][i % 2] = load_shared_words((at ^ i % 4 * 32) + i / 4 * kBoxBytes + row * 8 * kBlockK);
     }
 };
 
 struct QuantisedRows {
-    u32 codes[kBlockK / 32][4];  // as wgmma takes them
+    u32 codes[kBlockK / 32][4];  // as wgmma takes them, once arranged
     float scale[2];
 
     template <bool kIsBf16> DEVICE void take(const RawRows& raw, u32 lane) {
         constexpr auto larger = kIsBf16 ? larger_magnitude_bf16 : larger_magnitude_f16;
         constexpr auto low = kIsBf16 ? low_bf16 : low_f16;
         constexpr auto high = kIsBf16 ? high_bf16 : high_f16;
-        const bool odd = lane / 4 % 2;
         float largest[2];
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            u32 pair = 0;
+            u32 pairs[8];
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) {
                 const uint2 four = raw.four[row][i / 4][i / 2 % 2][i % 2];
-                pair = larger(pair, larger(four.x, four.y));
+                pairs[i] = larger(four.x, four.y);
             }
-            largest[row] = fmaxf(fmaxf(kMinAmax, fabsf(low(pair))), fabsf(high(pair)));
+#pragma unroll
+            for (u32 distance = 4; distance > 0; distance /= 2)
+#pragma unroll
+                for (u32 i = 0; i < distance; ++i) pairs[i] = larger(pairs[i], pairs[i + distance]);
+            largest[row] = fmaxf(fmaxf(kMinAmax, fabsf(low(pairs[0]))), fabsf(high(pairs[0])));
         }
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) largest[row] = quad_max(largest[row]);
+        // One division a lane, and the quad has both factors of both rows.
+        const float factor = group_factor(lane & 2 ? largest[1] : largest[0], lane % 2);
 #pragma unroll
         for (u32 row = 0; row < 2; ++row) {
-            const float inverse = group_inverse(largest[row]);
-            scale[row] = group_scale(largest[row]);
+            const float inverse = __shfl_sync(0xffffffffu, factor, lane / 4 * 4 + row * 2 + 1);
+            scale[row] = __shfl_sync(0xffffffffu, factor, lane / 4 * 4 + row * 2);
 #pragma unroll
-            for (u32 box = 0; box < 2; ++box)
-#pragma unroll
-                for (u32 run = 0; run < 2; ++run) {
-                    u32 words[2];
-#pragma unroll
-                    for (u32 half = 0; half < 2; ++half) {
-                        const uint2 four = raw.four[row][box][half][run];
-                        words[half] = code_word(low(four.x), high(four.x), low(four.y), high(four.y), inverse);
-                    }
-                    codes[2 * box][2 * run + row] = odd ? words[1] : words[0];
-                    codes[2 * box + 1][2 * run + row] = odd ? words[0] : words[1];
-                }
+            for (u32 i = 0; i < 8; ++i) {
+                const uint2 four = raw.four[row][i / 4][i / 2 % 2][i % 2];
+                codes[i / 2][i % 2 * 2 + row] = code_word(low(four.x), high(four.x), low(four.y), high(four.y), inverse);
+            }
         }
+    }
+
+    // Puts the halves of boxes where they belong.
+    DEVICE void arrange(u32 lane) {
+        const bool odd = lane / 4 % 2;
+#pragma unroll
+        for (u32 box = 0; box < 2; ++box)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 first = codes[2 * box][i], second = codes[2 * box + 1][i];
+                codes[2 * box][i] = odd ? second : first;
+                codes[2 * box + 1][i] = odd ? first : second;
+            }
     }
 };
 
@@ -193,21 +199,31 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
             for (u32 slice = 0; slice < kSlices; ++slice)
 #pragma unroll
                 for (u32 i = 0; i < 64; ++i) sum[slice][i] = 0.f;
-            QuantisedRows rows;
             RawRows raw;
-            auto quantise = [&](QuantisedRows& next) {
-                raw.load(own_x + ring_x.stage * kBytesX);
-                if (x_type == kBf16) next.take<true>(raw, lane);
-                else next.take<false>(raw, lane);
-                barrier_arrive_after_words(empty_x + 8 * ring_x.stage, next.scale[0], next.scale[1], releases);
+            QuantisedRows rows;
+            auto load = [&](u32 row) {
+                if (row == 0) barrier_wait(full_x + 8 * ring_x.stage, ring_x.parity);
+                raw.load(row, own_x + ring_x.stage * kBytesX);
+            };
+            auto quantise = [&](QuantisedRows& made) {
+                if (x_type == kBf16) made.take<true>(raw, lane);
+                else made.take<false>(raw, lane);
+                barrier_arrive_after_words(empty_x + 8 * ring_x.stage, made.scale[0], made.scale[1], releases);
                 ring_x.advance(kStagesX);
             };
-            barrier_wait(full_x + 8 * ring_x.stage, ring_x.parity);
-            quantise(rows);
-            for (u32 kb = first_block; kb < end_block; ++kb) {
-                const bool more = kb + 1 < end_block;
+            load(0);
+            load(1);
+            if (kSlices == 1) {
+                quantise(rows);
+                rows.arrange(lane);
+            }
+            auto multiply_block = [&](bool more) {  // more: k-blocks follow
                 const u32 s = ring.stage;
                 QuantisedRows next;
+                if (kSlices == 2) {
+                    quantise(rows);
+                    rows.arrange(lane);
+                }
                 barrier_wait(full_b + 8 * s, ring.parity);
 #pragma unroll
                 for (u32 slice = 0; slice < kSlices; ++slice) {
@@ -220,23 +236,33 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                     wgmma_commit();
                     const float scale = load_shared(block_scale[slice] + s * kScaleFloats * 4), low = rows.scale[0] * scale, high = rows.scale[1] * scale;
                     if (kSlices == 1 && more) {
-                        barrier_wait(full_x + 8 * ring_x.stage, ring_x.parity);
+                        load(0);
+                        load(1);
                         quantise(next);
                     }
                     wgmma_wait<0>();
                     fence_registers(partial);
-                    if (slice == kSlices - 1) {
+                    const bool last = slice == kSlices - 1;
+                    if (last) {
                         barrier_arrive_after_words(empty_b + 8 * s, low, high, releases);
                         ring.advance(kStagesB);
-                        if (kSlices > 1 && more) barrier_wait(full_x + 8 * ring_x.stage, ring_x.parity);
                         if (split > 1 && !more) cluster_arrive_relaxed();  // this warp has read all that it needs of the ring of x
                     }
+                    // A row of the next block takes the registers of every half of what is promoted.
 #pragma unroll
-                    for (u32 i = 0; i < 64; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+                    for (u32 half = 0; half < 2; ++half) {
+#pragma unroll
+                        for (u32 i = half * 32; i < half * 32 + 32; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+                        if (kSlices == 2 && last && more) load(half);
+                    }
                 }
-                if (kSlices > 1 && more) quantise(next);
-                if (more) rows = next;
-            }
+                if (kSlices == 1 && more) {
+                    rows = next;
+                    rows.arrange(lane);  // not before: no operand of a product may be written under another
+                }
+            };
+            for (u32 kb = first_block; kb + 1 < end_block; ++kb) multiply_block(true);
+            multiply_block(false);
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (split > 1) {
                 const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;

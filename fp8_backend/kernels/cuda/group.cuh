@@ -7,8 +7,10 @@ constexpr float kFp8Max = 448.f;    // largest finite e4m3
 constexpr float kMinAmax = 1e-30f;  // keeps 448 / amax finite; reference.MIN_AMAX
 constexpr u32 kGroupLanes = 16;
 
-DEVICE float group_scale(float largest) { return __fdiv_rn(largest, kFp8Max); }
-DEVICE float group_inverse(float largest) { return __fdiv_rn(kFp8Max, largest); }
+// What a code is multiplied by, or what a value is multiplied by to become one.
+DEVICE float group_factor(float largest, bool of_values) { return __fdiv_rn(of_values ? kFp8Max : largest, of_values ? largest : kFp8Max); }
+DEVICE float group_scale(float largest) { return group_factor(largest, false); }
+DEVICE float group_inverse(float largest) { return group_factor(largest, true); }
 
 // Of the four lanes of a quad.
 DEVICE float quad_max(float value) {
