@@ -27,7 +27,8 @@ from benchmarks import sanitize_experts
 from fp8_backend.kernels import gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
-from fp8_backend.kernels.problem import DecodeConfig, GemmConfig, GemmProblem
+from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
+from fp8_backend.kernels.problem import SPLITS, DecodeConfig, GemmConfig, GemmProblem, QuantizingGemmConfig
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import align, ceil_div
 from fp8_backend.measure.child import run_child, stop_children_on_signals
@@ -70,6 +71,9 @@ def launches() -> Iterator[str]:
         if decode_config is not None:
             launch_decode(decode_config)
             yield str(decode_config)
+    for quantizing_config in heuristics.QUANTIZING_CONFIGS:
+        launch_quantizing(quantizing_config)
+        yield str(quantizing_config)
     yield from sanitize_experts.launches()
 
 
@@ -128,6 +132,18 @@ def launch_gemm(config: GemmConfig, packed: bool) -> None:
             out.fill_(float("nan"))
             gemm.launch_gemm(choice, codes, scale, weight, out, None)
             assert reference.relative_error(out.cpu(), truth) < LIMIT, choice
+
+
+def launch_quantizing(config: QuantizingGemmConfig) -> None:
+    """Launch one configuration on partial tiles, two tiles by two, k split in every way."""
+    m, n, k = config.block_m + 3, config.block_n + 7, 128 * 10 + 8
+    x, weight, out, truth = operands(m, n, k)
+    rows = x.cuda()
+    for split in SPLITS:
+        out.fill_(float("nan"))
+        choice = heuristics.QuantizingGemmChoice(config, 4 * split if split > 1 else 3, split)
+        QuantizingGemmPlan(choice, rows, out, None)(rows, weight.codes, weight.scale, out, None)
+        assert reference.relative_error(out.cpu(), truth) < LIMIT, choice
 
 
 def launch_decode(config: DecodeConfig) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from fp8_backend.kernels import gemm, heuristics, layout, reference
-from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -60,11 +59,11 @@ def _quantise_and_launch(choice: GemmChoice, x: torch.Tensor, weight: gemm.Weigh
 
 
 def time_choice(
-    choice: DecodeChoice | GemmChoice, x: torch.Tensor, weights: list[gemm.Weight], out: torch.Tensor, whole: bool
+    choice: heuristics.Choice, x: torch.Tensor, weights: list[gemm.Weight], out: torch.Tensor, whole: bool
 ) -> float:
     """Return microseconds of one call; whole: with the quantisation launch where the kernel needs one."""
-    if isinstance(choice, DecodeChoice):
-        plan = DecodePlan(choice, x, out, None)
+    if not isinstance(choice, GemmChoice):
+        plan = gemm.plan_of(choice, x, out, None)
         return graph_us([partial(plan, x, w.codes, w.scale, out, None) for w in weights])
     codes, scale = per_token_group_quant(x)
     if whole:
@@ -82,6 +81,11 @@ def main() -> None:
     parser.add_argument(
         "--ahead", default="", help="KiB of weights ahead of the activations to try, such as 16,32,48,96"
     )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="time GEMMs for more than 64 tokens with their quantisation, too, and those that quantise by themselves",
+    )
     arguments = parser.parse_args()
     rows = []
     for shape in arguments.shapes.split(","):
@@ -95,12 +99,13 @@ def main() -> None:
             truth = reference.fp8_gemm_nt(codes, scale, *weights[0].plain())
             used = weights if m <= 256 else weights[:3]
             ahead = [int(kib) for kib in arguments.ahead.split(",") if kib]
-            candidates: list[DecodeChoice | GemmChoice] = list(decode_candidates(problem, arguments.per_config, ahead))
+            candidates: list[heuristics.Choice] = list(decode_candidates(problem, arguments.per_config, ahead))
             candidates += [choice for _, choice in heuristics.gemm_choices(problem)] if m >= 32 else []
+            candidates += [choice for _, choice in heuristics.quantizing_choices(problem)] if arguments.whole else []
             found = []
             for choice in candidates:
                 out.fill_(float("nan"))
-                us = time_choice(choice, x, used, out, whole=m <= 64)
+                us = time_choice(choice, x, used, out, whole=m <= 64 or arguments.whole)
                 time_choice(choice, x, weights[:1], out, whole=False)
                 error = reference.relative_error(out, truth)
                 found.append((us, str(choice), error))

@@ -7,9 +7,12 @@ import pytest
 from fp8_backend.kernels import quantize
 from fp8_backend.kernels.heuristics import (
     HALF_SHARED_BYTES,
+    QUANTIZING_CONFIGS,
     DecodeChoice,
+    QuantizingGemmChoice,
     adds_in_order,
     all_configs,
+    quantizing_choices,
     select,
     select_gemm,
 )
@@ -53,6 +56,16 @@ def check_gemm(problem, choice):
         assert choice.grid // choice.split <= min(tiles, most)
 
 
+def check_quantizing(problem, choice):
+    config = choice.config
+    assert config.shared_bytes <= MAX_SHARED_BYTES
+    tiles = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
+    if choice.split > 1:
+        assert choice.grid == tiles * choice.split and choice.split <= problem.k_blocks
+    else:
+        assert 0 < choice.grid <= min(tiles, problem.machine.num_sms)
+
+
 @pytest.mark.parametrize("machine", [H200, SMALLER], ids=["132 SMs", "78 SMs"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_problem_gets_a_legal_kernel(n, k, machine):
@@ -62,6 +75,8 @@ def test_every_problem_gets_a_legal_kernel(n, k, machine):
             assert choice.config in all_configs()
             if isinstance(choice, DecodeChoice):
                 check_decode(problem, choice)
+            elif isinstance(choice, QuantizingGemmChoice):
+                check_quantizing(problem, choice)
             else:
                 check_gemm(problem, choice)
 
@@ -90,6 +105,33 @@ def test_gemms_of_few_tokens_share_a_multiprocessor():
 
 def test_large_codes_are_written_before_the_gemm_starts():
     assert quantize.early(1024, 4096) == 1 and quantize.early(8192, 4096) == 0
+
+
+# Where few columns make the codes as dear as the products, and nowhere else.
+def test_few_columns_of_many_rows_are_quantised_on_their_way():
+    for m in (512, 2048, 8192):
+        assert isinstance(select(GemmProblem(m, 512, 7168)), QuantizingGemmChoice)
+    for problem in (GemmProblem(16, 512, 7168), GemmProblem(8192, 4096, 4096), GemmProblem(512, 512, 1024)):
+        assert not isinstance(select(problem), QuantizingGemmChoice)
+    assert not list(quantizing_choices(GemmProblem(16, 512, 7168)))
+
+
+# Another kernel makes the codes anyway, or rows lie where no copy engine can fetch them.
+def test_rows_that_are_codes_or_unaligned_take_other_kernels():
+    problem = GemmProblem(8192, 512, 7168)
+    assert not isinstance(select(problem, fusable=False), QuantizingGemmChoice)
+    assert not isinstance(select(problem, mappable=False), QuantizingGemmChoice)
+
+
+def test_every_quantizing_choice_is_legal():
+    seen = set()
+    for m in (256, 300, 4096):
+        problem = GemmProblem(m, 392, 1160)
+        for cost, choice in quantizing_choices(problem):
+            check_quantizing(problem, choice)
+            assert cost > 0
+            seen.add((choice.config, choice.split))
+    assert seen == {(config, split) for config in QUANTIZING_CONFIGS for split in (1, 2, 4)}
 
 
 # Small enough that the fastest kernels split k: the mode must change the choice, and never to a kernel that does.

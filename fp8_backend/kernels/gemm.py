@@ -17,7 +17,7 @@ from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
-from fp8_backend.kernels.heuristics import Choice, GemmChoice, QuantizingGemmChoice
+from fp8_backend.kernels.heuristics import Choice, DecodeChoice, GemmChoice, QuantizingGemmChoice
 from fp8_backend.kernels.launcher import PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
@@ -70,9 +70,7 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def choose(
-    m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool, mappable: bool = True
-) -> Choice:
+def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool, mappable: bool = True) -> Choice:
     """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant, mappable)
 

@@ -1,4 +1,4 @@
-"""The host half of gemm_quantize.cuh: the one launch of a linear layer whose GEMM quantises by itself, prepared once."""
+"""The host half of gemm_quantize.cuh: the launch of a linear layer whose GEMM quantises by itself, prepared once."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class QuantizingGemmPlan:
     def __init__(
         self, choice: QuantizingGemmChoice, x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Prepare for tensors like x [m, k], which is mappable and has 16 bits, out [m, n] with contiguous rows, and bias.
+        """Prepare for tensors like x [m, k], out [m, n] with contiguous rows, and bias; nothing is checked.
 
-        Nothing is checked.
+        x: of 16 bits, `mappable`.
         """
         config, (m, k), n = choice.config, x.shape, out.shape[1]
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)

@@ -156,7 +156,8 @@ def encode_tiled(
 # Every module whose code launches kernels.
 MODULES = (
     *(activation, decode, experts, experts_decode, experts_prefill, experts_single, fused_linear, gemm, gemm_plan),
-    *(gemm_quantize, grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, routing, silu, tensor_map),
+    *(gemm_quantize, grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, routing, silu),
+    tensor_map,
 )
 
 

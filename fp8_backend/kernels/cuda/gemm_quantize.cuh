@@ -244,6 +244,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                     fence_registers(partial);
                     const bool last = slice == kSlices - 1;
                     if (last) {
+                        __syncwarp();
                         barrier_arrive_after_words(empty_b + 8 * s, low, high, releases);
                         ring.advance(kStagesB);
                         if (split > 1 && !more) cluster_arrive_relaxed();  // this warp has read all that it needs of the ring of x
