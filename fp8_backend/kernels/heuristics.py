@@ -47,10 +47,10 @@ DECODE_CONFIGS = tuple(
     for split in SPLITS
     if not (fused and tokens == 64)  # 64 tokens of any useful range of k do not fit beside the weights
 )
-QUANTIZING_CONFIGS = (QuantizingGemmConfig(128, 4, 6), QuantizingGemmConfig(256, 4, 3))
-# Where a GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows once more, and
-# a few rows are quantised by the time that a kernel needs to start.
-QUANTIZING_ROWS, QUANTIZING_COLUMNS = 256, 512
+QUANTIZING_CONFIG = QuantizingGemmConfig(4, 3)
+# Where the GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows again, and
+# the codes of few rows stay in L2.
+QUANTIZING_ROWS, QUANTIZING_COLUMNS = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,8 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),
 }
-# The same of GEMMs that quantise by themselves, by columns of a tile: 64 and 48 KiB a k-block from L2. Not fitted yet.
-_QUANTIZING_NS = {128: (700, 1500, 1500), 256: (950, 2000, 2500)}
-_QUANTIZING_LAUNCH_NS = 2500
+# The same of the GEMM that quantises by itself, and its launch (one H100, 2026-11-27, docs/kernel-notes-gemm.md).
+_QUANTIZING_NS, _QUANTIZING_LAUNCH_NS = (1180, 1800, 9200), 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
 # Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
 _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
@@ -258,18 +257,17 @@ def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, Quantizing
         return
     # Rows of activations come from memory once, whatever the number of tiles that they are part of.
     memory_ns = problem.m * problem.k * 2 / (_STREAM_BYTES_PER_NS * problem.machine.num_sms)
-    for config in QUANTIZING_CONFIGS:
-        block_ns, tile_ns, split_ns = _QUANTIZING_NS[config.block_n]
-        tiles = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
-        for split in SPLITS:
-            if split > max(1, problem.k_blocks // 2):
-                continue
-            most = problem.machine.max_clusters(split)
-            waves = ceil_div(tiles, most)
-            choice = QuantizingGemmChoice(config, min(tiles, most) if split == 1 else tiles * split, split)
-            products_ns = max(waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns)
-            ends_ns = waves * (tile_ns + (split_ns if split > 1 else 0))
-            yield _QUANTIZING_LAUNCH_NS + products_ns + ends_ns, choice
+    config, (block_ns, tile_ns, split_ns) = QUANTIZING_CONFIG, _QUANTIZING_NS
+    tiles = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
+    for split in SPLITS:
+        if split > max(1, problem.k_blocks // 2):
+            continue
+        most = problem.machine.max_clusters(split)
+        waves = ceil_div(tiles, most)
+        choice = QuantizingGemmChoice(config, min(tiles, most) if split == 1 else tiles * split, split)
+        products_ns = max(waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns)
+        ends_ns = waves * (tile_ns + (split_ns if split > 1 else 0))
+        yield _QUANTIZING_LAUNCH_NS + products_ns + ends_ns, choice
 
 
 def adds_in_order(choice: Choice) -> bool:
@@ -316,4 +314,4 @@ def select_gemm(problem: GemmProblem, batch_invariant: bool = False) -> GemmChoi
 
 def all_configs() -> tuple[GemmConfig | DecodeConfig | QuantizingGemmConfig, ...]:
     """Return every configuration that serving can need."""
-    return GEMM_CONFIGS + DECODE_CONFIGS + QUANTIZING_CONFIGS
+    return GEMM_CONFIGS + DECODE_CONFIGS + (QUANTIZING_CONFIG,)

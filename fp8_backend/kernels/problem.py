@@ -152,15 +152,12 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class QuantizingGemmConfig:
-    """One compiled form of gemm_quantize.cuh: activations of 16 bits, tiles of 128 rows.
+    """gemm_quantize.cuh: activations of 16 bits, a ring of stages for these and one for the weight."""
 
-    block_n: 128 or 256.
-    """
-
-    block_n: int
     stages_x: int
     stages_b: int
     block_m: ClassVar[int] = 128
+    block_n: ClassVar[int] = 256
     threads: ClassVar[int] = 384
 
     @property
@@ -172,4 +169,4 @@ class QuantizingGemmConfig:
     def spec(self) -> KernelSpec:
         """Return what to compile."""
         stages = ("STAGES_X", self.stages_x), ("STAGES_B", self.stages_b)
-        return KernelSpec("gemm_quantize.cuh", "gemm_quantize", (("BLOCK_N", self.block_n), *stages))
+        return KernelSpec("gemm_quantize.cuh", "gemm_quantize", stages)

@@ -1,7 +1,7 @@
 // FP8 GEMM whose activations have 16 bits: out[m, n] = x[m, k] . b[n, k]^T with block scales (+ bias), the rows of x quantised on their way to the
 // tensor core. For a weight of few columns, where a launch that writes codes takes as long as the products.
 //
-// Persistent CTAs walk output tiles of 128 rows x BLOCK_N columns (128 or 256), columns first, so that CTAs side by side share rows of x. Warp roles:
+// Persistent CTAs walk output tiles of 128 rows x 256 columns, columns first, so that CTAs side by side share rows of x. Warp roles:
 //   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches rows of x (tensor copies), rows of the packed weight, and its scales (bulk copies).
 //   warpgroups 1, 2  math: 64 rows and all columns each. A thread takes from shared memory what its operand registers hold of two rows, finds with
 //                    its quad the amax of these, and packs the codes; codes and scales are quantize.cuh's, and are nowhere in memory.
@@ -9,8 +9,8 @@
 // warp). Per stage of b: full (2 arrivals + bytes), empty (one arrival a math warp). The tensor core accumulates one k-block in `partial`; promotion
 // scales it into `sum` (promotion.cuh says why).
 //
-// With 128 columns the next block is quantised under the product of this one; with 256 there are no registers for both, and it is quantised behind the
-// last product, while the other warpgroup has the tensor core.
+// There are no registers for the next block's codes beside a product: it is quantised behind the last one, while the other warpgroup has the tensor core.
+// With tiles of 128 columns there would be, and a k-block takes as long for half the products (docs/kernel-notes-gemm.md).
 //
 // A stage of x is two boxes of 64 columns, rows of 128 bytes as the copy swizzles them. 16 lanes of a warp read 8 bytes each at a time, of 4 rows:
 // without conflicts, if those of odd rows read the other half of the box.
@@ -23,14 +23,13 @@
 #include "promotion.cuh"
 #include "tiles.cuh"
 
-constexpr u32 kTileRows = 128, kSlices = BLOCK_N / 128, kMathWarps = 8;
-constexpr u32 kBoxBytes = kTileRows * kBlockK, kBytesX = 2 * kBoxBytes, kBytesB = BLOCK_N * kBlockK;
+constexpr u32 kTileRows = 128, kTileColumns = 256, kSlices = kTileColumns / 128, kMathWarps = 8;
+constexpr u32 kBoxBytes = kTileRows * kBlockK, kBytesX = 2 * kBoxBytes, kBytesB = kTileColumns * kBlockK;
 constexpr u32 kStagesX = STAGES_X, kStagesB = STAGES_B;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = kMathWarps * kArrivalsOfWarp;
 constexpr u32 kGroups = kSlices * 16;  // of 8 columns and 64 rows, of a math warpgroup
 
-static_assert(BLOCK_N == 128 || BLOCK_N == 256, "a math warpgroup has registers for 64 x 256 sums");
 static_assert(kGroups * kExchangedBytes<2> <= kStagesX * kBytesX, "sums of all CTAs of a cluster fit the ring of x");
 
 // What a lane has of its two rows of a k-block, that at lane / 4 of its warp's 16 and that 8 further: four neighbours at 4 * (lane % 4) of each run of
@@ -133,7 +132,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
     }
     launch_next_kernel();
 
-    const u32 tiles_n = ceil_div(n, u32(BLOCK_N)), num_tiles = ceil_div(m, kTileRows) * tiles_n;
+    const u32 tiles_n = ceil_div(n, kTileColumns), num_tiles = ceil_div(m, kTileRows) * tiles_n;
     const u32 first_tile = blockIdx.x / split, tile_step = gridDim.x / split;
     const u32 first_block = k_blocks * split_rank / split, end_block = k_blocks * (split_rank + 1) / split;
     // The last tile of rows ends with the last row: rows that x does not have would be filled with zeros, slowly.
@@ -146,7 +145,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
         if (producer < kProducers && elect_lane()) {
             if (producer == 0) wait_for_previous_kernel();  // weights are there already, by contract
             for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-                const u32 tile_m = min(t / tiles_n * kTileRows, last_m), tile_n = t % tiles_n * BLOCK_N;
+                const u32 tile_m = min(t / tiles_n * kTileRows, last_m), tile_n = t % tiles_n * kTileColumns;
                 if (producer == 0) {
                     for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(kStagesX)) {
                         const u32 bar = full_x + 8 * ring.stage, target = rows_x + ring.stage * kBytesX;
@@ -156,7 +155,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                         tensor_copy(target + kBoxBytes, &map_x, kb * kBlockK + kBlockK / 2, tile_m, 0, bar);
                     }
                 } else {
-                    const u32 bytes = min(u32(BLOCK_N), n_aligned - tile_n) * kBlockK;
+                    const u32 bytes = min(kTileColumns, n_aligned - tile_n) * kBlockK;
                     const float* tile_scale = scale_b + first_scale_of(tile_n, scale_b_stride);
                     for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(kStagesB)) {
                         const u32 s = ring.stage, bar = full_b + 8 * s;
@@ -187,7 +186,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
         Ring ring_x;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
-            const u32 tile_m = min(t / tiles_n * kTileRows, last_m), tile_n = t % tiles_n * BLOCK_N;
+            const u32 tile_m = min(t / tiles_n * kTileRows, last_m), tile_n = t % tiles_n * kTileColumns;
             u32 block_scale[kSlices];
 #pragma unroll
             for (u32 slice = 0; slice < kSlices; ++slice) {
@@ -205,25 +204,18 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                 if (row == 0) barrier_wait(full_x + 8 * ring_x.stage, ring_x.parity);
                 raw.load(row, own_x + ring_x.stage * kBytesX);
             };
-            auto quantise = [&](QuantisedRows& made) {
-                if (x_type == kBf16) made.take<true>(raw, lane);
-                else made.take<false>(raw, lane);
-                barrier_arrive_after_words(empty_x + 8 * ring_x.stage, made.scale[0], made.scale[1], releases);
+            auto quantise = [&] {
+                if (x_type == kBf16) rows.take<true>(raw, lane);
+                else rows.take<false>(raw, lane);
+                barrier_arrive_after_words(empty_x + 8 * ring_x.stage, rows.scale[0], rows.scale[1], releases);
                 ring_x.advance(kStagesX);
             };
             load(0);
             load(1);
-            if (kSlices == 1) {
-                quantise(rows);
-                rows.arrange(lane);
-            }
             auto multiply_block = [&](bool more) {  // more: k-blocks follow
                 const u32 s = ring.stage;
-                QuantisedRows next;
-                if (kSlices == 2) {
-                    quantise(rows);
-                    rows.arrange(lane);
-                }
+                quantise();
+                rows.arrange(lane);
                 barrier_wait(full_b + 8 * s, ring.parity);
 #pragma unroll
                 for (u32 slice = 0; slice < kSlices; ++slice) {
@@ -235,11 +227,6 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                     for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<128>::multiply(partial, rows.codes[i], matrix_descriptor_at(low_b + 2 * i), i > 0);
                     wgmma_commit();
                     const float scale = load_shared(block_scale[slice] + s * kScaleFloats * 4), low = rows.scale[0] * scale, high = rows.scale[1] * scale;
-                    if (kSlices == 1 && more) {
-                        load(0);
-                        load(1);
-                        quantise(next);
-                    }
                     wgmma_wait<0>();
                     fence_registers(partial);
                     const bool last = slice == kSlices - 1;
@@ -254,12 +241,8 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                     for (u32 half = 0; half < 2; ++half) {
 #pragma unroll
                         for (u32 i = half * 32; i < half * 32 + 32; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
-                        if (kSlices == 2 && last && more) load(half);
+                        if (last && more) load(half);
                     }
-                }
-                if (kSlices == 1 && more) {
-                    rows = next;
-                    rows.arrange(lane);  // not before: no operand of a product may be written under another
                 }
             };
             for (u32 kb = first_block; kb + 1 < end_block; ++kb) multiply_block(true);
