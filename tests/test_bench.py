@@ -166,7 +166,7 @@ def test_our_kernels_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("FP8_BACKEND_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cache, "_memory", {})
     count = warm.compile_ours([(512, 7168)], [1, 4096], Machine())
-    assert 3 <= count <= 6
+    assert 3 <= count <= 7
     assert len(list(tmp_path.rglob("*.cubin"))) == count
 
 
