@@ -39,7 +39,7 @@ def outliers(x):
     return x
 
 
-# Each form on partial tiles and blocks, rows of a wider x, into a poisoned output that other data surrounds.
+# Partial tiles and blocks, rows of a wider x, into a poisoned output that other data surrounds.
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(("m", "n", "k"), [(389, 712, 2176), (17, 77, 1032), (256, 512, 7168), (300, 389, 1096)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -230,9 +230,15 @@ DEVICE void barrier_arrive_after_copies(u32 barrier) {
     emulation::Cta& of = emulation::cta();
     emulation::self().copies.push_back([=, &of] { emulation::barrier_at(of, barrier).arrive(1); });
 }
-DEVICE void load_fresh(const void* source, u32 (&words)[4]) { std::memcpy(words, source, 16); }
+DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
+    if (reinterpret_cast<std::uintptr_t>(source) % 16) emulation::fail("reads 16 bytes at an address that is not a multiple of them");
+    std::memcpy(words, source, 16);
+}
 DEVICE void prefetch_line(const void*) {}
-template <class T> DEVICE T __ldcg(const T* source) { return *source; }
+template <class T> DEVICE T __ldcg(const T* source) {
+    if (reinterpret_cast<std::uintptr_t>(source) % sizeof(T)) emulation::fail("reads " + std::to_string(sizeof(T)) + " bytes at an address that is not a multiple of them");
+    return *source;
+}
 DEVICE u32 atomicAdd(u32* counter, u32 more) {
     const u32 before = *counter;
     *counter += more;
