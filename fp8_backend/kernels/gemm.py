@@ -188,7 +188,10 @@ def plan_behind(
     out: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> DecodePlan | GemmPlan:
-    """Return them where `prepare` gives the launch that makes the codes, for kernels that do not themselves."""
+    """Return the launches by this kernel where `prepare` gives the one that makes the codes; nothing is checked.
+
+    A kernel that quantises by itself has no such launch, and `prepare` is not called.
+    """
     if isinstance(choice, GemmChoice):
         return GemmPlan(choice, x, out, bias, prepare)
     return DecodePlan(choice, x, out, bias, prepare)

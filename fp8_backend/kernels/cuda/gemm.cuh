@@ -85,12 +85,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         barrier_init_fence();
     }
-    if (split > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
+    meet(split);
     launch_next_kernel();
 
     const u32 tiles_m = ceil_div(m, u32(BLOCK_M)), tiles_n = ceil_div(n, u32(BLOCK_N));

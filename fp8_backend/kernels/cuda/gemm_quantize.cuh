@@ -124,12 +124,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
         if (split > 1) barrier_expect(exchanged, kGroups * kExchangedBytes<2>);
         barrier_init_fence();
     }
-    if (split > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
+    meet(split);
     launch_next_kernel();
 
     const u32 tiles_n = ceil_div(n, kTileColumns), num_tiles = ceil_div(m, kTileRows) * tiles_n;

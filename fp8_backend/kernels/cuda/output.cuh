@@ -41,6 +41,16 @@ struct Output {
     }
 };
 
+// Barriers are initialised: for the threads of this CTA, or for all CTAs of its cluster, whose sums they will count.
+DEVICE void meet(u32 split) {
+    if (split > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+}
+
 // What a group of 8 columns and 64 rows a math warpgroup takes in the exchange: 4 sums a thread.
 template <u32 kWarpgroups> constexpr u32 kExchangedBytes = kWarpgroups * 128 * 16;
 
