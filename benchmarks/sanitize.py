@@ -113,7 +113,8 @@ def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.T
     x = torch.randn(m, k).to(torch.bfloat16)
     codes = (torch.randn(n, k) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(ceil_div(n, 128), ceil_div(k, 128)) * 1e-3 + 1e-4
-    truth = reference.fp8_gemm_nt(*reference.per_token_group_quant(x), codes, scale)
+    codes_x, scale_x = reference.per_token_group_quant(x)
+    truth = reference.fp8_gemm_nt(codes_x[:, :k], scale_x, codes, scale)
     weight = gemm.Weight(layout.pack_weight(codes).cuda(), layout.pack_scale(scale, n, k).cuda(), n, k)
     return x, weight, torch.full((m, n), float("nan"), dtype=torch.bfloat16).cuda(), truth
 
