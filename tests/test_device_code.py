@@ -307,12 +307,16 @@ def test_masked_grouped_gemm(expected_m, folder):
         assert out[group, rows:].isnan().all()
 
 
+BEHIND = "barrier_wait(full + 8 * ring.stage, ring.parity);\n" + 24 * " "
 RING, EXCHANGE = 0, -1  # which choice of a configuration: k by one CTA, or by as many as can be
+AHEAD, PLAIN = (next(c for c in heuristics.GEMM_CONFIGS if c.block_m == 64 and c.ahead == at) for at in (True, False))
 FAULTS = {
-    "a stage is filled before it is free": (RING, "barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
-    "a stage is free when one warp has read it": (RING, "MATH_WARPGROUPS * 4 * kArrivalsOfWarp;", "1;"),
-    "a stage is read at once": (RING, "if (!full_already) barrier_wait(full + 8 * s, ring.parity);", ""),
-    "half of the sums are waited for": (EXCHANGE, "kGroups * kGroupBytes);", "kGroups * kGroupBytes / 2);"),
+    "a stage is filled before it is free": (PLAIN, RING, "barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
+    "a stage is free when one warp has read it": (PLAIN, RING, "MATH_WARPGROUPS * 4 * kArrivalsOfWarp;", "1;"),
+    "a stage is read at once": (PLAIN, RING, "if (!full_already) barrier_wait(full + 8 * s, ring.parity);", ""),
+    "half of the sums are waited for": (PLAIN, EXCHANGE, "kShares * kShareBytes);", "kShares * kShareBytes / 2);"),
+    "the next product is issued at once": (AHEAD, RING, BEHIND + "issue(next", "issue(next"),
+    "a product is promoted before it has ended": (AHEAD, RING, "wgmma_wait<1>();", "wgmma_wait<2>();"),
 }
 
 
@@ -329,9 +333,9 @@ def planted(tmp_path, file, right, wrong, count=1):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, folder, tmp_path):
     torch.manual_seed(4)
-    which, right, wrong = FAULTS[fault]
+    config, which, right, wrong = FAULTS[fault]
     sources = planted(tmp_path, "gemm.cuh", right, wrong)
-    a, weight, _, expected, choices = gemm_problem(heuristics.GEMM_CONFIGS[0], 136)
+    a, weight, _, expected, choices = gemm_problem(config, 136)
     out = torch.full(expected.shape, float("nan"), dtype=torch.bfloat16)
     with emulated(folder, MACHINE, sources) as machine, pytest.raises(AssertionError):
         for machine.seed in range(4):

@@ -116,7 +116,7 @@ FAULTS = {
     "a stage is free when one warp has read it": (1, "kMathWarps * kArrivalsOfWarp;", "kArrivalsOfWarp;"),
     "odd rows stay as they were read": (1, "odd ? second : first", "first"),
     "sums are sent over rows": (8, "cluster_wait();\n                send_sums", "send_sums"),
-    "half of the sums are waited for": (8, "kGroups * kExchangedBytes<2>);\n        b", "kGroups * 2048);\n        b"),
+    "half of the sums are waited for": (8, "kShares * kExchangedBytes<2>);\n        b", "kShares * 2048);\n        b"),
 }
 
 

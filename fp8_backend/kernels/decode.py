@@ -43,13 +43,19 @@ class DecodePlan:
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
         self._device = device
-        paired = out.element_size() == 2 and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and n % 2 == 0
+        # Bytes of a row of outputs that can be written together; 0: by element.
+        if out.element_size() != 2:
+            aligned = 0
+        elif out.data_ptr() % 8 == 0 and out.stride(0) % 4 == 0 and n % 2 == 0:
+            aligned = 8
+        else:
+            aligned = 4 if out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and n % 2 == 0 else 0
         types = quantize.ELEMENT_TYPES
         params = (
             *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),
             *(choice.rows, choice.num_stages, choice.prefetch),
             *(types[x.dtype], quantize.vectorised(x) if config.fused else 0),
-            *(types[out.dtype], 0 if bias is None else types[bias.dtype], int(paired)),
+            *(types[out.dtype], 0 if bias is None else types[bias.dtype], aligned),
         )
         shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
         self._multiply = launcher.PreparedLaunch(
@@ -76,7 +82,7 @@ class DecodePlan:
             x: [m, k] like the one prepared for, also in its alignment to 16 bytes.
             weight: packed by `pack_weight`.
             scale: packed by `pack_scale`.
-            out: [m, n] like the one prepared for, also in its alignment to 4 bytes; overwritten.
+            out: [m, n] like the one prepared for, also in its alignment to 8 bytes; overwritten.
             bias: [n] in the dtype prepared for, or None.
             others: addresses that the launch which makes the codes takes behind that of x.
         """

@@ -48,11 +48,11 @@ class QuantizingGemmPlan:
         self._x = MovableMap((k, m, 1), (stride, stride), (BLOCK // 2, rows, 1), 2)
         halves = out.element_size() == 2
         vectorised = halves and out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and n % 8 == 0
-        paired = halves and out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0
+        aligned = halves and out.data_ptr() % 8 == 0 and out.stride(0) % 4 == 0
         params = (
             *(out.stride(0), m, n, self.weight_shape[1], ceil_div(k, BLOCK), self.scale_shape[1], rows),
             *(ELEMENT_TYPES[x.dtype], ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype]),
-            *(int(vectorised), int(paired)),
+            *(int(vectorised), int(aligned)),
         )
         self._launch = launcher.PreparedLaunch(
             kernel(config, out.device.index),

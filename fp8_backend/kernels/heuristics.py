@@ -31,11 +31,13 @@ PREFETCH_BYTES_OF_TWO = 32 * 1024
 FEW_TILES_M, STRIP = 8, 4
 
 GEMM_CONFIGS = (
+    GemmConfig(64, 32, 1, 8, split_k=True, ctas_per_sm=2, ahead=True),
     GemmConfig(64, 64, 1, 5, split_k=True, ctas_per_sm=2),
-    GemmConfig(64, 128, 1, 8, split_k=True),
+    GemmConfig(64, 96, 1, 4, split_k=True, ctas_per_sm=2),
+    GemmConfig(64, 128, 1, 8, split_k=True, ahead=True),
     GemmConfig(128, 64, 2, 7, split_k=True, unrolled=True),
     GemmConfig(128, 96, 2, 6, split_k=True),
-    GemmConfig(128, 128, 2, 5, split_k=True, unrolled=True),
+    GemmConfig(128, 128, 2, 5, split_k=True, ahead=True),
     GemmConfig(128, 160, 2, 5, unrolled=True),
     GemmConfig(128, 192, 2, 4, unrolled=True),
     GemmConfig(256, 128, 2, 3, unrolled=True),
@@ -106,7 +108,7 @@ def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: 
 
 
 # The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s, of linears back to back and in
-# layers (docs/kernel-notes.md): they rank kernels, and are not meant to predict.
+# layers, those of tiles again to sweeps on an H200 (docs/kernel-notes.md): they rank kernels, and do not predict.
 _LAUNCH_NS = 1620  # from the start of a kernel to its first product, and its end
 _FREE_NS = 3520  # what a kernel saves that leaves room on all multiprocessors to the next ones' weights; in proportion
 _STREAM_BYTES_PER_NS = 34.4  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
@@ -129,18 +131,20 @@ _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
 # More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
 # room, nor those of the linear behind it (one H100, a layer of Qwen3-8B at m = 1 and 8: 77.4 and 79.7 us without this,
 # 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same).
-_JOINED_TOKENS, _JOINED_NS = 16, 5970
+_JOINED_TOKENS, _JOINED_NS = 16, 7000
 _GEMM_LAUNCH_NS = 418
 # More, for at most 64 tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a layer
 # of Qwen3-8B at m = 48: 88.4 us with tiles of 128 x 192 for its largest weight, 86.5 with 64 x 64).
 _FULL_NS = 2860
 # One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
-    (64, 64): (426, 85, 5600),
-    (64, 128): (396, 812, 8290),
-    (128, 64): (226, 2290, 6180),
-    (128, 96): (387, 1320, 6680),
-    (128, 128): (447, 856, 9030),
+    (64, 32): (335, 85, 2890),
+    (64, 64): (435, 85, 4600),
+    (64, 96): (589, 301, 8900),
+    (64, 128): (315, 781, 8290),
+    (128, 64): (263, 2440, 4650),
+    (128, 96): (378, 1320, 5750),
+    (128, 128): (447, 581, 9030),
     (128, 160): (500, 1240, 0),
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),

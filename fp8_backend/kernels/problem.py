@@ -55,7 +55,8 @@ class GemmConfig:
     """One compiled form of gemm.cuh: FP8 activations, any m.
 
     split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
-    unrolled: the loop over k takes all stages a round.
+    unrolled: the loop over k takes all stages a round. ahead: a product is issued before the last one is waited for; of
+    one slice of 64 rows a math warpgroup, whose registers do for two.
     """
 
     block_m: int
@@ -65,6 +66,7 @@ class GemmConfig:
     split_k: bool = False
     ctas_per_sm: int = 1
     unrolled: bool = False
+    ahead: bool = False
 
     @property
     def threads(self) -> int:
@@ -102,6 +104,7 @@ class GemmConfig:
                 ("SPLIT_K", int(self.split_k)),
                 ("CTAS_PER_SM", self.ctas_per_sm),
                 ("UNROLLED", int(self.unrolled)),
+                ("AHEAD", int(self.ahead)),
             ),
         )
 

@@ -96,7 +96,7 @@ struct Fiber {
     u32 cluster_generation = 0;
     std::deque<Operation> copies;  // asynchronous copies of ordinary threads, and the arrivals behind them, in order
     u32 stores = 0;                // bulk stores that have not ended
-    std::vector<Operation> products;  // issued and not yet waited for
+    std::deque<std::vector<Operation>> products = std::deque<std::vector<Operation>>(1);  // issued and not yet waited for, in groups; the last is open
 };
 
 struct Machine {
@@ -174,7 +174,7 @@ inline void fiber_main() {
     Fiber& fiber = self();
     try {
         machine->body();
-        if (!fiber.products.empty()) fail("ends with products it has not waited for");
+        if (fiber.products.size() > 1 || !fiber.products.back().empty()) fail("ends with products it has not waited for");
     } catch (const std::exception& error) {
         if (machine->error.empty()) machine->error = error.what();
     }

@@ -6,12 +6,12 @@ DEVICE u64 matrix_descriptor(u32 address) { return address >> 4; }
 DEVICE u32 matrix_descriptor_low(u32 address) { return address >> 4; }
 DEVICE u64 matrix_descriptor_at(u32 low) { return low; }
 DEVICE void wgmma_fence() {}
-DEVICE void wgmma_commit() {}
+// Products that are not waited for yet lie in groups, the last of which is still open.
+DEVICE void wgmma_commit() { emulation::self().products.emplace_back(); }
 template <u32 kPending> DEVICE void wgmma_wait() {
-    static_assert(kPending == 0);
-    auto& products = emulation::self().products;
-    for (auto& product : products) product();
-    products.clear();
+    auto& groups = emulation::self().products;
+    for (; groups.size() > kPending + 1; groups.pop_front())
+        for (auto& product : groups.front()) product();
 }
 template <u32 kCount> DEVICE void fence_registers(float (&)[kCount]) {}
 
@@ -35,7 +35,7 @@ template <class First> DEVICE void issue_product(float* d, u32 columns, First fi
         }
     };
     if (emulation::machine->early_products) product();
-    else emulation::self().products.push_back(product);
+    else emulation::self().products.back().push_back(product);
 }
 
 template <u32 kN> struct Wgmma {

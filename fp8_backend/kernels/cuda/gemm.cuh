@@ -7,9 +7,11 @@
 // Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp). The tensor core accumulates one
 // 128-deep block of k in `partial`; promotion scales it into fp32 `sum`, because the FP8 accumulator keeps fewer bits than fp32.
 //
-// The time from a product's end to the warpgroup's next one decides, so little is done between them: descriptors stay in uniform registers,
-// a stage is released by one comparison and its arrivals, the next stage's barrier is asked for before the promotion. What lost is in
-// docs/kernel-notes-gemm.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time, clusters that share a or b.
+// AHEAD kernels, of one slice a warpgroup, issue the product of the next block before they wait for that of the last one: two sets of
+// products beside the sums. Elsewhere the time from a product's end to the warpgroup's next one decides, so little is done between them:
+// descriptors stay in uniform registers, a stage is released by one comparison and its arrivals, the next stage's barrier is asked for
+// before the promotion. What lost is in docs/kernel-notes-gemm.md: turns, tiles of 128 x 256 with a in registers, 64 columns at a time,
+// clusters that share a or b.
 //
 // 16-bit outputs leave through the copy engine while the next tile is computed, from a room of their own: were it the last stages of the
 // tile, their next data would be late.
@@ -32,17 +34,18 @@ constexpr u32 kScaled = BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : 32;
 constexpr u32 kScales = BLOCK_N / kScaled;
 constexpr u32 kStored = BLOCK_N % 64 == 0 ? 64 : 32;  // columns of a box of outputs, as many bytes as its rows are swizzled by
 constexpr bool kPeeled = UNROLLED && NUM_STAGES <= 4;
-constexpr u32 kGroups = kWaves * (BLOCK_N / 8);  // of 8 columns and 64 rows, of a math warpgroup
+constexpr u32 kShares = kWaves * (BLOCK_N / 8);  // of a math warpgroup in the exchange
 constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB;
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
-constexpr u32 kGroupBytes = kExchangedBytes<MATH_WARPGROUPS>;
+constexpr u32 kShareBytes = kExchangedBytes<MATH_WARPGROUPS>;
 
 static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
-static_assert(!SPLIT_K || kGroups % 4 == 0, "up to 4 CTAs, and 8 where GemmConfig.splits says so, own as many groups each");
+static_assert(!AHEAD || kWaves == 1, "two sets of products for one slice alone");
+static_assert(!SPLIT_K || kShares % 4 == 0, "up to 4 CTAs, and 8 where GemmConfig.splits says so, own as many shares each");
 
 struct Tile {
     u32 m, n;  // of this CTA, in elements
@@ -81,7 +84,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         }
         if (split > 1) {
             barrier_init(exchanged, 1);
-            barrier_expect(exchanged, kGroups * kGroupBytes);
+            barrier_expect(exchanged, kShares * kShareBytes);
         }
         barrier_init_fence();
     }
@@ -190,6 +193,57 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 }
             };
             u32 remaining = end_block - first_block;
+            if constexpr (AHEAD) {
+                float even[BLOCK_N / 2], odd[BLOCK_N / 2];
+                auto issue = [&](float (&partial)[BLOCK_N / 2], u32 s) {
+                    const u32 low_a = own_a + s * (kStageBytes / 16), low_b = own_b + s * (kStageBytes / 16);
+                    fence_registers(partial);
+                    wgmma_fence();
+#pragma unroll
+                    for (u32 i = 0; i < kBlockK / 32; ++i)
+                        Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
+                    wgmma_commit();
+                };
+                auto finish = [&](float (&partial)[BLOCK_N / 2], float (&next)[BLOCK_N / 2], bool more) {
+                    const u32 s = ring.stage;
+                    const float low_row = load_shared(row_scales + s * kStageScaleBytes), high_row = load_shared(row_scales + s * kStageScaleBytes + 32);
+                    float low[kScales], high[kScales];
+#pragma unroll
+                    for (u32 i = 0; i < kScales; ++i) {
+                        const float of_block = load_shared(block_scale[i] + s * kStageScaleBytes);
+                        low[i] = low_row * of_block;
+                        high[i] = high_row * of_block;
+                    }
+                    ring.advance(NUM_STAGES);
+                    if (more) {
+                        barrier_wait(full + 8 * ring.stage, ring.parity);
+                        issue(next, ring.stage);
+                        wgmma_wait<1>();
+                    } else {
+                        wgmma_wait<0>();
+                    }
+                    fence_registers(partial);
+                    __syncwarp();
+                    barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives_for_warp(lane));
+#pragma unroll
+                    for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[0][i] += (i % 4 < 2 ? low : high)[i * 2 / kScaled] * partial[i];
+                };
+                if (remaining > 0) {
+                    barrier_wait(full + 8 * ring.stage, ring.parity);
+                    issue(even, ring.stage);
+                    for (; remaining > 2; remaining -= 2) {
+                        finish(even, odd, true);
+                        finish(odd, even, true);
+                    }
+                    if (remaining == 2) {
+                        finish(even, odd, true);
+                        finish(odd, even, false);
+                    } else {
+                        finish(even, odd, false);
+                    }
+                    remaining = 0;
+                }
+            }
             if (UNROLLED) {  // rounds of all stages, whose addresses are constants; before and after them what makes them whole
 #pragma unroll
                 for (u32 s = 1; s < (kPeeled ? NUM_STAGES : 1); ++s)
@@ -211,16 +265,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (; remaining > 0; --remaining) multiply_block(ring.stage);
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (SPLIT_K && split > 1) {
-                const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
+                const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
                 send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
-                for (u32 g = 0; g < owned; ++g) {
-                    const float4 total = received_sum<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, g, owned, split, slot);
-                    const u32 group = split_rank * owned + g;
-                    const u32 row = tile.m + row_in_tile + group / (BLOCK_N / 8) * 64 + warp * 16 + lane / 4;
-                    const u32 column = tile.n + group % (BLOCK_N / 8) * 8 + lane % 4 * 2;
-                    output.write_pair(total.x, total.y, row, column, mapped_out);
-                    output.write_pair(total.z, total.w, row + 8, column, mapped_out);
+                for (u32 i = 0; i < owned; ++i) {
+                    const float4 total = received_sum<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, i, owned, split, slot);
+                    const Share share = share_at<BLOCK_N / 8>(split_rank * owned + i);
+                    const u32 row = tile.m + row_in_tile + share.slice * 64 + warp * 16 + share.row + lane / 4;
+                    output.write_sixteen(total, row, tile.n + share.column, lane, mapped_out);
                 }
                 break;  // one tile a cluster: the exchange is used once
             }

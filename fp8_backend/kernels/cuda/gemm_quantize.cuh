@@ -28,9 +28,9 @@ constexpr u32 kBoxBytes = kTileRows * kBlockK, kBytesX = 2 * kBoxBytes, kBytesB 
 constexpr u32 kStagesX = STAGES_X, kStagesB = STAGES_B;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = kMathWarps * kArrivalsOfWarp;
-constexpr u32 kGroups = kSlices * 16;  // of 8 columns and 64 rows, of a math warpgroup
+constexpr u32 kShares = kSlices * 16;  // of a math warpgroup in the exchange
 
-static_assert(kGroups * kExchangedBytes<2> <= kStagesX * kBytesX, "sums of all CTAs of a cluster fit the ring of x");
+static_assert(kShares * kExchangedBytes<2> <= kStagesX * kBytesX, "sums of all CTAs of a cluster fit the ring of x");
 
 // What a lane has of its two rows of a k-block, that at lane / 4 of its warp's 16 and that 8 further: four neighbours at 4 * (lane % 4) of each run of
 // 16 columns. First come those of the first half of a box, in odd rows those of its second half.
@@ -99,11 +99,11 @@ struct QuantisedRows {
 };
 
 // k_blocks: of 128 columns of x, the last one filled with zeros by the copy. box_rows: rows of a box of x, no more than x has. strides: of rows, in
-// elements. vectorised: 16-bit outputs, rows 16-byte aligned, n % 8 == 0, no bias; paired: as Output::write_pair has it.
+// elements. vectorised: 16-bit outputs, rows 16-byte aligned, n % 8 == 0, no bias; aligned: as Output::write_sixteen has it.
 extern "C" __global__ void __launch_bounds__(384, 1)
 gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ packed_b, const float* __restrict__ scale_b, void* __restrict__ out,
               const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_b_stride, u32 box_rows, u32 x_type,
-              u32 out_type, u32 bias_type, u32 vectorised, u32 paired) {
+              u32 out_type, u32 bias_type, u32 vectorised, u32 aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 rows_x = smem_address(shared), rows_b = rows_x + kStagesX * kBytesX, scales = rows_b + kStagesB * kBytesB;
     const u32 full_x = scales + kStagesB * kScaleFloats * 4, empty_x = full_x + 8 * kStagesX;
@@ -121,7 +121,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
             barrier_init(empty_b + 8 * s, kEmptyArrivals);
         }
         barrier_init(exchanged, 1);
-        if (split > 1) barrier_expect(exchanged, kGroups * kExchangedBytes<2>);
+        if (split > 1) barrier_expect(exchanged, kShares * kExchangedBytes<2>);
         barrier_init_fence();
     }
     meet(split);
@@ -244,15 +244,14 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
             multiply_block(false);
             if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (split > 1) {
-                const u32 owned = kGroups / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
+                const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
                 cluster_wait();
                 send_sums<2>(sum, rows_x, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
-                for (u32 g = 0; g < owned; ++g) {
-                    const float4 total = received_sum<2>(shared, g, owned, split, slot);
-                    const u32 column = tile_n + (split_rank * owned + g) * 8 + lane % 4 * 2;
-                    output.write_pair(total.x, total.y, tile_m + row, column, paired);
-                    output.write_pair(total.z, total.w, tile_m + row + 8, column, paired);
+                for (u32 i = 0; i < owned; ++i) {
+                    const float4 total = received_sum<2>(shared, i, owned, split, slot);
+                    const Share share = share_at<16>(split_rank * owned + i);
+                    output.write_sixteen(total, tile_m + row + share.row, tile_n + share.slice * 128 + share.column, lane, aligned);
                 }
                 break;  // one tile a cluster: the exchange is used once
             }
