@@ -100,7 +100,7 @@ def main() -> None:
             used = weights if m <= 256 else weights[:3]
             ahead = [int(kib) for kib in arguments.ahead.split(",") if kib]
             candidates: list[heuristics.Choice] = list(decode_candidates(problem, arguments.per_config, ahead))
-            candidates += [choice for _, choice in heuristics.gemm_choices(problem)] if m >= 32 else []
+            candidates += [choice for _, choice in heuristics.gemm_choices(problem)] if m >= 8 else []
             candidates += [choice for _, choice in heuristics.quantizing_choices(problem)] if arguments.whole else []
             found = []
             for choice in candidates:

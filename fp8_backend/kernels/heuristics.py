@@ -274,6 +274,14 @@ def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, Quantizing
         yield _QUANTIZING_LAUNCH_NS + products_ns + ends_ns, choice
 
 
+def quantisation_ns(problem: GemmProblem, fusable: bool = True) -> float:
+    """Return the predicted cost in nanoseconds of the codes that a GEMM multiplies; fusable: as `select` has it."""
+    if 16 < problem.m <= MAX_DECODE_TOKENS:
+        return _QUANTISE_FEW_NS
+    quantise = max(_QUANTISE_NS, problem.m * problem.k // _QUANTISED_ELEMENTS_PER_NS)
+    return quantise if fusable or problem.m > _JOINED_TOKENS else quantise + _JOINED_NS
+
+
 def adds_in_order(choice: Choice) -> bool:
     """Return whether an output is one sum over the k-blocks in ascending order, not a sum of partial ones.
 
@@ -295,12 +303,7 @@ def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = F
     choices: list[tuple[float, Choice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
-    if 16 < problem.m <= MAX_DECODE_TOKENS:
-        quantise = _QUANTISE_FEW_NS
-    else:
-        quantise = max(_QUANTISE_NS, problem.m * problem.k // _QUANTISED_ELEMENTS_PER_NS)
-    if not fusable and problem.m <= _JOINED_TOKENS:
-        quantise += _JOINED_NS
+    quantise = quantisation_ns(problem, fusable)
     choices += [(cost + quantise, choice) for cost, choice in gemm_choices(problem)]
     if fusable and mappable:
         choices += quantizing_choices(problem)
