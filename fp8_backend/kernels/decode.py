@@ -43,13 +43,10 @@ class DecodePlan:
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
         self._device = device
-        # Bytes of a row of outputs that can be written together; 0: by element.
-        if out.element_size() != 2:
-            aligned = 0
-        elif out.data_ptr() % 8 == 0 and out.stride(0) % 4 == 0 and n % 2 == 0:
-            aligned = 8
-        else:
-            aligned = 4 if out.data_ptr() % 4 == 0 and out.stride(0) % 2 == 0 and n % 2 == 0 else 0
+        # Bytes of a row of 16-bit outputs that can be written together; 0: by element.
+        places = (out.data_ptr(), out.stride(0) * out.element_size())
+        paired = out.element_size() == 2 and n % 2 == 0
+        aligned = next((size for size in (8, 4) if paired and all(place % size == 0 for place in places)), 0)
         types = quantize.ELEMENT_TYPES
         params = (
             *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),

@@ -130,7 +130,8 @@ _QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
 _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
 # More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
 # room, nor those of the linear behind it (one H100, a layer of Qwen3-8B at m = 1 and 8: 77.4 and 79.7 us without this,
-# 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same).
+# 74.6 and 76.7 with it; at 17 to 64 tokens the GEMM is faster all the same). Enough to outweigh tiles of 64 x 96 for
+# 24576 columns (one H200: a layer with these was no faster at m = 16).
 _JOINED_TOKENS, _JOINED_NS = 16, 7000
 _GEMM_LAUNCH_NS = 418
 # More, for at most 64 tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a layer

@@ -185,7 +185,7 @@ struct Output {
     }
 
     // Writes a fragment: 16 rows of the weight from first_row on, of which `rows` exist, x 8 tokens. Neighbouring rows meet in a lane: two of them,
-    // or four, so that one store of the warp writes all 32 bytes that a token has here. Half of these at a time: 0.1 us longer (one H200).
+    // or four, so that one store of the warp writes all 32 bytes that a token has here. Half of these at a time: 0.1 us longer (docs/kernel-notes.md, 2026-11-27).
     DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
         const bool even = (lane / 4) % 2 == 0;
         const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);

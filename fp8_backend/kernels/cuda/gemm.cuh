@@ -156,19 +156,23 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
+            // The product of a stage and slice, under way.
+            auto issue = [&](float (&partial)[BLOCK_N / 2], u32 s, u32 wave) {
+                const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
+                fence_registers(partial);
+                wgmma_fence();
+#pragma unroll
+                for (u32 i = 0; i < kBlockK / 32; ++i)
+                    Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
+                wgmma_commit();
+            };
             auto multiply_block = [&](u32 s) {
                 if (!full_already) barrier_wait(full + 8 * s, ring.parity);
                 float scale_of_block[kScales];
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) {
-                    const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
                     float partial[BLOCK_N / 2];
-                    fence_registers(partial);
-                    wgmma_fence();
-#pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i)
-                        Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
-                    wgmma_commit();
+                    issue(partial, s, wave);
 #pragma unroll
                     for (u32 i = 0; i < (wave == 0 ? kScales : 0); ++i) scale_of_block[i] = load_shared(block_scale[i] + s * kStageScaleBytes);
                     const float low_row = load_shared(row_scales + s * kStageScaleBytes + wave * 256);
@@ -195,15 +199,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             u32 remaining = end_block - first_block;
             if constexpr (AHEAD) {
                 float even[BLOCK_N / 2], odd[BLOCK_N / 2];
-                auto issue = [&](float (&partial)[BLOCK_N / 2], u32 s) {
-                    const u32 low_a = own_a + s * (kStageBytes / 16), low_b = own_b + s * (kStageBytes / 16);
-                    fence_registers(partial);
-                    wgmma_fence();
-#pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i)
-                        Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
-                    wgmma_commit();
-                };
                 auto finish = [&](float (&partial)[BLOCK_N / 2], float (&next)[BLOCK_N / 2], bool more) {
                     const u32 s = ring.stage;
                     const float low_row = load_shared(row_scales + s * kStageScaleBytes), high_row = load_shared(row_scales + s * kStageScaleBytes + 32);
@@ -217,7 +212,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     ring.advance(NUM_STAGES);
                     if (more) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
-                        issue(next, ring.stage);
+                        issue(next, ring.stage, 0);
                         wgmma_wait<1>();
                     } else {
                         wgmma_wait<0>();
@@ -230,7 +225,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 };
                 if (remaining > 0) {
                     barrier_wait(full + 8 * ring.stage, ring.parity);
-                    issue(even, ring.stage);
+                    issue(even, ring.stage, 0);
                     for (; remaining > 2; remaining -= 2) {
                         finish(even, odd, true);
                         finish(odd, even, true);

@@ -42,7 +42,7 @@ struct Output {
 
     // Writes 8 rows x 16 columns of a warp: of row `row` (lane / 4 of them) x and y lie at columns 2 * (lane % 4) and the next one, z and w 8 columns on.
     // aligned: rows of 16-bit elements are 8-byte aligned. Then one store of the warp writes all 32 bytes of a row: half of these at a time, 0.1 to
-    // 0.4 us longer (one H200).
+    // 0.4 us longer (docs/kernel-notes.md, 2026-11-27).
     DEVICE void write_sixteen(float4 v, u32 row, u32 column, u32 lane, bool aligned) const {
         const u32 own = column + lane % 4 * 2;
         if (!aligned || column + 16 > n) {
