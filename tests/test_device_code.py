@@ -227,24 +227,65 @@ def test_experts_are_cut_launch_by_launch(form, kernels, folder):
     assert out.isfinite().all()
 
 
-# One CTA, and a cluster that counts together; ids that are skipped, a group of no row and one of several tiles.
-@pytest.mark.parametrize("entries", [700, 2500])
-def test_route(entries, folder):
+def tiles_of(counts, extra_rows):
+    """Return what route.cuh lists for so many rows of each expert, in bands of 16 tiles."""
+    tiles, first_row = [], 0
+    for expert, rows in enumerate(counts):
+        full, rest = divmod(rows, routing.TILE_ROWS)
+        sizes = [routing.TILE_ROWS] * full
+        if full and rest <= extra_rows:
+            sizes[-1] += rest
+        elif rest:
+            sizes.append(rest)
+        for t, size in enumerate(sizes):
+            band = t // 16 * 16
+            tiles.append([expert, first_row, size | min(len(sizes) - band, 16) << 16, len(tiles) - t % 16])
+            first_row += size
+    return tiles
+
+
+def items_of(tiles, runs):
+    """Return the tile and the run of columns of each index, as item_at of tiles.cuh finds them."""
+    for index in range(len(tiles) * runs):
+        _, _, packed, first = tiles[index // runs]
+        local = index - first * runs
+        yield first + local % (packed >> 16), local // (packed >> 16)
+
+
+def poisoned(size, dtype, device):
+    """Stand for torch.empty, with bytes behind that must not be written, either."""
+    return torch.full((size + 256,), 0xA5, dtype=dtype, device=device)[:size]
+
+
+# Rows of an expert: a few, about one and two tiles, about a band of tiles; one CTA, and a cluster that counts together.
+@pytest.mark.parametrize(
+    "counts",
+    [[0, 1, 16, 17, 127, 128, 0, 129, 144, 145, 272], [0, 2048, 2064, 3, 2065, 4485], [130, 0, 259]],
+    ids=["one CTA", "cluster", "few"],
+)
+@pytest.mark.parametrize(("extra_rows", "with_places"), [(0, False), (0, True), (16, True)])
+def test_route(counts, extra_rows, with_places, folder, monkeypatch):
     torch.manual_seed(5)
-    ids, num_groups = torch.randint(-1, 6, (entries,), dtype=torch.int32), 7
-    ids[ids == 2] = 3
-    with emulated(folder, MACHINE):
-        routed = routing.route(ids, None, num_groups)
-    words = routed.storage.view(torch.int32)
+    groups = torch.repeat_interleave(torch.arange(-1, len(counts)), torch.tensor([77, *counts]))
+    ids, here = groups[torch.randperm(len(groups))].int(), sum(counts)
+    with emulated(folder, MACHINE), monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        routed = routing.route(ids, None, len(counts), extra_rows, with_places)
+    assert (routed.storage._base[len(routed.storage) :] == 0xA5).all()
+    words, start = routed.storage.view(torch.int32), routed.storage.data_ptr()
     tiles = words[4 : 4 + 4 * int(words[2])].view(-1, 4).tolist()
-    order = words[4 + 4 * routing.max_tiles(entries, num_groups) :]
-    rows = [(group, first, count & 0xFFFF) for group, first, count, _ in tiles]
-    counts = torch.bincount(ids[ids >= 0], minlength=num_groups).tolist()
-    expected = [(g, i) for g, count in enumerate(counts) for i in range(ceil_div(count, routing.TILE_ROWS))]
-    assert [group for group, _, _ in rows] == [group for group, _ in expected]
-    found = [order[first : first + count] for _, first, count in rows]
-    assert all((ids[entry.long()] == group).all() for (group, _, _), entry in zip(rows, found, strict=True))
-    assert sorted(torch.cat(found).tolist()) == (ids >= 0).nonzero().flatten().tolist()
+    order = words[(routed.sorted_entries - start) // 4 :][:here].long()
+    assert words[:2].tolist() == [0, 0] and tiles == tiles_of(counts, extra_rows)
+    assert len(tiles) <= routing.max_tiles(len(ids), len(counts))
+    assert sorted(items_of(tiles, 3)) == [(tile, run) for tile in range(len(tiles)) for run in range(3)]
+    assert torch.equal(ids[order].long(), groups[77:])
+    assert sorted(order.tolist()) == (ids >= 0).nonzero().flatten().tolist()
+    if with_places:
+        places = torch.full_like(ids, -1)  # 0xffffffff
+        places[order] = torch.arange(here).int()
+        assert torch.equal(words[(routed.places - start) // 4 :], places)
+    else:
+        assert routed.places == 0 and routed.sorted_entries + 4 * len(ids) == start + len(routed.storage)
 
 
 # Runs longer than a band of tiles and than a thread's rows, of one row, cut by rows of no group and by other groups.

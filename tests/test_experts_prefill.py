@@ -79,6 +79,8 @@ def test_workspace_is_m_times_top_k_rows():
     tokens = m * (hidden + hidden // 128 * 4)
     assert size == rows + tokens + routing.routing_bytes(m * top_k, num_groups)
     assert routing.routing_bytes(m * top_k, num_groups) < 300_000
+    with_places = routing.routing_bytes(m * top_k, num_groups, with_places=True)
+    assert with_places == routing.routing_bytes(m * top_k, num_groups) + 4 * m * top_k
 
 
 def test_the_set_is_bounded():

@@ -16,7 +16,7 @@ SPEC = KernelSpec("route.cuh", "route")
 TILE_ROWS, TALL_TILE_ROWS = 128, 256  # kTileRows of route.cuh and grouped.cuh, of grouped_tall.cuh
 RUNS_SPECS = {rows: KernelSpec("runs.cuh", "runs", (("TILE_ROWS", rows),)) for rows in (TILE_ROWS, TALL_TILE_ROWS)}
 MAX_GROUPS = 1024  # kThreads of route.cuh: a thread an expert
-_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("u32",) * 3)
+_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("u32",) * 4)
 _RUNS_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("u32",) * 2)
 _THREADS = 1024
 TILE_BYTES, COUNTER_BYTES = 16, 16
@@ -42,23 +42,26 @@ def max_tiles(entries: int, num_groups: int) -> int:
     return (entries - partial) // TILE_ROWS + partial
 
 
-def routing_bytes(entries: int, num_groups: int) -> int:
-    """Return the bytes of a `Routing`."""
-    return COUNTER_BYTES + max_tiles(entries, num_groups) * TILE_BYTES + entries * 4
+def routing_bytes(entries: int, num_groups: int, with_places: bool = False) -> int:
+    """Return the bytes of a `Routing` that `route` makes."""
+    return COUNTER_BYTES + max_tiles(entries, num_groups) * TILE_BYTES + entries * (8 if with_places else 4)
 
 
 @dataclass(frozen=True)
 class Routing:
     """Rows sorted by expert, on the device.
 
-    storage: uint8: two tickets and the number of tiles, uint32; tiles of 16 bytes; unless in_order, entries, uint32.
+    storage: uint8: two tickets and the number of tiles, uint32; tiles of 16 bytes; unless in_order, entries, uint32;
+        with places, the position of each entry among them, uint32.
     in_order: the rows lie as their groups want them, and entries are rows.
+    with_places: whether there are places; not if in_order.
     """
 
     storage: torch.Tensor
     entries: int
     num_groups: int
     in_order: bool = False
+    with_places: bool = False
 
     def ticket(self, index: int) -> int:
         """Return the address of the counter of the first (0) or second (1) GEMM."""
@@ -81,23 +84,40 @@ class Routing:
             return 0
         return self.tiles + max_tiles(self.entries, self.num_groups) * TILE_BYTES
 
+    @property
+    def places(self) -> int:
+        """Address of each entry's position in sorted order, 0xffffffff if it is left out; 0 if they are not kept."""
+        return self.sorted_entries + self.entries * 4 if self.with_places else 0
 
-def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_groups: int) -> Routing:
+
+def route(
+    ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_groups: int,
+    extra_rows: int = 0,
+    with_places: bool = False,
+) -> Routing:
     """Sort entries by expert, by work queued on the current stream.
 
     Args:
         ids: [...] int32, contiguous, at least one; ids that are negative or have no expert here are left out.
         expert_map: [global experts] int32 from an id to an expert here or -1, or None if ids are experts here.
         num_groups: experts here, at most 1024.
+        extra_rows: how many rows of an expert beyond its full tiles of 128 the last of these takes, less than 128; more
+            of them, and those of an expert without a full tile, are a tile of their own.
+        with_places: whether the position of each entry is kept, too.
+
+    Raises:
+        ArgumentError: more than 1024 experts.
     """
     if num_groups > MAX_GROUPS:
         raise ArgumentError(
             f"{num_groups} experts; the routing kernel takes at most {MAX_GROUPS}; use expert parallelism"
         )
     entries = ids.numel()
-    assert ids.dtype == torch.int32 and ids.is_contiguous() and entries
-    storage = torch.empty(routing_bytes(entries, num_groups), dtype=torch.uint8, device=ids.device)
-    routing = Routing(storage, entries, num_groups)
+    assert ids.dtype == torch.int32 and ids.is_contiguous() and entries and 0 <= extra_rows < TILE_ROWS
+    storage = torch.empty(routing_bytes(entries, num_groups, with_places), dtype=torch.uint8, device=ids.device)
+    routing = Routing(storage, entries, num_groups, with_places=with_places)
     cluster = 1 if entries <= _CLUSTER_ENTRIES else min(_CLUSTER, ceil_div(entries, _THREADS))
     kernel(ids.device.index).launch(
         (cluster, 1, 1),
@@ -107,12 +127,14 @@ def route(ids: torch.Tensor, expert_map: torch.Tensor | None, num_groups: int) -
             ids.data_ptr(),
             0 if expert_map is None else expert_map.data_ptr(),
             routing.sorted_entries,
+            routing.places,
             routing.tiles,
             routing.num_tiles,
             routing.ticket(0),
             entries,
             0 if expert_map is None else expert_map.numel(),
             num_groups,
+            extra_rows,
         ),
         launcher.current_stream(ids.device.index),
         cluster,

@@ -3,16 +3,25 @@
 // One cluster of 1 to 8 CTAs of 1024 threads. Each CTA counts its share of the entries in shared memory; the cluster adds the counts up
 // through distributed shared memory, every CTA computes all offsets (thread e: expert e, so at most 1024 experts), and scatters its
 // share behind those of the CTAs before it. Order inside an expert is arbitrary: nothing downstream depends on a row's place.
-#include "ptx.cuh"
+#include "places.cuh"
 
 constexpr u32 kThreads = 1024, kTileRows = 128;
 constexpr u32 kBand = 16;  // tiles of rows that share a tile of weights before the next one is taken: 16 x 8 tiles fill the GPU
 
-// ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written.
-// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert; num_tiles: how many.
+// How many tiles so many rows of an expert are. Up to extra_rows (less than kTileRows) that would be a tile of their own belong to the last full one.
+DEVICE u32 tiles_of(u32 rows, u32 extra_rows) {
+    const u32 full = rows / kTileRows;
+    return full + (rows % kTileRows > (full ? extra_rows : 0));
+}
+
+// ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written. places: [entries], or null; the position
+// of each entry in `sorted`, kNoPlace if it is left out.
+// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert (tiles_of); num_tiles: how many.
 // tickets: two counters of the GEMMs that follow, set to zero.
-extern "C" __global__ void __launch_bounds__(kThreads)
-route(const int* ids, const int* map, u32* sorted, int4* tiles, u32* num_tiles, u32* tickets, u32 entries, u32 num_ids, u32 num_groups) {
+// One CTA a multiprocessor is all there is: said, because the compiler otherwise may make room for two with 32 registers a thread, and spill.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32* num_tiles, u32* tickets, u32 entries, u32 num_ids, u32 num_groups,
+      u32 extra_rows) {
     __shared__ u32 counts[kThreads], cursor[kThreads], first_row[kThreads], total_rows[kThreads], first_tile[kThreads];
     __shared__ u64 warp_totals[32];
     const u32 rank = cluster_rank(), size = cluster_size(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -54,7 +63,7 @@ route(const int* ids, const int* map, u32* sorted, int4* tiles, u32* num_tiles, 
     cluster_arrive();  // counts of peers are read; waited for at the end, so that none is gone before
 
     // Exclusive sums of rows (high word) and of tiles (low word) over the experts.
-    const u64 own = static_cast<u64>(total) << 32 | ceil_div(total, kTileRows);
+    const u64 own = static_cast<u64>(total) << 32 | tiles_of(total, extra_rows);
     u64 sum = own;
 #pragma unroll
     for (u32 distance = 1; distance < 32; distance *= 2) {
@@ -86,16 +95,17 @@ route(const int* ids, const int* map, u32* sorted, int4* tiles, u32* num_tiles, 
     __syncthreads();
 
     for (u32 group = rank * 32 + warp; group < num_groups; group += size * 32) {
-        const u32 rows = total_rows[group], count = ceil_div(rows, kTileRows);
+        const u32 rows = total_rows[group], count = tiles_of(rows, extra_rows);
         for (u32 t = lane; t < count; t += 32) {
-            const u32 in_tile = min(rows - t * kTileRows, kTileRows), band = t / kBand * kBand, width = min(count - band, kBand);
+            const u32 in_tile = t + 1 < count ? kTileRows : rows - t * kTileRows, band = t / kBand * kBand, width = min(count - band, kBand);
             tiles[first_tile[group] + t] = make_int4(group, first_row[group] + t * kTileRows, in_tile | width << 16, first_tile[group] + band);
         }
     }
     for (u32 base = rank * kThreads + warp * 32; base < entries; base += step) {
         const int group = group_of(base + lane);
-        const u32 place = take_places(cursor, group);
-        if (group >= 0) sorted[place] = base + lane;
+        const u32 entry = base + lane, place = take_places(cursor, group);
+        if (group >= 0) sorted[place] = entry;
+        if (places != nullptr && entry < entries) places[entry] = group >= 0 ? place : kNoPlace;
     }
     cluster_wait();
 }
