@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fp8_backend.kernels import experts_prefill, grouped, grouped_tall, routing
+from fp8_backend.kernels import experts_prefill, grouped, grouped_tall, quantize_sorted, routing
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -31,6 +31,7 @@ def test_no_spills_no_stack_no_warnings(spec):
         ("grouped.cuh", grouped._LAYOUT),
         ("grouped_tall.cuh", grouped_tall.LAYOUT),
         ("counts.cuh", grouped_tall.COUNTS_LAYOUT),
+        ("quantize_sorted.cuh", quantize_sorted._LAYOUT),
         ("combine.cuh", experts_prefill._COMBINE_LAYOUT),
     ],
 )
@@ -45,6 +46,8 @@ def test_constants_shared_with_the_device_code():
     assert counts["kTileRows"] == tall["kTileRows"] == 2 * tall["kHalfRows"] == routing.TALL_TILE_ROWS
     assert tall["kTileColumns"] == BLOCK
     assert route["kTileRows"] == grouped_gemm["kTileRows"] == routing.TILE_ROWS
+    scatter = constants("quantize_sorted.cuh")
+    assert scatter["kThreads"] == quantize_sorted._THREADS and scatter["kWarpBlocks"] == quantize_sorted._WARP_BLOCKS
     assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
 
 

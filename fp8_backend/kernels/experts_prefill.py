@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import grouped, launcher, routing
+from fp8_backend.kernels import grouped, launcher, quantize_sorted, routing
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant
@@ -20,14 +20,16 @@ _LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
-    """Return every kernel this form needs beside the quantisation."""
-    return (*grouped.all_specs(), _COMBINE)
+    """Return every kernel this form needs beside quantize.cuh."""
+    return (*grouped.all_specs(), quantize_sorted.SPEC, _COMBINE)
 
 
 def load_all() -> None:
     """Load every kernel on torch's current device."""
+    device = torch.cuda.current_device()
     grouped.load_all()
-    _combine_kernel(torch.cuda.current_device())
+    quantize_sorted.kernel(device)
+    _combine_kernel(device)
 
 
 @cache

@@ -34,6 +34,7 @@ from fp8_backend.kernels import (
     norm,
     norm_rope,
     quantize,
+    quantize_sorted,
     routing,
     silu,
     tensor_map,
@@ -156,8 +157,8 @@ def encode_tiled(
 # Every module whose code launches kernels.
 MODULES = (
     *(activation, decode, experts, experts_decode, experts_prefill, experts_single, fused_linear, gemm, gemm_plan),
-    *(gemm_quantize, grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, routing, silu),
-    tensor_map,
+    *(gemm_quantize, grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, quantize_sorted),
+    *(routing, silu, tensor_map),
 )
 
 
