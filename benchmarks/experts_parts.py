@@ -1,10 +1,11 @@
 """Time the experts' launches: all forms, cut off behind the first launch, the second, ...
 
-    python -m benchmarks.experts_parts [--model qwen3-30b,...] [--tokens 1,4,16] [--json parts.json]
+    python -m benchmarks.experts_parts [--model qwen3-30b,...] [--tokens 1,4,16] [--many] [--json parts.json]
 
 Weights cold from memory, balanced random routing, CUDA-graph replays, all cuts of a form in turns. The difference
 of two neighbours is what a launch adds behind the others, dependent launches overlapping as they do in serving; a call
-that is cut off leaves its output unwritten, so nothing is verified here: `fp8-backend bench --moe` does that.
+that is cut off leaves its output unwritten, so nothing is verified here: `fp8-backend bench --moe` does that. With
+--many only the form for many rows, once with rows gathered in the first GEMM and once with rows sorted before it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from fp8_backend.bench.moe_operands import RandomExperts, copies_for
 from fp8_backend.bench.moe_shapes import MoeShape, parse_models
 from fp8_backend.bench.shapes import parse_ms
 from fp8_backend.bench.stream import read_bytes_per_us
-from fp8_backend.kernels import experts, launcher
+from fp8_backend.kernels import experts, experts_prefill, launcher
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
 
 ROUNDS = 11
+SORTING = {"gathered": False, "sorted": True}
 
 
 @contextmanager
@@ -52,21 +54,41 @@ def cut(call: Callable[[], object], most: int) -> None:
         call()
 
 
-def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> Iterator[dict[str, Any]]:
+@contextmanager
+def sorting(rows: bool) -> Iterator[None]:
+    """Have the form for many rows sort its rows before the first GEMM, or gather them in it, wherever that can be."""
+    with patch.multiple(experts_prefill, SORTED_ROWS=0 if rows else 10**9, SORTED_INTERMEDIATE=0):
+        yield
+
+
+def launch_sorted(rows: bool, *operands: Any) -> None:
+    """Launch the form for many rows as `sorting` says."""
+    with sorting(rows):
+        experts.launch("prefill", *operands)
+
+
+def arms_of(shape: MoeShape, tokens: int, many: bool) -> dict[str, Callable[..., None]]:
+    """Return what is timed by name: every form that can serve so many tokens, or the one for many rows in both ways."""
+    if many:
+        return {f"prefill, rows {name}": partial(launch_sorted, rows) for name, rows in SORTING.items()}
+    widths = shape.top_k, shape.hidden, shape.intermediate
+    forms = (form for form in get_args(experts.Form) if experts.can_serve(form, tokens, *widths))
+    return {form: partial(experts.launch, form) for form in forms}
+
+
+def measure(shape: MoeShape, tokens: int, layer: RandomExperts, many: bool = False) -> Iterator[dict[str, Any]]:
     """Yield a row for each form: its kernels, and microseconds up to and with each of them."""
     x = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
     drawn = [route_on_gpu(shape, tokens, "balanced", 0)]
     hit, rate = len(drawn[0][1].unique()), read_bytes_per_us(x.device.index)
     drawn += [route_on_gpu(shape, tokens, "balanced", seed) for seed in range(1, calls_for(shape, tokens, hit, rate))]
     out = torch.empty_like(x)
-    for form in get_args(experts.Form):
-        if not experts.can_serve(form, tokens, shape.top_k, shape.hidden, shape.intermediate):
-            continue
+    for form, launch in arms_of(shape, tokens, many).items():
         calls = []
         for index, routed in enumerate(drawn):
             each = layer.ours[index % len(layer.ours)]
             operands = (x, *routed, each.w13, each.scale_13, each.w2, each.scale_2, out, None, False)
-            calls.append(partial(experts.launch, form, *operands))
+            calls.append(partial(launch, *operands))
         with launches_up_to() as names:
             calls[0]()
         arms = {str(most): capture([partial(cut, call, most) for call in calls]) for most in range(1, len(names) + 1)}
@@ -81,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts_parts", description="Time launch by launch.")
     parser.add_argument("--model", default="qwen3-30b,qwen3-235b-tp4,dsv3-tp8", help="as for bench --moe")
     parser.add_argument("--tokens", default="1,4,16,64")
+    parser.add_argument("--many", action="store_true", help="the form for many rows alone, in both its ways")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
@@ -90,7 +113,7 @@ def main() -> None:
     for shape in parse_models(arguments.model):
         layer = RandomExperts(shape, device, copies_for(shape, l2, torch.cuda.mem_get_info()[0], False), plain=False)
         for tokens in parse_ms(arguments.tokens):
-            for row in measure(shape, tokens, layer):
+            for row in measure(shape, tokens, layer, arguments.many):
                 result["rows"].append(row)
                 print(row, flush=True)
         del layer

@@ -15,7 +15,18 @@ import torch
 
 from benchmarks import sanitize
 from benchmarks.experts_parts import launches_up_to
-from fp8_backend.kernels import experts, gemm, grouped, heuristics, launcher, layout, m_grouped, reference, routing
+from fp8_backend.kernels import (
+    experts,
+    experts_prefill,
+    gemm,
+    grouped,
+    heuristics,
+    launcher,
+    layout,
+    m_grouped,
+    reference,
+    routing,
+)
 from fp8_backend.kernels.compiler import CUDA_FOLDER
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
@@ -152,6 +163,30 @@ def test_experts(form, on_input, folder):
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
 
 
+# Tiles of all forms, rings of stages that are gone around, entries that are left out, a hidden size of no whole block.
+@pytest.mark.parametrize("sorted_rows", [1, 1000])
+def test_experts_of_many_rows(sorted_rows, folder, monkeypatch):
+    monkeypatch.setattr(experts_prefill, "SORTED_ROWS", sorted_rows)
+    monkeypatch.setattr(experts_prefill, "SORTED_INTERMEDIATE", 128)
+    torch.manual_seed(9)
+    counts, hidden, intermediate, num_groups, top_k = [141, 40, 100, 272], 656, 256, 4, 1
+    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
+    ids = torch.cat([torch.full((count,), i) for i, count in enumerate([*counts, 7])]).int()
+    ids = ids[torch.randperm(len(ids))].view(-1, top_k)
+    here = torch.tensor([2, 0, 1, 3, -1], dtype=torch.int32)
+    x, weights = torch.randn(len(ids), hidden, dtype=torch.bfloat16), torch.rand(len(ids), top_k)
+    expected = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, here)
+    out = torch.full_like(x, float("nan"))
+    with emulated(folder, MACHINE) as machine:
+        experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, here, False)
+    assert ("quantize_sorted.cuh" in {spec.file for spec, _ in machine.loaded}) == (sorted_rows == 1)
+    for expert in range(5):
+        rows = ids[:, 0] == expert
+        error = reference.relative_error(out[rows], expected[rows]) if expert < 4 else out[rows].abs().max()
+        assert error < EXPERTS_ERROR, expert
+
+
 # Tokens, experts a token, columns of x and of h, experts, CTAs: stages of 1, 2 and 4 k-blocks of both GEMMs, tiles of
 # all widths, one and several of them a CTA, rings that are gone around more than once, rows of x that are not aligned.
 SINGLE_CALLS = [
@@ -208,7 +243,7 @@ def test_experts_in_one_launch(call, folder):
     [
         ("single", ["experts_single"]),
         ("decode", ["experts_quantize", "experts_up", "experts_quantize", "experts_down"]),
-        ("prefill", ["quantize", "route", "grouped", "grouped", "combine"]),
+        ("prefill", ["quantize", "route", "grouped_gathered", "grouped_sorted", "combine"]),
     ],
 )
 def test_experts_are_cut_launch_by_launch(form, kernels, folder):
@@ -289,12 +324,12 @@ def test_route(counts, extra_rows, with_places, folder, monkeypatch):
 
 
 # Runs longer than a band of tiles and than a thread's rows, of one row, cut by rows of no group and by other groups.
-@pytest.mark.parametrize("counts", [[5], [300, 0, 2200, 128, 1, 129], [1] * 7, [4100]])
+@pytest.mark.parametrize("counts", [[5], [300, 0, 2200, 128, 1, 144], [1] * 7, [4100], [145]])
 def test_runs_are_listed_in_tiles(counts, folder):
     torch.manual_seed(7)
     ids = torch.cat([torch.full((count,), i % 4 - (i == 3) * 9) for i, count in enumerate(counts)]).int()
     with emulated(folder, MACHINE):
-        routed = routing.route_in_order(ids, 3)
+        routed = routing.route_in_order(ids, 3, extra_rows=routing.EXTRA_ROWS)
     words = routed.storage.view(torch.int32)
     tiles = words[4 : 4 + 4 * int(words[2])].view(-1, 4).tolist()
     starts = [i for i in range(len(ids)) if i == 0 or ids[i] != ids[i - 1]]
@@ -302,10 +337,11 @@ def test_runs_are_listed_in_tiles(counts, folder):
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         if not 0 <= ids[start] < 3:
             continue
-        first, count = len(expected), ceil_div(end - start, routing.TILE_ROWS)
+        first, count = len(expected), max(1, ceil_div(end - start - routing.EXTRA_ROWS, routing.TILE_ROWS))
         for t in range(count):
             row, band = start + t * routing.TILE_ROWS, t // 8 * 8
-            rows_and_width = min(end - row, routing.TILE_ROWS) | min(count - band, 8) << 16
+            rows = end - row if t == count - 1 else routing.TILE_ROWS
+            rows_and_width = rows | min(count - band, 8) << 16
             expected.append([int(ids[start]), row, rows_and_width, first + band])
     assert words[:2].tolist() == [0, 0] and tiles == expected
 
@@ -315,7 +351,7 @@ def test_runs_are_listed_in_tiles(counts, folder):
 def test_contiguous_grouped_gemm(tall_rows, folder, monkeypatch):
     torch.manual_seed(6)
     monkeypatch.setattr(grouped, "TALL_ROWS", tall_rows)
-    indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [3] * 265, dtype=torch.int32)
+    indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [2] * 144 + [3] * 265, dtype=torch.int32)
     n, k = 264, 6 * BLOCK
     codes, scale, packed, packed_scale = make_experts(4, n, k)
     x = torch.randn(len(indices), k, dtype=torch.bfloat16)
@@ -323,7 +359,7 @@ def test_contiguous_grouped_gemm(tall_rows, folder, monkeypatch):
     with emulated(folder, MACHINE):
         a = reference.per_token_group_quant(x)
         m_grouped.m_grouped_fp8_gemm_nt_contiguous(a, (packed, packed_scale), out, indices)
-    for group in (0, 1, 3):
+    for group in range(4):
         rows = indices == group
         assert reference.relative_error(out[rows], truth(x[rows], codes[group], scale[group])) < BF16_ERROR
     assert out[indices < 0].isnan().all()

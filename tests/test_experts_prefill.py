@@ -7,7 +7,14 @@ import itertools
 import pytest
 import torch
 
-from fp8_backend.kernels import experts_prefill, grouped, grouped_tall, quantize_sorted, routing
+from fp8_backend.kernels import (
+    experts_prefill,
+    grouped_gathered,
+    grouped_sorted,
+    grouped_tall,
+    quantize_sorted,
+    routing,
+)
 from fp8_backend.kernels.compiler import compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -28,10 +35,11 @@ def test_no_spills_no_stack_no_warnings(spec):
     [
         ("route.cuh", routing._LAYOUT),
         ("runs.cuh", routing._RUNS_LAYOUT),
-        ("grouped.cuh", grouped._LAYOUT),
+        ("quantize_sorted.cuh", quantize_sorted._LAYOUT),
+        ("grouped_gathered.cuh", grouped_gathered.LAYOUT),
+        ("grouped_sorted.cuh", grouped_sorted.LAYOUT),
         ("grouped_tall.cuh", grouped_tall.LAYOUT),
         ("counts.cuh", grouped_tall.COUNTS_LAYOUT),
-        ("quantize_sorted.cuh", quantize_sorted._LAYOUT),
         ("combine.cuh", experts_prefill._COMBINE_LAYOUT),
     ],
 )
@@ -40,20 +48,22 @@ def test_launch_parameters_are_the_kernels(file, layout):
 
 
 def test_constants_shared_with_the_device_code():
-    files = ("route.cuh", "scan.cuh", "counts.cuh", "grouped.cuh", "grouped_tall.cuh", "combine.cuh")
-    route, scan, counts, grouped_gemm, tall, combine = (constants(name) for name in files)
+    files = ("route", "scan", "counts", "grouped_gathered", "grouped_sorted", "grouped_tall", "combine")
+    route, scan, counts, gathered, in_order, tall, combine = (constants(f"{name}.cuh") for name in files)
     assert route["kThreads"] == scan["kThreads"] == routing.MAX_GROUPS == routing._THREADS
     assert counts["kTileRows"] == tall["kTileRows"] == 2 * tall["kHalfRows"] == routing.TALL_TILE_ROWS
     assert tall["kTileColumns"] == BLOCK
-    assert route["kTileRows"] == grouped_gemm["kTileRows"] == routing.TILE_ROWS
+    assert route["kTileRows"] == gathered["kTileRows"] == in_order["kTileRows"] == routing.TILE_ROWS
+    assert in_order["kExtraRows"] == routing.EXTRA_ROWS and 2 * in_order["kNarrowRows"] == routing.TILE_ROWS
     scatter = constants("quantize_sorted.cuh")
     assert scatter["kThreads"] == quantize_sorted._THREADS and scatter["kWarpBlocks"] == quantize_sorted._WARP_BLOCKS
     assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
 
 
 def test_grouped_kernels_fit_a_multiprocessor():
-    assert all(config.shared_bytes <= MAX_SHARED_BYTES for config in (grouped.GATED, grouped.PLAIN))
-    assert grouped_tall.SHARED_BYTES <= MAX_SHARED_BYTES
+    forms = grouped_sorted.GATED, grouped_sorted.PLAIN
+    assert all(config.shared_bytes <= MAX_SHARED_BYTES for config in forms)
+    assert max(grouped_gathered.SHARED_BYTES, grouped_tall.SHARED_BYTES) <= MAX_SHARED_BYTES
 
 
 def test_max_tiles_is_the_worst_routing():
@@ -72,25 +82,35 @@ def test_max_tiles_is_the_worst_routing():
     [(766, 28, 16, 1), (766, 28, 2, 7), (1, 28, 2, 1), (5000, 28, 1, 14), (5000, 3, 1, 3), (60, 28, 2, 2)],
 )
 def test_select_run(row_tiles, columns, k_blocks, run):
-    assert grouped.select_run(row_tiles, columns, k_blocks, 132) == run
+    assert grouped_sorted.select_run(row_tiles, columns, k_blocks, 132) == run
 
 
+# Tokens of few entries an expert are quantised once; of many, once for each, in the memory of the second GEMM's rows.
 def test_workspace_is_m_times_top_k_rows():
-    m, top_k, hidden, intermediate, num_groups = 8192, 8, 7168, 2048, 256
-    size = experts_prefill.experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)
-    rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
-    tokens = m * (hidden + hidden // 128 * 4)
-    assert size == rows + tokens + routing.routing_bytes(m * top_k, num_groups)
-    assert routing.routing_bytes(m * top_k, num_groups) < 300_000
-    with_places = routing.routing_bytes(m * top_k, num_groups, with_places=True)
-    assert with_places == routing.routing_bytes(m * top_k, num_groups) + 4 * m * top_k
+    widths = top_k, hidden, intermediate, num_groups = 8, 7168, 2048, 256
+    for m, tokens, places in (
+        (1024, 1024 * (hidden + hidden // 128 * 4), 0),
+        (8192, 8192 * top_k * hidden // 128 * 4, 1),
+    ):
+        size = experts_prefill.experts_prefill_workspace_bytes(m, *widths)
+        rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
+        assert size == rows + tokens + routing.routing_bytes(m * top_k, num_groups, bool(places))
+        assert routing.routing_bytes(m * top_k, num_groups) < 300_000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "intermediate", "on_input", "sorts"),
+    [(4096, 2048, False, True), (4096, 2048, True, False), (2048, 2048, False, False), (8192, 768, False, False)],
+)
+def test_rows_are_sorted_where_that_pays(tokens, intermediate, on_input, sorts):
+    assert experts_prefill.sorts_rows(tokens * 8, 256, intermediate, on_input) == sorts
 
 
 def test_the_set_is_bounded():
-    assert len(set(SPECS)) == len(SPECS) <= 12
+    assert len(set(SPECS)) == len(SPECS) <= 14
 
 
-def test_tall_tiles_take_scales_that_end_with_their_rows():
+def test_tiles_take_scales_that_end_with_their_rows():
     """Others go through the kernels that fetch each scale alone: a bulk copy would read past the last row."""
     scale = torch.zeros(6, 40)
     assert grouped_tall.takes(scale) and grouped_tall.takes(scale[:, :39]) and grouped_tall.takes(scale.view(2, 3, 40))

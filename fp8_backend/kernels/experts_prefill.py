@@ -7,16 +7,21 @@ from functools import cache
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import grouped, launcher, quantize_sorted, routing
+from fp8_backend.kernels import grouped, grouped_gathered, grouped_sorted, launcher, quantize_sorted, routing
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.routing import Routing
 
 _COMBINE = KernelSpec("combine.cuh", "combine")
 _COMBINE_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("i64",) + ("u32",) * 5)
 _COMBINE_THREADS, _COMBINE_COLUMNS = 256, 256 * 8
 _LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
+# Rows an expert on average, and columns of h, from which on rows are sorted before the first GEMM and not gathered in
+# it: the more tiles of columns that has, the more it gains, while the quantisation has all the rows to write
+# (benchmarks/results/h100/experts_sorted.json).
+SORTED_ROWS, SORTED_INTERMEDIATE = 96, 1024
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
@@ -42,11 +47,30 @@ def experts_prefill_workspace_bytes(
 ) -> int:
     """Return the bytes of all tensors that `experts_prefill` allocates for 16-bit activations and int32 ids."""
     entries, k_blocks = m * top_k, ceil_div(hidden, BLOCK)
+    between = entries * intermediate + intermediate // BLOCK * align(entries, 4) * 4
+    if sorts_rows(entries, num_groups, intermediate, router_weight_on_input):
+        scales = k_blocks * align(entries, 4) * 4
+        room = entries * _sorted_row_bytes(hidden)
+        return routing.routing_bytes(entries, num_groups, with_places=True) + scales + between + room
     rows = entries if router_weight_on_input else m
     weighted = entries * hidden * 4 if router_weight_on_input else 0
     quantised = k_blocks * (rows * BLOCK + align(rows, 4) * 4)
-    between = entries * intermediate + intermediate // BLOCK * align(entries, 4) * 4
     return weighted + quantised + routing.routing_bytes(entries, num_groups) + between + entries * hidden * 2
+
+
+def sorts_rows(entries: int, num_groups: int, intermediate: int, router_weight_on_input: bool = False) -> bool:
+    """Return whether the rows of so many entries are sorted by expert when they are quantised.
+
+    A row is then written for each entry, and the first GEMM fetches its rows by tensor copies. Otherwise it is written
+    once, and the threads of the first GEMM gather what they need, which costs that a tenth of its time and more.
+    """
+    many = entries >= SORTED_ROWS * num_groups and intermediate >= SORTED_INTERMEDIATE
+    return many and not router_weight_on_input
+
+
+def _sorted_row_bytes(hidden: int) -> int:
+    """Return the bytes of a row of x in codes, whole blocks, or of one in 16-bit elements, whichever is more."""
+    return max(ceil_div(hidden, BLOCK) * BLOCK, hidden * 2)
 
 
 def experts_prefill(
@@ -63,8 +87,8 @@ def experts_prefill(
 ) -> None:
     """Write each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
 
-    Five kernels: quantise, route, gated GEMM, GEMM, combine. Nothing waits for the GPU; the same inputs give the same
-    bits. Shapes are not checked.
+    Five kernels: quantise and route, gated GEMM, GEMM, combine. Nothing waits for the GPU; the same inputs give the
+    same bits. Shapes are not checked.
 
     Args:
         x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0.
@@ -93,24 +117,54 @@ def experts_prefill(
     device, entries = x.device, m * top_k
     ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
     map_here = None if expert_map is None else expert_map.to(torch.int32).contiguous()
-    if router_weight_on_input:
-        codes, scale = per_token_group_quant((x.float()[:, None] * weights[:, :, None]).view(entries, hidden))
-    else:
-        codes, scale = per_token_group_quant(x)
-    routed = routing.route(ids, map_here, num_groups)
     between = torch.empty((entries, intermediate), dtype=torch.uint8, device=device)
     between_scale = torch.empty((intermediate // BLOCK, align(entries, 4)), dtype=torch.float32, device=device)
-    divisor = 1 if router_weight_on_input else top_k
-    likely = num_groups if _LIKELY_ENTRIES * num_groups <= entries <= routing.TILE_ROWS * num_groups else 0
-    gated = grouped.GATED, codes, scale.t(), w13, scale_13, between, between_scale, intermediate
-    grid = grouped.launch_grouped(*gated, routed, divisor, likely)
-    # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it had
-    # waited for the routing. Elsewhere they may start before the tiles are listed.
-    listed = int(grid == num_sms(device.index))
-    rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
-    plain = grouped.PLAIN, between, between_scale, w2, scale_2, rows, None, hidden
-    grouped.launch_grouped(*plain, routed, early=listed)
+    gated = w13, scale_13, between, between_scale
+    if sorts_rows(entries, num_groups, intermediate, router_weight_on_input):
+        rows, routed = _first_of_sorted(x, ids, map_here, *gated)
+        listed = 1
+    else:
+        codes, scale = _quantise(x, weights if router_weight_on_input else None)
+        routed = routing.route(ids, map_here, num_groups)
+        divisor = 1 if router_weight_on_input else top_k
+        likely = num_groups if _LIKELY_ENTRIES * num_groups <= entries else 0
+        grid = grouped_gathered.launch(codes, scale.t(), *gated, routed, divisor, likely)
+        # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it
+        # had waited for the routing. Elsewhere they may start before the tiles are listed.
+        listed = int(grid == num_sms(device.index))
+        rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
+    second = between, between_scale[:, :entries], w2, scale_2, rows, None, hidden
+    grouped_sorted.launch(grouped_sorted.PLAIN, *second, routed, listed)
     _combine(ids, map_here, None if router_weight_on_input else weights, rows, out, num_groups)
+
+
+def _quantise(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes and scales of tokens, or, where they are weighted, of a row for each of their experts."""
+    if weights is None:
+        return per_token_group_quant(x)
+    return per_token_group_quant((x.float()[:, None] * weights[:, :, None]).view(-1, x.shape[1]))
+
+
+def _first_of_sorted(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    between: torch.Tensor,
+    between_scale: torch.Tensor,
+) -> tuple[torch.Tensor, Routing]:
+    """Launch all up to the first GEMM on sorted rows; return room for the rows of the second, and where they belong."""
+    (m, hidden), (entries, intermediate), k_blocks = x.shape, between.shape, w13.shape[1]
+    routed = routing.route(ids, expert_map, w13.shape[0], routing.EXTRA_ROWS, with_places=True)
+    # The first GEMM has read the codes when the second writes its rows: they share memory.
+    room = torch.empty(entries * _sorted_row_bytes(hidden), dtype=torch.uint8, device=x.device)
+    codes = room[: entries * k_blocks * BLOCK].view(entries, k_blocks * BLOCK)
+    scale = torch.empty((k_blocks, align(entries, 4)), dtype=torch.float32, device=x.device)
+    quantize_sorted.quantize_sorted(x, routed, entries // m, codes, scale)
+    first = codes, scale[:, :entries], w13, scale_13, between, between_scale, intermediate
+    grouped_sorted.launch(grouped_sorted.GATED, *first, routed)
+    return room[: entries * hidden * 2].view(x.dtype).view(entries, hidden), routed
 
 
 def _combine(

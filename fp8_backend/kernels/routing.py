@@ -13,11 +13,12 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import ceil_div
 
 SPEC = KernelSpec("route.cuh", "route")
-TILE_ROWS, TALL_TILE_ROWS = 128, 256  # kTileRows of route.cuh and grouped.cuh, of grouped_tall.cuh
-RUNS_SPECS = {rows: KernelSpec("runs.cuh", "runs", (("TILE_ROWS", rows),)) for rows in (TILE_ROWS, TALL_TILE_ROWS)}
+TILE_ROWS, TALL_TILE_ROWS = 128, 256  # kTileRows of route.cuh and grouped_sorted.cuh, of grouped_tall.cuh
+EXTRA_ROWS = 16  # kExtraRows of grouped_sorted.cuh: rows of a group beyond its full tiles which the last of these takes
+RUNS_SPEC = KernelSpec("runs.cuh", "runs")
 MAX_GROUPS = 1024  # kThreads of route.cuh: a thread an expert
 _LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("u32",) * 4)
-_RUNS_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("u32",) * 2)
+_RUNS_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("u32",) * 4)
 _THREADS = 1024
 TILE_BYTES, COUNTER_BYTES = 16, 16
 # A cluster counts faster than one CTA from here on; below, its two barriers cost more than they save.
@@ -31,9 +32,9 @@ def kernel(device: int) -> launcher.Kernel:
 
 
 @cache
-def runs_kernel(tile_rows: int, device: int) -> launcher.Kernel:
+def runs_kernel(device: int) -> launcher.Kernel:
     """Return the loaded kernel that lists runs on the current device, whose index is part of the key only."""
-    return launcher.load(RUNS_SPECS[tile_rows], _RUNS_LAYOUT)
+    return launcher.load(RUNS_SPEC, _RUNS_LAYOUT)
 
 
 def max_tiles(entries: int, num_groups: int) -> int:
@@ -143,21 +144,24 @@ def route(
     return routing
 
 
-def route_in_order(m_indices: torch.Tensor, num_groups: int, tile_rows: int = TILE_ROWS) -> Routing:
+def route_in_order(
+    m_indices: torch.Tensor, num_groups: int, tile_rows: int = TILE_ROWS, extra_rows: int = 0
+) -> Routing:
     """List the tiles of rows whose groups' rows are neighbours, by work queued on the current stream.
 
     Args:
         m_indices: [m] int32, contiguous, at least one; rows of no group are left out. In any order the tiles are right,
             but each run of equal ids has its own.
         num_groups: groups.
-        tile_rows: most rows of a tile, 128 or 256.
+        tile_rows: rows of a full tile, 128 or 256.
+        extra_rows: how many rows of a run beyond its full tiles the last of these takes, less than tile_rows.
     """
     rows = m_indices.numel()
     assert m_indices.dtype == torch.int32 and m_indices.is_contiguous() and rows
     listed = COUNTER_BYTES + rows * TILE_BYTES
     storage = torch.empty(listed + ceil_div(rows, 32) * 4, dtype=torch.uint8, device=m_indices.device)
     routing = Routing(storage, rows, num_groups, in_order=True)
-    runs_kernel(tile_rows, m_indices.device.index).launch(
+    runs_kernel(m_indices.device.index).launch(
         (1, 1, 1),
         _THREADS,
         0,
@@ -169,6 +173,8 @@ def route_in_order(m_indices: torch.Tensor, num_groups: int, tile_rows: int = TI
             routing.ticket(0),
             rows,
             num_groups,
+            tile_rows,
+            extra_rows,
         ),
         launcher.current_stream(m_indices.device.index),
         pdl=True,

@@ -26,7 +26,8 @@ from fp8_backend.kernels import (
     gemm,
     gemm_plan,
     gemm_quantize,
-    grouped,
+    grouped_gathered,
+    grouped_sorted,
     grouped_tall,
     launcher,
     m_grouped,
@@ -157,8 +158,8 @@ def encode_tiled(
 # Every module whose code launches kernels.
 MODULES = (
     *(activation, decode, experts, experts_decode, experts_prefill, experts_single, fused_linear, gemm, gemm_plan),
-    *(gemm_quantize, grouped, grouped_tall, launcher, m_grouped, masked, norm, norm_rope, quantize, quantize_sorted),
-    *(routing, silu, tensor_map),
+    *(gemm_quantize, grouped_gathered, grouped_sorted, grouped_tall, launcher, m_grouped, masked, norm, norm_rope),
+    *(quantize, quantize_sorted, routing, silu, tensor_map),
 )
 
 

@@ -85,13 +85,13 @@ DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
     }
 }
 
-// Row kRowHalf of a 64 x 128 slice: 128 columns from `column`, of which those below n exist. vectorised: 16-bit elements, rows
+// Row kRowHalf of a slice of 64 rows: kColumns from `column`, of which those below n exist. vectorised: 16-bit elements, rows
 // 16-byte aligned, n % 8 == 0.
-template <u32 kRowHalf>
+template <u32 kRowHalf, u32 kColumns = 128>
 DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 type, u32 vectorised, bool valid, u32 lane) {
     if (vectorised) {
 #pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
+        for (u32 j = 0; j < kColumns / 32; ++j) {
             u32 words[4];
 #pragma unroll
             for (u32 g = 0; g < 4; ++g) {
@@ -105,7 +105,7 @@ DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 ty
         return;
     }
 #pragma unroll
-    for (u32 i = 0; i < 32; ++i) {
+    for (u32 i = 0; i < kColumns / 4; ++i) {
         const u32 c = column + i / 2 * 8 + lane % 4 * 2 + i % 2;
         if (valid && c < n) store_element(row, c, type, sum[i / 2 * 4 + kRowHalf * 2 + i % 2]);
     }

@@ -1,13 +1,12 @@
-// Lists the tiles of rows that grouped.cuh and grouped_tall.cuh walk where rows of a group are neighbours already: tiles of every run of equal ids.
+// Lists the tiles of rows that grouped_sorted.cuh and grouped_tall.cuh walk where rows of a group are neighbours already: tiles of every run of equal ids.
 //
 // One CTA of 1024 threads. Warps look where runs begin, a word of 32 rows at a time; then each thread owns neighbouring words. What is right for rows in any
 // order is fast for few runs: a group whose rows lie in several places has tiles in each of them. Rows whose id is no group are in no tile.
 #include "scan.cuh"
 
-constexpr u32 kTileRows = TILE_ROWS;
 // Tiles of rows that share a tile of weights before the next one is taken. 4 of 256 rows and all columns of 4096 are a tile each for a GPU's CTAs, so that
 // L2 keeps the weights: 4 x 8192 rows, 4096x7168, took 1623 us with 8, 1521 with 4, 1489 with 2; 2 x 16384 1610, 1479, 1530 (one H100).
-constexpr u32 kBand = 1024 / kTileRows;
+constexpr u32 kBandRows = 1024;
 
 // Calls begin(row) for each row of the words [first, end) with which a run begins.
 template <class Begin> DEVICE void for_each_start(const u32* starts, u32 first, u32 end, Begin begin) {
@@ -20,15 +19,24 @@ struct Piece {
     u32 start, from, to, end;
 };
 
-// Calls tile(row, piece) for each row of a piece with which a tile begins; the piece lies in a group.
-template <class Tile> DEVICE void for_each_tile(const Piece& piece, Tile tile) {
-    for (u32 row = piece.start + ceil_div(piece.from - piece.start, kTileRows) * kTileRows; row < piece.to; row += kTileRows) tile(row, piece);
-}
+// How runs are cut: in tiles of so many rows, of which the last takes up to `extra` more.
+struct Cut {
+    u32 rows, extra;
+
+    DEVICE u32 tiles_of(u32 run_rows) const { return run_rows <= rows ? 1 : ceil_div(run_rows - extra, rows); }
+
+    // Calls tile(row, piece) for each row of a piece with which a tile begins; the piece lies in a group.
+    template <class Tile> DEVICE void for_each_tile(const Piece& piece, Tile tile) const {
+        const u32 to = min(piece.to, piece.start + tiles_of(piece.end - piece.start) * rows);
+        for (u32 row = piece.start + ceil_div(piece.from - piece.start, rows) * rows; row < to; row += rows) tile(row, piece);
+    }
+};
 
 // ids: [rows]. starts: room for ceil(rows / 32) words. tiles: {group, first row, rows | band width << 16, first tile of the band} for each, at most `rows` of
-// them; num_tiles: how many. tickets: two counters, set to zero.
+// them; num_tiles: how many. tickets: two counters, set to zero. tile_rows, extra_rows: see Cut.
 extern "C" __global__ void __launch_bounds__(kThreads)
-runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32 rows, u32 num_groups) {
+runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32 rows, u32 num_groups, u32 tile_rows, u32 extra_rows) {
+    const Cut cut{tile_rows, extra_rows};
     __shared__ u32 of_warps[32], mirrored[kThreads];
     const u32 lane = threadIdx.x % 32, words = ceil_div(rows, 32u);
     const u32 each = ceil_div(words, kThreads), first = min(threadIdx.x * each, words), end = min(first + each, words);
@@ -69,9 +77,9 @@ runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32
 
     u32 count = 0, place = 0;
     auto write = [&](u32 row, const Piece& piece) {
-        const u32 in_run = (row - piece.start) / kTileRows, in_band = in_run % kBand;
-        const u32 width = min(ceil_div(piece.end - piece.start, kTileRows) - (in_run - in_band), kBand);
-        tiles[place] = make_int4(ids[row], row, min(piece.end - row, kTileRows) | width << 16, place - in_band);
+        const u32 band = kBandRows / tile_rows, in_run = (row - piece.start) / tile_rows, in_band = in_run % band;
+        const u32 width = min(cut.tiles_of(piece.end - piece.start) - (in_run - in_band), band), left = piece.end - row;
+        tiles[place] = make_int4(ids[row], row, (left <= tile_rows + extra_rows ? left : tile_rows) | width << 16, place - in_band);
         ++place;
     };
 #pragma unroll 1
@@ -81,8 +89,8 @@ runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32
             piece.to = to;
             piece.end = run_end;
             if (piece.from == to || static_cast<u32>(ids[piece.from]) >= num_groups) return;
-            if (pass == 0) for_each_tile(piece, [&](u32, const Piece&) { ++count; });
-            else for_each_tile(piece, write);
+            if (pass == 0) cut.for_each_tile(piece, [&](u32, const Piece&) { ++count; });
+            else cut.for_each_tile(piece, write);
         };
         if (first < end) {
             for_each_start(starts, first, end, [&](u32 row) {

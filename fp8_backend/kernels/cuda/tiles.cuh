@@ -14,6 +14,19 @@ DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
     return {__ldcg(tiles + band.w + local % width), local / width};
 }
 
+// Fetches two blocks of 128 rows of a grouped weight, as far as there are so many, from a k-block counted over all groups.
+constexpr u32 kHalf = 128, kBytesHalf = kHalf * kBlockK;
+DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1, u32 n_aligned, u32 bar, u32 target) {
+    auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
+    barrier_expect(bar, bytes_of(block_0) + bytes_of(block_1));
+    const u8* const source = weight + static_cast<i64>(k_block) * n_aligned * kBlockK;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 block = half ? block_1 : block_0, bytes = bytes_of(block);
+        if (bytes) bulk_copy(target + half * kBytesHalf, source + block * (kHalf * kBlockK), bytes, bar);
+    }
+}
+
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 

@@ -1,0 +1,357 @@
+// Grouped FP8 GEMM over rows that lie sorted by group: out[i] = a[i] . w[group(i)]^T with block scales. The copy engine fetches all operands.
+//
+// GATED = 1: first GEMM of the experts. A tile is up to 144 rows x (128 gate + the 128 up columns that belong to them); the epilogue computes
+//            silu(gate) * up and quantises it, a group of 128 columns a row.
+// GATED = 0: plain tile of as many rows x 256 columns; rows are written to their entry.
+//
+// Tiles (route.cuh, runs.cuh) have one of three forms:
+//   wide      65 to 128 rows: each math warpgroup owns 64 rows, and both slices of 128 columns.
+//   extended  129 to 144 rows: the last 16 are wgmma's other operand, of 8 columns each, so that a group's few rows past a tile cost a ninth of it and
+//             its weights are fetched once. Of these each warpgroup owns 64 columns of both slices.
+//   narrow    up to 64 rows: both own all rows, each 64 columns of both slices.
+// An element's gate and up always meet in one thread; the largest magnitudes of a row meet in shared memory where two warpgroups have parts of it.
+//
+// Persistent CTAs take tiles by tickets. Warp roles:
+//   warpgroup 0     producers, a lane each: warp 0 weights and tickets; warp 1 rows; warp 2 scales, and it says what the tile is.
+//   warpgroups 1, 2 math, with the loop of gemm.cuh.
+// Barriers per stage: full (3 arrivals + bytes), empty (one arrival a math warp). A stage of no rows ends the walk. Per ticket: full (who drew it), empty (3
+// producers). Named barrier 1: largest magnitudes are written (256 math threads).
+#include "gated.cuh"
+#include "tiles.cuh"
+
+constexpr u32 kTileRows = 128, kNarrowRows = 64, kExtraRows = 16;
+constexpr u32 kBytesRows = (kTileRows + kExtraRows) * kBlockK, kStageBytes = kBytesRows + 2 * kBytesHalf;
+constexpr u32 kScaleRows = kTileRows + kExtraRows + 4;  // tiles start at any row, copies of scales at every fourth
+constexpr u32 kStageScaleBytes = (kScaleRows + 8) * 4;
+constexpr u32 kProducers = 3, kEmptyArrivals = 8 * kArrivalsOfWarp, kTickets = 2;
+#if GATED
+// Of 64 rows from two warpgroups, or of 16 from 8 warps; twice, for the next tile may write while this one is read.
+constexpr u32 kLargestFloats = 2 * kNarrowRows;
+#endif
+constexpr u32 kRoomRow = 20, kRoomBytes = kExtraRows * kRoomRow * 4;  // of a warp: 16 extra rows x 16 columns, and 4 that keep lanes apart
+
+// Where a lane finds its operands in stage 0: descriptors' low words, addresses in shared memory, of barriers too.
+struct Places {
+    u32 rows, extra, weight;         // the warpgroup's rows; the extra ones; all columns of the first slice, or the warpgroup's
+    u32 part;                        // the warpgroup's columns
+    u32 scale_a, scale_extra;        // of row lane / 4; of extra row 2 * (lane % 4)
+    u32 scale_b[2], full, empty;
+};
+
+// Sets sum[slice] to the sum of k_blocks products of 64 rows and kColumns, from the stage at which the ring stands, which has been waited for; and, if kExtra,
+// extra[slice] to those of 64 columns and the extra rows.
+template <u32 kColumns, bool kExtra>
+DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Places& at, Ring& ring, u32 k_blocks, u32 lane) {
+#pragma unroll
+    for (u32 slice = 0; slice < 2; ++slice) {
+#pragma unroll
+        for (u32 i = 0; i < kColumns / 2; ++i) sum[slice][i] = 0.f;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) extra[slice][i] = 0.f;
+    }
+    bool full_already = true;
+    auto multiply_block = [&](u32 s) {
+        if (!full_already) barrier_wait(at.full + 8 * s, ring.parity);
+        const u32 offset = s * (kStageBytes / 16), of_scales = s * kStageScaleBytes;
+        if (kExtra) {
+            float partial[2][8];
+            wgmma_fence();
+#pragma unroll
+            for (u32 slice = 0; slice < 2; ++slice) {
+                const u32 columns = at.part + offset + slice * (kBytesHalf / 16);
+                fence_registers(partial[slice]);
+#pragma unroll
+                for (u32 i = 0; i < kBlockK / 32; ++i)
+                    Wgmma<kExtraRows>::multiply(partial[slice], matrix_descriptor_at(columns + 2 * i), matrix_descriptor_at(at.extra + offset + 2 * i), i > 0);
+            }
+            wgmma_commit();
+            float scale_a[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) scale_a[i] = load_shared(at.scale_extra + of_scales + (i / 2 * 8 + i % 2) * 4);
+            const float scale_b[2] = {load_shared(at.scale_b[0] + of_scales), load_shared(at.scale_b[1] + of_scales)};
+            wgmma_wait<0>();
+#pragma unroll
+            for (u32 slice = 0; slice < 2; ++slice) {
+                fence_registers(partial[slice]);
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) extra[slice][i] += scale_a[i / 4 * 2 + i % 2] * scale_b[slice] * partial[slice][i];
+            }
+        }
+#pragma unroll
+        for (u32 slice = 0; slice < 2; ++slice) {
+            const u32 rows = at.rows + offset, columns = at.weight + offset + slice * (kBytesHalf / 16);
+            float partial[kColumns / 2];
+            fence_registers(partial);
+            wgmma_fence();
+#pragma unroll
+            for (u32 i = 0; i < kBlockK / 32; ++i)
+                Wgmma<kColumns>::multiply(partial, matrix_descriptor_at(rows + 2 * i), matrix_descriptor_at(columns + 2 * i), i > 0);
+            wgmma_commit();
+            const float scale_b = load_shared(at.scale_b[slice] + of_scales);
+            const float low = load_shared(at.scale_a + of_scales) * scale_b, high = load_shared(at.scale_a + of_scales + 32) * scale_b;
+            wgmma_wait<0>();
+            fence_registers(partial);
+            if (slice == 1) {
+                __syncwarp();
+                barrier_arrive_after_words(at.empty + 8 * s, low, high, arrives_for_warp(lane));
+                ring.stage = s;
+                ring.advance(NUM_STAGES);
+                full_already = barrier_passed(at.full + 8 * ring.stage, ring.parity);
+            }
+#pragma unroll
+            for (u32 i = 0; i < kColumns / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
+        }
+    };
+    u32 remaining = k_blocks;
+    if (kColumns == 128 && !kExtra) {  // rounds of all stages, whose addresses are constants; before and after them what makes them whole
+#pragma unroll
+        for (u32 s = 1; s < NUM_STAGES; ++s)
+            if (s == ring.stage && remaining > 0) {
+                multiply_block(s);
+                --remaining;
+            }
+        for (; remaining >= NUM_STAGES; remaining -= NUM_STAGES)
+#pragma unroll
+            for (u32 s = 0; s < NUM_STAGES; ++s) multiply_block(s);
+#pragma unroll
+        for (u32 s = 0; s + 1 < NUM_STAGES; ++s)
+            if (remaining > 0) {
+                multiply_block(s);
+                --remaining;
+            }
+    }
+    for (; remaining > 0; --remaining) multiply_block(ring.stage);
+}
+
+// Writes 8 neighbours of a row, of which those below n exist; vectorised as write_row has it.
+DEVICE void write_eight(const float* value, u8* row, u32 column, u32 n, u32 type, u32 vectorised) {
+    if (vectorised) {
+        if (column >= n) return;
+        *reinterpret_cast<uint4*>(row + column * 2) = make_uint4(pack_elements(value[0], value[1], type), pack_elements(value[2], value[3], type),
+                                                                 pack_elements(value[4], value[5], type), pack_elements(value[6], value[7], type));
+        return;
+    }
+    for (u32 i = 0; i < 8; ++i)
+        if (column + i < n) store_element(row, column + i, type, value[i]);
+}
+
+// map_a, map_extra: of a, boxes of 64 and of 16 rows. scale_a: [k_blocks][scale_a_stride], rows 16-byte aligned. weight: [group][k_blocks][n_aligned][128] packed, scale_b
+// [group][k_blocks][scale_b_stride]. sorted: entries in sorted order, or null if they are so already. n: columns of the output; GATED: half the rows of
+// the weight. run: neighbouring column tiles a ticket covers. early: if not 0, weights are asked for before the previous kernel has ended, of tiles that a kernel
+// before that one has listed. out: GATED codes [rows][n], else elements of `type`, a row every out_stride elements.
+extern "C" __global__ void __launch_bounds__(384, 1)
+grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_extra, const float* scale_a, const u8* weight, const float* scale_b, void* out,
+               float* out_scale, const u32* sorted, const int4* tile_list, const u32* num_row_tiles, u32* ticket, i64 out_stride, u32 n, u32 n_aligned, u32 k_blocks,
+               u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 early, u32 type, u32 vectorised) {
+    extern __shared__ __align__(1024) u8 shared[];
+    constexpr u32 kOffsetScales = NUM_STAGES * kStageBytes, kOffsetInfo = kOffsetScales + NUM_STAGES * kStageScaleBytes;
+    constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
+    constexpr u32 kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8, kOffsetTicket = kOffsetTicketFull + kTickets * 16;
+    constexpr u32 kOffsetRoom = kOffsetTicket + kTickets * 16;
+#if GATED
+    constexpr u32 kOffsetLargest = kOffsetRoom + 8 * kRoomBytes;
+#endif
+    const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
+    const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = ticket_full + kTickets * 8, tickets = base + kOffsetTicket;
+    const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+
+    if (threadIdx.x == 0) {
+        prefetch_map(&map_a);
+        for (u32 s = 0; s < NUM_STAGES; ++s) {
+            barrier_init(full + 8 * s, kProducers);
+            barrier_init(empty + 8 * s, kEmptyArrivals);
+        }
+        for (u32 i = 0; i < kTickets; ++i) {
+            barrier_init(ticket_full + 8 * i, 1);
+            barrier_init(ticket_empty + 8 * i, kProducers);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    launch_next_kernel();
+    Ring ring;
+
+    if (warpgroup == 0) {
+        give_registers<40>();
+        const u32 producer = threadIdx.x / 32;
+        if (producer >= kProducers || !elect_lane()) return;
+        const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf), runs = ceil_div(column_tiles, run);
+        auto block_of = [&](u32 column_tile, u32 half) { return GATED ? half * (n / kHalf) + column_tile : 2 * column_tile + half; };
+        u32 fetched = 0;  // k-blocks of weights that have been asked for ahead
+        if (early && producer == 0 && blockIdx.x < __ldcg(num_row_tiles) * runs) {
+            const Item item = item_at(blockIdx.x, tile_list, runs);
+            const u32 column_tile = item.run * run;
+            fetched = min(k_blocks, u32(NUM_STAGES));
+            for (u32 s = 0; s < fetched; ++s)
+                fetch_weight(weight, item.tile.x * k_blocks + s, block_of(column_tile, 0), block_of(column_tile, 1), n_aligned, full + 8 * s,
+                             base + s * kStageBytes + kBytesRows);
+        }
+        wait_for_previous_kernel();
+        const u32 num_items = __ldcg(num_row_tiles) * runs;
+        Ring at_ticket;
+        for (u32 t = blockIdx.x; t < num_items; at_ticket.advance(kTickets)) {
+            const u32 ticket_bar = ticket_full + 8 * at_ticket.stage;
+            if (producer == 0) {
+                barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
+                *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = gridDim.x + atomicAdd(ticket, 1u);
+                barrier_arrive(ticket_bar);
+            }
+            const Item item = item_at(t, tile_list, runs);
+            const u32 group = item.tile.x, row = item.tile.y, rows = item.tile.z & 0xffff;
+            const u32 first_column = item.run * run, past_column = min(first_column + run, column_tiles);
+            const u32 first_scale = row & ~3u, scales = min(kScaleRows, scale_a_stride - first_scale);
+            for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
+                const u32 block_0 = block_of(column_tile, 0), block_1 = block_of(column_tile, 1);
+                for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                    const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
+                    if (fetched > 0) {  // not waited for: the others may have filled this stage, and the math warps emptied it, a phase ago
+                        --fetched;
+                        continue;
+                    }
+                    barrier_wait(empty + 8 * s, ring.parity ^ 1);
+                    if (producer == 0) {
+                        fetch_weight(weight, group * k_blocks + kb, block_0, block_1, n_aligned, bar, stage + kBytesRows);
+                    } else if (producer == 1) {
+                        const u32 box_rows = rows <= kNarrowRows ? kNarrowRows : rows <= kTileRows ? kTileRows : kTileRows + kExtraRows;
+                        barrier_expect(bar, box_rows * kBlockK);
+                        tensor_copy(stage, &map_a, 0, row, kb, bar);
+                        if (rows > kNarrowRows) tensor_copy(stage + kNarrowRows * kBlockK, &map_a, 0, row + kNarrowRows, kb, bar);
+                        if (rows > kTileRows) tensor_copy(stage + kTileRows * kBlockK, &map_extra, 0, row + kTileRows, kb, bar);
+                    } else {
+                        const u32 target = base + kOffsetScales + s * kStageScaleBytes;
+                        const float* const of_weight = scale_b + static_cast<i64>(group * k_blocks + kb) * scale_b_stride;
+                        *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(row, rows, column_tile, 0);
+                        barrier_expect(bar, (scales + 8) * 4);
+                        bulk_copy(target, scale_a + static_cast<i64>(kb) * scale_a_stride + first_scale, scales * 4, bar);
+                        bulk_copy(target + kScaleRows * 4, of_weight + (block_0 & ~3u), 16, bar);
+                        bulk_copy(target + kScaleRows * 4 + 16, of_weight + (block_1 & ~3u), 16, bar);
+                    }
+                }
+            }
+            barrier_wait(ticket_bar, at_ticket.parity);
+            t = __float_as_uint(load_shared(tickets + 16 * at_ticket.stage));
+            barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, 1);
+        }
+        barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+        if (producer == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
+        barrier_arrive(full + 8 * ring.stage);
+        return;
+    }
+    take_registers<232>();
+    const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32, first_part = math * 64 + warp * 16;  // the first column of a warp, where a warpgroup has 64
+    u8* const room = shared + kOffsetRoom + (math * 4 + warp) * kRoomBytes;
+#if GATED
+    float* const largest_at = reinterpret_cast<float*>(shared + kOffsetLargest);
+    u32 largest_turn = 0;
+#endif
+    while (true) {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        const int4 tile = *reinterpret_cast<const int4*>(shared + kOffsetInfo + ring.stage * 16);
+        const u32 rows = __shfl_sync(0xffffffffu, tile.y, 0);  // branches on it are the whole warp's
+        if (rows == 0) break;
+        const bool narrow = rows <= kNarrowRows;
+        const u32 row_in_tile = (narrow ? 0 : math * 64) + warp * 16 + lane / 4;  // and 8 further down
+        const u32 block_0 = GATED ? tile.z : 2 * tile.z, block_1 = GATED ? n / kHalf + tile.z : block_0 + 1;
+        const u32 scales = base + kOffsetScales, scales_b = scales + kScaleRows * 4, rows_at = base + (narrow ? 0 : math * 64 * kBlockK);
+        const u32 weights = base + kBytesRows, part = weights + math * 64 * kBlockK;
+        const Places at{matrix_descriptor_low(rows_at), matrix_descriptor_low(base + kTileRows * kBlockK), matrix_descriptor_low(narrow ? part : weights),
+                        matrix_descriptor_low(part), scales + (tile.x % 4 + row_in_tile) * 4, scales + (tile.x % 4 + kTileRows + lane % 4 * 2) * 4,
+                        {scales_b + block_0 % 4 * 4, scales_b + (4 + block_1 % 4) * 4}, full, empty};
+        float sum[2][64], extra[2][8];
+        if (narrow) multiply_tile<64, false>(sum, extra, at, ring, k_blocks, lane);
+        else if (rows <= kTileRows) multiply_tile<128, false>(sum, extra, at, ring, k_blocks, lane);
+        else multiply_tile<128, true>(sum, extra, at, ring, k_blocks, lane);
+        const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
+#if GATED
+        const i64 row = tile.x + row_in_tile;
+        u8* const codes = static_cast<u8*>(out) + row * n + tile.z * kHalf;
+        float* const scale = out_scale + static_cast<i64>(tile.z) * out_scale_stride + row;
+        if (!narrow) {
+            write_gated<0>(sum[0], sum[1], codes, scale, valid_low, lane);
+            write_gated<1>(sum[0], sum[1], codes + 8ll * n, scale + 8, valid_high, lane);
+        } else {
+            float low[16], high[16];
+            float largest_low = activate<0, 64>(sum[0], sum[1], low), largest_high = activate<1, 64>(sum[0], sum[1], high);
+            float* const own = largest_at + largest_turn + math * kNarrowRows + row_in_tile;
+            const float* const other = largest_at + largest_turn + (1 - math) * kNarrowRows + row_in_tile;
+            if (lane % 4 == 0) {
+                own[0] = largest_low;
+                own[8] = largest_high;
+            }
+            named_barrier(1, 256);
+            largest_low = fmaxf(largest_low, other[0]);
+            largest_high = fmaxf(largest_high, other[8]);
+            write_codes<64>(low, group_inverse(largest_low), codes + math * 64, valid_low, lane);
+            write_codes<64>(high, group_inverse(largest_high), codes + math * 64 + 8ll * n, valid_high, lane);
+            if (math == 0 && lane % 4 == 0) {
+                if (valid_low) scale[0] = group_scale(largest_low);
+                if (valid_high) scale[8] = group_scale(largest_high);
+            }
+        }
+        if (rows > kTileRows) {
+            // value[4j + 2h + i]: extra row 8j + 2 (lane % 4) + i, column lane / 4 + 8h of the warp's.
+            float largest[4];
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) extra[0][i] = silu(extra[0][i]) * extra[1][i];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 at_low = i / 2 * 4 + i % 2;
+                largest[i] = fmaxf(kMinAmax, fmaxf(fabsf(extra[0][at_low]), fabsf(extra[0][at_low + 2])));
+#pragma unroll
+                for (u32 distance = 4; distance < 32; distance *= 2) largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
+                if (lane < 4) largest_at[largest_turn + (math * 4 + warp) * kExtraRows + i / 2 * 8 + lane * 2 + i % 2] = largest[i];
+            }
+            named_barrier(1, 256);
+            float of_row = kMinAmax;  // of extra row lane % 16
+#pragma unroll
+            for (u32 w = 0; w < 8; ++w) of_row = fmaxf(of_row, largest_at[largest_turn + w * kExtraRows + lane % 16]);
+            const float inverse = group_inverse(of_row);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) {
+                const u32 extra_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                const float value = extra[0][i] * __shfl_sync(0xffffffffu, inverse, extra_row);
+                room[extra_row * 16 + i % 4 / 2 * 8 + lane / 4] = static_cast<u8>(pack_e4m3(value, value));
+            }
+            __syncwarp();
+            const i64 extra_at = static_cast<i64>(tile.x) + kTileRows + lane;
+            if (lane < 16 && kTileRows + lane < rows) {
+                *reinterpret_cast<uint4*>(static_cast<u8*>(out) + extra_at * n + tile.z * kHalf + first_part) = *reinterpret_cast<const uint4*>(room + lane * 16);
+                if (first_part == 0) out_scale[static_cast<i64>(tile.z) * out_scale_stride + extra_at] = group_scale(of_row);
+            }
+        }
+        if (narrow || rows > kTileRows) largest_turn ^= kLargestFloats;
+#else
+        const u32 element = type == kF32 ? 4 : 2;
+        auto place_of = [&](u32 r) {
+            const u32 place = tile.x + min(r, rows - 1);
+            return static_cast<u8*>(out) + (sorted ? __ldcg(sorted + place) : place) * out_stride * element;
+        };
+        u8 *const row_low = place_of(row_in_tile), *const row_high = place_of(row_in_tile + 8);
+        const u32 column = 2 * tile.z * kHalf;
+#pragma unroll
+        for (u32 slice = 0; slice < 2; ++slice) {
+            const u32 first = column + slice * kHalf;
+            if (narrow) {
+                write_row<0, 64>(sum[slice], row_low, first + math * 64, n, type, vectorised, valid_low, lane);
+                write_row<1, 64>(sum[slice], row_high, first + math * 64, n, type, vectorised, valid_high, lane);
+            } else {
+                write_row<0>(sum[slice], row_low, first, n, type, vectorised, valid_low, lane);
+                write_row<1>(sum[slice], row_high, first, n, type, vectorised, valid_high, lane);
+            }
+        }
+        if (rows > kTileRows) {
+            const u32 extra_row = lane / 2, first = column + first_part + lane % 2 * 8;
+            u8* const target = place_of(kTileRows + extra_row);
+            float* const turned = reinterpret_cast<float*>(room);
+#pragma unroll
+            for (u32 slice = 0; slice < 2; ++slice) {
+                __syncwarp();
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) turned[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kRoomRow + i % 4 / 2 * 8 + lane / 4] = extra[slice][i];
+                __syncwarp();
+                if (kTileRows + extra_row < rows) write_eight(turned + extra_row * kRoomRow + lane % 2 * 8, target, first + slice * kHalf, n, type, vectorised);
+            }
+        }
+#endif
+    }
+}

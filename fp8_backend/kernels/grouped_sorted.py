@@ -1,0 +1,138 @@
+"""The grouped GEMM over rows that lie sorted by group, which the copy engine fetches (grouped_sorted.cuh)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from fp8_backend.kernels import grouped_tall, launcher, routing
+from fp8_backend.kernels.backend import num_sms
+from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.kernels.routing import EXTRA_ROWS, TILE_ROWS, Routing
+from fp8_backend.kernels.tensor_map import row_major_map
+
+LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 9 + ("i64",) + ("u32",) * 10)
+_BOX_ROWS = TILE_ROWS // 2  # kNarrowRows of grouped_sorted.cuh
+_THREADS = 384
+_TICKET_BYTES, _ROOM_BYTES, _LARGEST_BYTES = 64, 8 * EXTRA_ROWS * 20 * 4, 2 * 2 * _BOX_ROWS * 4
+_K_BLOCKS_AT_ONCE = 16
+_WAVES = 6  # items a CTA takes, so that the last ones end together
+
+
+@dataclass(frozen=True)
+class SortedConfig:
+    """One compiled form of grouped_sorted.cuh.
+
+    gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
+    """
+
+    gated: bool
+    num_stages: int = 4
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of the output a tile has; the gated form multiplies twice as many."""
+        return BLOCK if self.gated else 2 * BLOCK
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA, laid out as grouped_sorted.cuh says."""
+        rows = TILE_ROWS + EXTRA_ROWS
+        stage = (rows + 2 * BLOCK) * BLOCK + (rows + 4 + 8) * 4 + 16 + 2 * 8
+        return self.num_stages * stage + _TICKET_BYTES + _ROOM_BYTES + (_LARGEST_BYTES if self.gated else 0)
+
+    def spec(self) -> KernelSpec:
+        """Return what to compile."""
+        defines = (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages))
+        return KernelSpec("grouped_sorted.cuh", "grouped_sorted", defines)
+
+
+GATED, PLAIN = SortedConfig(True), SortedConfig(False)
+
+
+@cache
+def kernel(config: SortedConfig, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of a form on the current device, whose index is part of the key only."""
+    return launcher.load(config.spec(), LAYOUT)
+
+
+def select_run(row_tiles: int, columns: int, k_blocks: int, sms: int) -> int:
+    """Return how many neighbouring tiles of columns a CTA takes at once.
+
+    To learn what its next tiles are costs a producer three round trips to L2, the time of about 4 k-blocks: that is
+    hidden behind the stages in flight if it is rare.
+
+    Args:
+        row_tiles: tiles of rows there may be.
+        columns: tiles of columns.
+        k_blocks: k-blocks of a tile.
+        sms: multiprocessors.
+    """
+    run = max(1, min(_K_BLOCKS_AT_ONCE // k_blocks, row_tiles * columns // (_WAVES * sms), columns))
+    return ceil_div(columns, ceil_div(columns, run))
+
+
+def launch(
+    config: SortedConfig,
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    weight: torch.Tensor,
+    scale_b: torch.Tensor,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    n: int,
+    routed: Routing,
+    early: int = 0,
+) -> None:
+    """Launch grouped_sorted.cuh; nothing is checked.
+
+    Args:
+        config: the form.
+        a: codes [rows, k_blocks * 128] in sorted order, 16-byte aligned rows.
+        scale_a: [k_blocks, rows] float32, as `grouped_tall.takes` wants it.
+        weight: [num_groups, k_blocks, n_aligned, 128] packed.
+        scale_b: [num_groups, k_blocks, scales] packed.
+        out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
+        out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
+        n: columns of out.
+        routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
+        early: 1 if weights may be asked for before the previous kernel has ended: the tiles must be listed by then.
+    """
+    device, columns = out.device.index, ceil_div(n, config.tile_columns)
+    row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device)
+    run = select_run(row_tiles, columns, weight.shape[1], sms)
+    maps = (row_major_map(a.stride(0), a.shape[0], weight.shape[1], rows) for rows in (_BOX_ROWS, EXTRA_ROWS))
+    kernel(config, device).launch(
+        (min(sms, row_tiles * ceil_div(columns, run)), 1, 1),
+        _THREADS,
+        config.shared_bytes,
+        (
+            *(each.at(a.data_ptr()) for each in maps),
+            scale_a.data_ptr(),
+            weight.data_ptr(),
+            scale_b.data_ptr(),
+            out.data_ptr(),
+            0 if out_scale is None else out_scale.data_ptr(),
+            routed.sorted_entries,
+            routed.tiles,
+            routed.num_tiles,
+            routed.ticket(0 if config.gated else 1),
+            out.stride(0),
+            n,
+            weight.shape[2],
+            weight.shape[1],
+            scale_a.stride(0),
+            scale_b.stride(1),
+            0 if out_scale is None else out_scale.stride(0),
+            run,
+            early,
+            ELEMENT_TYPES.get(out.dtype, 0),
+            int(grouped_tall.is_vectorised(out)),
+        ),
+        launcher.current_stream(device),
+        pdl=True,
+    )
