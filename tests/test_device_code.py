@@ -460,7 +460,7 @@ def test_sums_cross_between_warpgroups_tile_by_tile(folder):
 
 
 def test_sums_overwritten_before_they_are_read_are_found(folder, tmp_path):
-    sources = planted(tmp_path, "grouped.cuh", "barrier_wait(exchange_read, exchange_parity);", "")
+    sources = planted(tmp_path, "grouped_gathered.cuh", "barrier_wait(exchange_read, exchange_parity);", "")
     with emulated(folder, Machine(1, (1, 1, 1)), sources) as machine:
         with pytest.raises((AssertionError, EmulationError)):
             for machine.seed in range(4):

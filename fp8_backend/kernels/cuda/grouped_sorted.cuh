@@ -257,10 +257,28 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         const Places at{matrix_descriptor_low(rows_at), matrix_descriptor_low(base + kTileRows * kBlockK), matrix_descriptor_low(narrow ? part : weights),
                         matrix_descriptor_low(part), scales + (tile.x % 4 + row_in_tile) * 4, scales + (tile.x % 4 + kTileRows + lane % 4 * 2) * 4,
                         {scales_b + block_0 % 4 * 4, scales_b + (4 + block_1 % 4) * 4}, full, empty};
+#if !GATED
+        auto entry_of = [&](u32 r) {
+            const u32 place = tile.x + min(r, rows - 1);
+            return sorted ? __ldcg(sorted + place) : place;
+        };
+        u32 entry_low, entry_high;
+        auto find_entries = [&] {
+            entry_low = entry_of(row_in_tile);
+            entry_high = entry_of(row_in_tile + 8);
+        };
+#else
+        auto find_entries = [] {};
+#endif
         float sum[2][64], extra[2][8];
-        if (narrow) multiply_tile<64, false>(sum, extra, at, ring, k_blocks, lane);
-        else if (rows <= kTileRows) multiply_tile<128, false>(sum, extra, at, ring, k_blocks, lane);
-        else multiply_tile<128, true>(sum, extra, at, ring, k_blocks, lane);
+        if (rows > kTileRows) {
+            multiply_tile<128, true>(sum, extra, at, ring, k_blocks, lane);
+            find_entries();  // no registers for them before
+        } else {
+            find_entries();  // on their way while the tile is multiplied
+            if (narrow) multiply_tile<64, false>(sum, extra, at, ring, k_blocks, lane);
+            else multiply_tile<128, false>(sum, extra, at, ring, k_blocks, lane);
+        }
         const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
 #if GATED
         const i64 row = tile.x + row_in_tile;
@@ -322,11 +340,8 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         if (narrow || rows > kTileRows) largest_turn ^= kLargestFloats;
 #else
         const u32 element = type == kF32 ? 4 : 2;
-        auto place_of = [&](u32 r) {
-            const u32 place = tile.x + min(r, rows - 1);
-            return static_cast<u8*>(out) + (sorted ? __ldcg(sorted + place) : place) * out_stride * element;
-        };
-        u8 *const row_low = place_of(row_in_tile), *const row_high = place_of(row_in_tile + 8);
+        auto row_at = [&](u32 entry) { return static_cast<u8*>(out) + entry * out_stride * element; };
+        u8 *const row_low = row_at(entry_low), *const row_high = row_at(entry_high);
         const u32 column = 2 * tile.z * kHalf;
 #pragma unroll
         for (u32 slice = 0; slice < 2; ++slice) {
@@ -341,7 +356,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         }
         if (rows > kTileRows) {
             const u32 extra_row = lane / 2, first = column + first_part + lane % 2 * 8;
-            u8* const target = place_of(kTileRows + extra_row);
+            u8* const target = row_at(entry_of(kTileRows + extra_row));
             float* const turned = reinterpret_cast<float*>(room);
 #pragma unroll
             for (u32 slice = 0; slice < 2; ++slice) {

@@ -1,4 +1,4 @@
-// The plain grouped GEMM of grouped.cuh for groups of many rows: tiles of 256 rows x 128 columns, with the loop of gemm.cuh.
+// The plain grouped GEMM of grouped_sorted.cuh for groups of many rows: tiles of 256 rows x 128 columns, with the loop of gemm.cuh.
 //
 // Persistent CTAs take tiles in turn. Warp roles:
 //   warpgroup 0     producers. A lane each of warps 0, 1 and 2 fetches, per stage, rows of a (tensor copies of 128 rows), rows of the weight (one

@@ -1,4 +1,4 @@
-// Sorts (token, slot) entries by expert and lists the tiles of rows that grouped.cuh walks; the host learns nothing of it.
+// Sorts (token, slot) entries by expert and lists the tiles of rows that grouped_gathered.cuh and grouped_sorted.cuh walk; the host learns nothing of it.
 //
 // One cluster of 1 to 8 CTAs of 1024 threads. Each CTA counts its share of the entries in shared memory; the cluster adds the counts up
 // through distributed shared memory, every CTA computes all offsets (thread e: expert e, so at most 1024 experts), and scatters its
