@@ -102,25 +102,7 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             for (u32 i = 0; i < kColumns / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
         }
     };
-    u32 remaining = k_blocks;
-    if (kColumns == 128 && !kExtra) {  // rounds of all stages, whose addresses are constants; before and after them what makes them whole
-#pragma unroll
-        for (u32 s = 1; s < NUM_STAGES; ++s)
-            if (s == ring.stage && remaining > 0) {
-                multiply_block(s);
-                --remaining;
-            }
-        for (; remaining >= NUM_STAGES; remaining -= NUM_STAGES)
-#pragma unroll
-            for (u32 s = 0; s < NUM_STAGES; ++s) multiply_block(s);
-#pragma unroll
-        for (u32 s = 0; s + 1 < NUM_STAGES; ++s)
-            if (remaining > 0) {
-                multiply_block(s);
-                --remaining;
-            }
-    }
-    for (; remaining > 0; --remaining) multiply_block(ring.stage);
+    multiply_in_rounds<kColumns == 128 && !kExtra, NUM_STAGES>(k_blocks, ring, multiply_block);  // with the extra rows, rounds spill
 }
 
 // Writes 8 neighbours of a row, of which those below n exist; vectorised as write_row has it.

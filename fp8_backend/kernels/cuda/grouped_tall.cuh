@@ -56,25 +56,7 @@ template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Plac
             for (u32 i = 0; i < 64; ++i) sum[half][i] += (i % 4 < 2 ? low : high) * partial[i];
         }
     };
-    u32 remaining = k_blocks;
-    if (kHalves == 2) {  // rounds of all stages, whose addresses are constants; before and after them what makes them whole
-#pragma unroll
-        for (u32 s = 1; s < NUM_STAGES; ++s)
-            if (s == ring.stage && remaining > 0) {
-                multiply_block(s);
-                --remaining;
-            }
-        for (; remaining >= NUM_STAGES; remaining -= NUM_STAGES)
-#pragma unroll
-            for (u32 s = 0; s < NUM_STAGES; ++s) multiply_block(s);
-#pragma unroll
-        for (u32 s = 0; s + 1 < NUM_STAGES; ++s)
-            if (remaining > 0) {
-                multiply_block(s);
-                --remaining;
-            }
-    }
-    for (; remaining > 0; --remaining) multiply_block(ring.stage);
+    multiply_in_rounds<kHalves == 2, NUM_STAGES>(k_blocks, ring, multiply_block);
 }
 
 // map_a: of a, boxes of 128 rows. scale_a: [k_blocks][scale_a_stride], of rows from the tile's first less group * group_rows, in fours; a group's begin

@@ -27,6 +27,30 @@ DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1
     }
 }
 
+// Calls multiply_block(stage), which advances the ring, for all k-blocks of a tile. kRounds: in rounds of all stages, whose addresses are constants then;
+// before and after them comes what makes them whole.
+template <bool kRounds, u32 kStages, class Block> DEVICE void multiply_in_rounds(u32 k_blocks, Ring& ring, Block&& multiply_block) {
+    u32 remaining = k_blocks;
+    if (kRounds) {
+#pragma unroll
+        for (u32 s = 1; s < kStages; ++s)
+            if (s == ring.stage && remaining > 0) {
+                multiply_block(s);
+                --remaining;
+            }
+        for (; remaining >= kStages; remaining -= kStages)
+#pragma unroll
+            for (u32 s = 0; s < kStages; ++s) multiply_block(s);
+#pragma unroll
+        for (u32 s = 0; s + 1 < kStages; ++s)
+            if (remaining > 0) {
+                multiply_block(s);
+                --remaining;
+            }
+    }
+    for (; remaining > 0; --remaining) multiply_block(ring.stage);
+}
+
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
