@@ -20,6 +20,7 @@ from fp8_backend.kernels import (
     experts_prefill,
     gemm,
     grouped,
+    grouped_sorted,
     heuristics,
     launcher,
     layout,
@@ -262,16 +263,20 @@ def test_experts_are_cut_launch_by_launch(form, kernels, folder):
     assert out.isfinite().all()
 
 
+def tile_sizes(rows, extra_rows):
+    """Return the rows of each tile of an expert: full ones take a few more if all rows find a place so."""
+    full, rest = divmod(rows, routing.TILE_ROWS)
+    if rest > full * extra_rows:
+        return [routing.TILE_ROWS] * full + [rest]
+    taken = [min(extra_rows, max(0, rest - t * extra_rows)) for t in range(full)]
+    return [routing.TILE_ROWS + more for more in taken]
+
+
 def tiles_of(counts, extra_rows):
     """Return what route.cuh lists for so many rows of each expert, in bands of 16 tiles."""
     tiles, first_row = [], 0
     for expert, rows in enumerate(counts):
-        full, rest = divmod(rows, routing.TILE_ROWS)
-        sizes = [routing.TILE_ROWS] * full
-        if full and rest <= extra_rows:
-            sizes[-1] += rest
-        elif rest:
-            sizes.append(rest)
+        sizes = tile_sizes(rows, extra_rows)
         for t, size in enumerate(sizes):
             band = t // 16 * 16
             tiles.append([expert, first_row, size | min(len(sizes) - band, 16) << 16, len(tiles) - t % 16])
@@ -295,7 +300,7 @@ def poisoned(size, dtype, device):
 # Rows of an expert: a few, about one and two tiles, about a band of tiles; one CTA, and a cluster that counts together.
 @pytest.mark.parametrize(
     "counts",
-    [[0, 1, 16, 17, 127, 128, 0, 129, 144, 145, 272], [0, 2048, 2064, 3, 2065, 4485], [130, 0, 259]],
+    [[0, 1, 16, 17, 127, 128, 0, 129, 144, 145, 272, 288, 289], [0, 2048, 2064, 3, 2065, 2304, 4485], [130, 0, 259]],
     ids=["one CTA", "cluster", "few"],
 )
 @pytest.mark.parametrize(("extra_rows", "with_places"), [(0, False), (0, True), (16, True)])
@@ -324,7 +329,7 @@ def test_route(counts, extra_rows, with_places, folder, monkeypatch):
 
 
 # Runs longer than a band of tiles and than a thread's rows, of one row, cut by rows of no group and by other groups.
-@pytest.mark.parametrize("counts", [[5], [300, 0, 2200, 128, 1, 144], [1] * 7, [4100], [145]])
+@pytest.mark.parametrize("counts", [[5], [300, 0, 2200, 128, 1, 144], [1] * 7, [4100], [145], [3, 288, 289, 2340]])
 def test_runs_are_listed_in_tiles(counts, folder):
     torch.manual_seed(7)
     ids = torch.cat([torch.full((count,), i % 4 - (i == 3) * 9) for i, count in enumerate(counts)]).int()
@@ -337,25 +342,30 @@ def test_runs_are_listed_in_tiles(counts, folder):
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         if not 0 <= ids[start] < 3:
             continue
-        first, count = len(expected), max(1, ceil_div(end - start - routing.EXTRA_ROWS, routing.TILE_ROWS))
-        for t in range(count):
-            row, band = start + t * routing.TILE_ROWS, t // 8 * 8
-            rows = end - row if t == count - 1 else routing.TILE_ROWS
-            rows_and_width = rows | min(count - band, 8) << 16
-            expected.append([int(ids[start]), row, rows_and_width, first + band])
+        sizes, row = tile_sizes(end - start, routing.EXTRA_ROWS), start
+        for t, rows in enumerate(sizes):
+            rows_and_width = rows | min(len(sizes) - t // 8 * 8, 8) << 16
+            expected.append([int(ids[start]), row, rows_and_width, len(expected) - t % 8])
+            row += rows
     assert words[:2].tolist() == [0, 0] and tiles == expected
 
 
 # DeepGEMM's padded layout with rows of group -1 between the groups, and groups that end anywhere.
-@pytest.mark.parametrize("tall_rows", [0, 512])
-def test_contiguous_grouped_gemm(tall_rows, folder, monkeypatch):
+# Tiles of 256 rows, of 128 and up to 16 more, of 128; elements that are written by 8, and one by one.
+@pytest.mark.parametrize(
+    ("tall_rows", "extended_rows", "n", "dtype"),
+    [(0, 0, 264, torch.bfloat16), (512, 0, 264, torch.bfloat16), (512, 512, 264, torch.bfloat16)]
+    + [(0, 0, 261, torch.float32), (512, 0, 203, torch.float32), (512, 512, 261, torch.float16)],
+)
+def test_contiguous_grouped_gemm(tall_rows, extended_rows, n, dtype, folder, monkeypatch):
     torch.manual_seed(6)
     monkeypatch.setattr(grouped, "TALL_ROWS", tall_rows)
+    monkeypatch.setattr(grouped_sorted, "EXTENDED_ROWS", extended_rows)
     indices = torch.tensor([0] * 70 + [-1] * 58 + [1] * 3 + [2] * 144 + [3] * 265, dtype=torch.int32)
-    n, k = 264, 6 * BLOCK
+    k = 6 * BLOCK
     codes, scale, packed, packed_scale = make_experts(4, n, k)
     x = torch.randn(len(indices), k, dtype=torch.bfloat16)
-    out = torch.full((len(indices), n), float("nan"), dtype=torch.bfloat16)
+    out = torch.full((len(indices), n), float("nan"), dtype=dtype)
     with emulated(folder, MACHINE):
         a = reference.per_token_group_quant(x)
         m_grouped.m_grouped_fp8_gemm_nt_contiguous(a, (packed, packed_scale), out, indices)

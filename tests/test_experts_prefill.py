@@ -61,7 +61,7 @@ def test_constants_shared_with_the_device_code():
 
 
 def test_grouped_kernels_fit_a_multiprocessor():
-    forms = grouped_sorted.GATED, grouped_sorted.PLAIN
+    forms = grouped_sorted.GATED, grouped_sorted.PLAIN, grouped_sorted.PLAIN_FEW
     assert all(config.shared_bytes <= MAX_SHARED_BYTES for config in forms)
     assert max(grouped_gathered.SHARED_BYTES, grouped_tall.SHARED_BYTES) <= MAX_SHARED_BYTES
 

@@ -122,7 +122,7 @@ def experts_prefill(
     gated = w13, scale_13, between, between_scale
     if sorts_rows(entries, num_groups, intermediate, router_weight_on_input):
         rows, routed = _first_of_sorted(x, ids, map_here, *gated)
-        listed = 1
+        plain, listed = grouped_sorted.PLAIN, 1
     else:
         codes, scale = _quantise(x, weights if router_weight_on_input else None)
         routed = routing.route(ids, map_here, num_groups)
@@ -131,10 +131,10 @@ def experts_prefill(
         grid = grouped_gathered.launch(codes, scale.t(), *gated, routed, divisor, likely)
         # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it
         # had waited for the routing. Elsewhere they may start before the tiles are listed.
-        listed = int(grid == num_sms(device.index))
+        plain, listed = grouped_sorted.PLAIN_FEW, int(grid == num_sms(device.index))
         rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
     second = between, between_scale[:, :entries], w2, scale_2, rows, None, hidden
-    grouped_sorted.launch(grouped_sorted.PLAIN, *second, routed, listed)
+    grouped_sorted.launch(plain, *second, routed, listed)
     _combine(ids, map_here, None if router_weight_on_input else weights, rows, out, num_groups)
 
 

@@ -10,7 +10,7 @@ from fp8_backend.kernels.compiler import KernelSpec
 # Rows a group on average from which on contiguous rows go to grouped_tall.cuh (one H100, 4096x7168, us in tiles of 128
 # and of 256 rows: 8 groups of 512 201 and 181, 16 of 0 to 1500 502 and 507, 64 of 264 1227 and 1337).
 TALL_ROWS = 512
-_SORTED = grouped_sorted.GATED, grouped_sorted.PLAIN
+_SORTED = grouped_sorted.GATED, grouped_sorted.PLAIN, grouped_sorted.PLAIN_FEW
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
@@ -56,5 +56,7 @@ def launch_contiguous(
         routed = routing.route_in_order(m_indices, groups, routing.TALL_TILE_ROWS)
         grouped_tall.launch(codes, scales, weight, scale_b, out, routed)
         return
-    routed = routing.route_in_order(m_indices, groups, extra_rows=routing.EXTRA_ROWS)
-    grouped_sorted.launch(grouped_sorted.PLAIN, codes, scales, weight, scale_b, out, None, out.shape[1], routed)
+    extended = len(m_indices) >= grouped_sorted.EXTENDED_ROWS * groups
+    routed = routing.route_in_order(m_indices, groups, extra_rows=routing.EXTRA_ROWS if extended else 0)
+    config = grouped_sorted.PLAIN if extended else grouped_sorted.PLAIN_FEW
+    grouped_sorted.launch(config, codes, scales, weight, scale_b, out, None, out.shape[1], routed)

@@ -28,9 +28,12 @@ class SortedConfig:
     """One compiled form of grouped_sorted.cuh.
 
     gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
+    extended: for tiles that take up to EXTRA_ROWS rows more; otherwise a shorter kernel for few rows, whose tiles have
+        128 rows at most.
     """
 
     gated: bool
+    extended: bool = True
     num_stages: int = 4
 
     @property
@@ -47,11 +50,13 @@ class SortedConfig:
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = (("GATED", int(self.gated)), ("NUM_STAGES", self.num_stages))
+        defines = (("GATED", int(self.gated)), ("EXTENDED", int(self.extended)), ("NUM_STAGES", self.num_stages))
         return KernelSpec("grouped_sorted.cuh", "grouped_sorted", defines)
 
 
-GATED, PLAIN = SortedConfig(True), SortedConfig(False)
+GATED, PLAIN, PLAIN_FEW = SortedConfig(True), SortedConfig(False), SortedConfig(False, extended=False)
+# Rows a group on average from which on tiles may be extended, in a kernel of more code.
+EXTENDED_ROWS = 96
 
 
 @cache
@@ -99,7 +104,8 @@ def launch(
         out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
         out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
         n: columns of out.
-        routed: the sorted rows; the gated form uses its first ticket, the plain one its second.
+        routed: the sorted rows, in tiles of at most 128 rows unless the form is extended; the gated form uses its first
+            ticket, a plain one its second.
         early: 1 if weights may be asked for before the previous kernel has ended: the tiles must be listed by then.
     """
     device, columns = out.device.index, ceil_div(n, config.tile_columns)

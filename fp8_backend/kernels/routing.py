@@ -14,7 +14,7 @@ from fp8_backend.kernels.reference import ceil_div
 
 SPEC = KernelSpec("route.cuh", "route")
 TILE_ROWS, TALL_TILE_ROWS = 128, 256  # kTileRows of route.cuh and grouped_sorted.cuh, of grouped_tall.cuh
-EXTRA_ROWS = 16  # kExtraRows of grouped_sorted.cuh: rows of a group beyond its full tiles which the last of these takes
+EXTRA_ROWS = 16  # kExtraRows of grouped_sorted.cuh: how many rows more than 128 a tile may have
 RUNS_SPEC = KernelSpec("runs.cuh", "runs")
 MAX_GROUPS = 1024  # kThreads of route.cuh: a thread an expert
 _LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("u32",) * 4)
@@ -104,8 +104,8 @@ def route(
         ids: [...] int32, contiguous, at least one; ids that are negative or have no expert here are left out.
         expert_map: [global experts] int32 from an id to an expert here or -1, or None if ids are experts here.
         num_groups: experts here, at most 1024.
-        extra_rows: how many rows of an expert beyond its full tiles of 128 the last of these takes, less than 128; more
-            of them, and those of an expert without a full tile, are a tile of their own.
+        extra_rows: how many rows more each of an expert's full tiles of 128 takes, less than 128, if no tile is needed
+            beside them then.
         with_places: whether the position of each entry is kept, too.
 
     Raises:
@@ -154,7 +154,8 @@ def route_in_order(
             but each run of equal ids has its own.
         num_groups: groups.
         tile_rows: rows of a full tile, 128 or 256.
-        extra_rows: how many rows of a run beyond its full tiles the last of these takes, less than tile_rows.
+        extra_rows: how many rows more each full tile of a run takes, less than tile_rows, if no tile is needed beside
+            them then.
     """
     rows = m_indices.numel()
     assert m_indices.dtype == torch.int32 and m_indices.is_contiguous() and rows

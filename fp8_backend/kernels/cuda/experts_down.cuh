@@ -135,6 +135,15 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     constexpr u32 kAllHalves = kLoaderHalves + kMathThreads / kGroupLanes;
     const u32 items = units.number * k_blocks;
     const u32 together = min(items, stages.number / stages.per_unit * k_blocks + stages.number % stages.per_unit * stages.depth);
+    const u32 half_warp = (warp - 2) * 2 + lane / kGroupLanes;  // of loaders and math warps
+    auto source_of = [&](u32 tile) {
+        return PairSource{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, tile * rows / 128, scale_b_row, stages};
+    };
+    if (warp >= 2) {
+        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
+        if (blockIdx.x < tiles) quantise_items<3>(source_of(blockIdx.x), stages, 0, half_warp, together, kAllHalves);
+        __syncwarp();
+    }
 #endif
 
     if (warp < 2) {
@@ -157,16 +166,12 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
         }
         __syncwarp();
     } else if (warp < 4) {
-        wait_for_previous_kernel();
 #if FUSED
         u32 position = 0;  // of a tile's first stage in the walk around the ring
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += units.number * stages.per_unit) {
-            const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, tile * rows / 128, scale_b_row, stages};
-            const u32 half_warp = (warp - 2) * 2 + lane / kGroupLanes;
-            if (position == 0) quantise_items<3>(source, stages, 0, half_warp, together, kAllHalves);
-            quantise_items<3>(source, stages, position, (position == 0 ? together : 0) + half_warp, items, kLoaderHalves);
-        }
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += units.number * stages.per_unit)
+            quantise_items<3>(source_of(tile), stages, position, (position == 0 ? together : 0) + half_warp, items, kLoaderHalves);
 #else
+        wait_for_previous_kernel();
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 unit = 0; unit < units.number; ++unit) {
@@ -198,14 +203,7 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
         const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x - 128;
         const u32 low = warp % 4 * 16 + lane / 4, high = low + 8;
         float* const mine = sums + warpgroup * m * rows;
-        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
-#if FUSED
-        if (blockIdx.x < tiles) {
-            const PairSource source{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, blockIdx.x * rows / 128, scale_b_row, stages};
-            quantise_items<3>(source, stages, 0, kLoaderHalves + thread / kGroupLanes, together, kAllHalves);
-            __syncwarp();
-        }
-#endif
+        if (!FUSED) wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 i = thread; i < 2 * m * rows; i += kMathThreads) sums[i] = 0.f;

@@ -262,8 +262,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                 const u32 element = out_type == kF32 ? 4 : 2;
                 u8* const row_low = static_cast<u8*>(out) + static_cast<i64>(tile_m + row) * out_stride * element;
                 u8* const row_high = row_low + 8 * out_stride * element;
-                write_row<0>(sum[slice], row_low, column, n, out_type, vectorised, tile_m + row < m, lane);
-                write_row<1>(sum[slice], row_high, column, n, out_type, vectorised, tile_m + row + 8 < m, lane);
+                write_rows<128>(sum[slice], row_low, row_high, column, n, out_type, vectorised, tile_m + row < m, tile_m + row + 8 < m, lane);
             }
         }
     }

@@ -3,12 +3,14 @@
 // GATED = 1: first GEMM of the experts. A tile is up to 144 rows x (128 gate + the 128 up columns that belong to them); the epilogue computes
 //            silu(gate) * up and quantises it, a group of 128 columns a row.
 // GATED = 0: plain tile of as many rows x 256 columns; rows are written to their entry.
+// EXTENDED = 0: for few rows, with no extended tiles and the shortest loop: beside the kernels before it, a kernel of more code runs out of room in the
+//            instruction cache (4 us a call with 121 KB in all, docs/kernel-notes-moe.md, 2026-11-27).
 //
 // Tiles (route.cuh, runs.cuh) have one of three forms:
 //   wide      65 to 128 rows: each math warpgroup owns 64 rows, and both slices of 128 columns.
 //   extended  129 to 144 rows: the last 16 are wgmma's other operand, of 8 columns each, so that a group's few rows past a tile cost a ninth of it and
 //             its weights are fetched once. Of these each warpgroup owns 64 columns of both slices.
-//   narrow    up to 64 rows: both own all rows, each 64 columns of both slices.
+//   narrow    up to 64 rows: both own all rows; GATED each 64 columns of both slices, else each a slice.
 // An element's gate and up always meet in one thread; the largest magnitudes of a row meet in shared memory where two warpgroups have parts of it.
 //
 // Persistent CTAs take tiles by tickets. Warp roles:
@@ -40,10 +42,10 @@ struct Places {
 
 // Sets sum[slice] to the sum of k_blocks products of 64 rows and kColumns, from the stage at which the ring stands, which has been waited for; and, if kExtra,
 // extra[slice] to those of 64 columns and the extra rows.
-template <u32 kColumns, bool kExtra>
+template <u32 kSlices, u32 kColumns, bool kExtra>
 DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Places& at, Ring& ring, u32 k_blocks, u32 lane) {
 #pragma unroll
-    for (u32 slice = 0; slice < 2; ++slice) {
+    for (u32 slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
         for (u32 i = 0; i < kColumns / 2; ++i) sum[slice][i] = 0.f;
 #pragma unroll
@@ -78,7 +80,7 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             }
         }
 #pragma unroll
-        for (u32 slice = 0; slice < 2; ++slice) {
+        for (u32 slice = 0; slice < kSlices; ++slice) {
             const u32 rows = at.rows + offset, columns = at.weight + offset + slice * (kBytesHalf / 16);
             float partial[kColumns / 2];
             fence_registers(partial);
@@ -91,7 +93,7 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             const float low = load_shared(at.scale_a + of_scales) * scale_b, high = load_shared(at.scale_a + of_scales + 32) * scale_b;
             wgmma_wait<0>();
             fence_registers(partial);
-            if (slice == 1) {
+            if (slice == kSlices - 1) {
                 __syncwarp();
                 barrier_arrive_after_words(at.empty + 8 * s, low, high, arrives_for_warp(lane));
                 ring.stage = s;
@@ -102,10 +104,10 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             for (u32 i = 0; i < kColumns / 2; ++i) sum[slice][i] += (i % 4 < 2 ? low : high) * partial[i];
         }
     };
-    multiply_in_rounds<kColumns == 128 && !kExtra, NUM_STAGES>(k_blocks, ring, multiply_block);  // with the extra rows, rounds spill
+    multiply_in_rounds<EXTENDED && kSlices * kColumns == 256 && !kExtra, false, NUM_STAGES>(k_blocks, ring, multiply_block);  // with the extra rows, rounds spill
 }
 
-// Writes 8 neighbours of a row, of which those below n exist; vectorised as write_row has it.
+// Writes 8 neighbours of a row, of which those below n exist; vectorised as write_rows has it.
 DEVICE void write_eight(const float* value, u8* row, u32 column, u32 n, u32 type, u32 vectorised) {
     if (vectorised) {
         if (column >= n) return;
@@ -113,8 +115,8 @@ DEVICE void write_eight(const float* value, u8* row, u32 column, u32 n, u32 type
                                                                  pack_elements(value[4], value[5], type), pack_elements(value[6], value[7], type));
         return;
     }
-    for (u32 i = 0; i < 8; ++i)
-        if (column + i < n) store_element(row, column + i, type, value[i]);
+#pragma unroll 1
+    for (u32 i = 0; i < min(8u, column < n ? n - column : 0); ++i) store_element(row, column + i, type, value[i]);
 }
 
 // map_a, map_extra: of a, boxes of 64 and of 16 rows. scale_a: [k_blocks][scale_a_stride], rows 16-byte aligned. weight: [group][k_blocks][n_aligned][128] packed, scale_b
@@ -181,7 +183,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
             const Item item = item_at(t, tile_list, runs);
             const u32 group = item.tile.x, row = item.tile.y, rows = item.tile.z & 0xffff;
             const u32 first_column = item.run * run, past_column = min(first_column + run, column_tiles);
-            const u32 first_scale = row & ~3u, scales = min(kScaleRows, scale_a_stride - first_scale);
+            const u32 first_scale = row & ~3u, scales = min((row % 4 + rows + 3) & ~3u, scale_a_stride - first_scale);
             for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
                 const u32 block_0 = block_of(column_tile, 0), block_1 = block_of(column_tile, 1);
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
@@ -194,11 +196,11 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
                     if (producer == 0) {
                         fetch_weight(weight, group * k_blocks + kb, block_0, block_1, n_aligned, bar, stage + kBytesRows);
                     } else if (producer == 1) {
-                        const u32 box_rows = rows <= kNarrowRows ? kNarrowRows : rows <= kTileRows ? kTileRows : kTileRows + kExtraRows;
-                        barrier_expect(bar, box_rows * kBlockK);
-                        tensor_copy(stage, &map_a, 0, row, kb, bar);
+                        const bool few = rows <= kExtraRows, extended = EXTENDED && rows > kTileRows;
+                        barrier_expect(bar, (few ? kExtraRows : ceil_div(rows, kNarrowRows) * kNarrowRows - (extended ? kNarrowRows - kExtraRows : 0)) * kBlockK);
+                        tensor_copy(stage, few ? &map_extra : &map_a, 0, row, kb, bar);
                         if (rows > kNarrowRows) tensor_copy(stage + kNarrowRows * kBlockK, &map_a, 0, row + kNarrowRows, kb, bar);
-                        if (rows > kTileRows) tensor_copy(stage + kTileRows * kBlockK, &map_extra, 0, row + kTileRows, kb, bar);
+                        if (extended) tensor_copy(stage + kTileRows * kBlockK, &map_extra, 0, row + kTileRows, kb, bar);
                     } else {
                         const u32 target = base + kOffsetScales + s * kStageScaleBytes;
                         const float* const of_weight = scale_b + static_cast<i64>(group * k_blocks + kb) * scale_b_stride;
@@ -231,14 +233,15 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         const int4 tile = *reinterpret_cast<const int4*>(shared + kOffsetInfo + ring.stage * 16);
         const u32 rows = __shfl_sync(0xffffffffu, tile.y, 0);  // branches on it are the whole warp's
         if (rows == 0) break;
-        const bool narrow = rows <= kNarrowRows;
+        const bool narrow = rows <= kNarrowRows, extended = EXTENDED && rows > kTileRows;
         const u32 row_in_tile = (narrow ? 0 : math * 64) + warp * 16 + lane / 4;  // and 8 further down
         const u32 block_0 = GATED ? tile.z : 2 * tile.z, block_1 = GATED ? n / kHalf + tile.z : block_0 + 1;
         const u32 scales = base + kOffsetScales, scales_b = scales + kScaleRows * 4, rows_at = base + (narrow ? 0 : math * 64 * kBlockK);
-        const u32 weights = base + kBytesRows, part = weights + math * 64 * kBlockK;
-        const Places at{matrix_descriptor_low(rows_at), matrix_descriptor_low(base + kTileRows * kBlockK), matrix_descriptor_low(narrow ? part : weights),
+        const u32 weights = base + kBytesRows, part = weights + math * 64 * kBlockK, narrow_weights = GATED ? part : weights + math * kBytesHalf;
+        const u32 scale_b_0 = scales_b + block_0 % 4 * 4, scale_b_1 = scales_b + (4 + block_1 % 4) * 4;
+        const Places at{matrix_descriptor_low(rows_at), matrix_descriptor_low(base + kTileRows * kBlockK), matrix_descriptor_low(narrow ? narrow_weights : weights),
                         matrix_descriptor_low(part), scales + (tile.x % 4 + row_in_tile) * 4, scales + (tile.x % 4 + kTileRows + lane % 4 * 2) * 4,
-                        {scales_b + block_0 % 4 * 4, scales_b + (4 + block_1 % 4) * 4}, full, empty};
+                        {!GATED && narrow && math == 1 ? scale_b_1 : scale_b_0, scale_b_1}, full, empty};
 #if !GATED
         auto entry_of = [&](u32 r) {
             const u32 place = tile.x + min(r, rows - 1);
@@ -253,13 +256,13 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         auto find_entries = [] {};
 #endif
         float sum[2][64], extra[2][8];
-        if (rows > kTileRows) {
-            multiply_tile<128, true>(sum, extra, at, ring, k_blocks, lane);
+        if (extended) {
+            multiply_tile<2, 128, true>(sum, extra, at, ring, k_blocks, lane);
             find_entries();  // no registers for them before
         } else {
             find_entries();  // on their way while the tile is multiplied
-            if (narrow) multiply_tile<64, false>(sum, extra, at, ring, k_blocks, lane);
-            else multiply_tile<128, false>(sum, extra, at, ring, k_blocks, lane);
+            if (narrow) multiply_tile<GATED ? 2 : 1, GATED ? 64 : 128, false>(sum, extra, at, ring, k_blocks, lane);
+            else multiply_tile<2, 128, false>(sum, extra, at, ring, k_blocks, lane);
         }
         const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
 #if GATED
@@ -288,7 +291,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
                 if (valid_high) scale[8] = group_scale(largest_high);
             }
         }
-        if (rows > kTileRows) {
+        if (extended) {
             // value[4j + 2h + i]: extra row 8j + 2 (lane % 4) + i, column lane / 4 + 8h of the warp's.
             float largest[4];
 #pragma unroll
@@ -319,24 +322,15 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
                 if (first_part == 0) out_scale[static_cast<i64>(tile.z) * out_scale_stride + extra_at] = group_scale(of_row);
             }
         }
-        if (narrow || rows > kTileRows) largest_turn ^= kLargestFloats;
+        if (narrow || extended) largest_turn ^= kLargestFloats;
 #else
         const u32 element = type == kF32 ? 4 : 2;
         auto row_at = [&](u32 entry) { return static_cast<u8*>(out) + entry * out_stride * element; };
         u8 *const row_low = row_at(entry_low), *const row_high = row_at(entry_high);
         const u32 column = 2 * tile.z * kHalf;
-#pragma unroll
-        for (u32 slice = 0; slice < 2; ++slice) {
-            const u32 first = column + slice * kHalf;
-            if (narrow) {
-                write_row<0, 64>(sum[slice], row_low, first + math * 64, n, type, vectorised, valid_low, lane);
-                write_row<1, 64>(sum[slice], row_high, first + math * 64, n, type, vectorised, valid_high, lane);
-            } else {
-                write_row<0>(sum[slice], row_low, first, n, type, vectorised, valid_low, lane);
-                write_row<1>(sum[slice], row_high, first, n, type, vectorised, valid_high, lane);
-            }
-        }
-        if (rows > kTileRows) {
+        write_rows<128>(sum[0], row_low, row_high, column + (narrow ? math * kHalf : 0), n, type, vectorised, valid_low, valid_high, lane);
+        if (!narrow) write_rows<128>(sum[1], row_low, row_high, column + kHalf, n, type, vectorised, valid_low, valid_high, lane);
+        if (extended) {
             const u32 extra_row = lane / 2, first = column + first_part + lane % 2 * 8;
             u8* const target = row_at(entry_of(kTileRows + extra_row));
             float* const turned = reinterpret_cast<float*>(room);

@@ -56,7 +56,7 @@ template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Plac
             for (u32 i = 0; i < 64; ++i) sum[half][i] += (i % 4 < 2 ? low : high) * partial[i];
         }
     };
-    multiply_in_rounds<kHalves == 2, NUM_STAGES>(k_blocks, ring, multiply_block);
+    multiply_in_rounds<kHalves == 2, true, NUM_STAGES>(k_blocks, ring, multiply_block);
 }
 
 // map_a: of a, boxes of 128 rows. scale_a: [k_blocks][scale_a_stride], of rows from the tile's first less group * group_rows, in fours; a group's begin
@@ -144,7 +144,7 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
         else multiply_tile<1>(sum, at, ring, k_blocks, lane);
         if (!waited) wait_for_previous_kernel();  // it may still read what this kernel overwrites
         waited = true;
-        auto write = [&](const float (&slice)[64], u32 row) {  // of the warp's first
+        auto write = [&](float (&slice)[64], u32 row) {  // of the warp's first
             if (row >= rows) return;
             if (mapped_out && row + 16 <= rows) {
 #pragma unroll
@@ -164,8 +164,7 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
             };
             const u32 low = row + lane / 4;
             u8 *const row_low = place_of(low), *const row_high = place_of(low + 8);
-            write_row<0>(slice, row_low, tile.z * kTileColumns, n, type, vectorised, low < rows, lane);
-            write_row<1>(slice, row_high, tile.z * kTileColumns, n, type, vectorised, low + 8 < rows, lane);
+            write_rows<128>(slice, row_low, row_high, tile.z * kTileColumns, n, type, vectorised, low < rows, low + 8 < rows, lane);
         };
         if (mapped_out && lane == 0) bulk_wait_read();  // of the last tile's outputs
         __syncwarp();

@@ -120,11 +120,7 @@ masked(const __grid_constant__ TensorMap map_a, const float* scale_a, const u8* 
         u8* row_low = static_cast<u8*>(out) + line * n * element;
         u8* row_high = row_low + 8ll * n * element;
         const u32 first_column = turn.column + half * 128;
-        write_row<0>(sum[0], row_low, first_column, n, out_type, vectorised, low < rows, lane);
-        write_row<1>(sum[0], row_high, first_column, n, out_type, vectorised, low + 8 < rows, lane);
-        if (!one_slice) {
-            write_row<0>(sum[1], row_low, first_column + 128, n, out_type, vectorised, low < rows, lane);
-            write_row<1>(sum[1], row_high, first_column + 128, n, out_type, vectorised, low + 8 < rows, lane);
-        }
+        write_rows<128>(sum[0], row_low, row_high, first_column, n, out_type, vectorised, low < rows, low + 8 < rows, lane);
+        if (!one_slice) write_rows<128>(sum[1], row_low, row_high, first_column + 128, n, out_type, vectorised, low < rows, low + 8 < rows, lane);
     }
 }

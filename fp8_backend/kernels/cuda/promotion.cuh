@@ -85,28 +85,36 @@ DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
     }
 }
 
-// Row kRowHalf of a slice of 64 rows: kColumns from `column`, of which those below n exist. vectorised: 16-bit elements, rows
-// 16-byte aligned, n % 8 == 0.
-template <u32 kRowHalf, u32 kColumns = 128>
-DEVICE void write_row(const float (&sum)[64], u8* row, u32 column, u32 n, u32 type, u32 vectorised, bool valid, u32 lane) {
+// Two rows of a slice of 64, 8 apart, which lie in `sum`: kColumns from `column`, of which those below n exist. vectorised: 16-bit elements, rows 16-byte
+// aligned, n % 8 == 0. Otherwise by element, and `sum` is lost: registers have no index at run time, so they move up by a group of 8 columns after each.
+// A loop, for it is code that few need: with 121 KB of it instead of 60 the second GEMM of experts took 4 us longer (docs/kernel-notes-moe.md, 2026-11-27).
+template <u32 kColumns>
+DEVICE void write_rows(float (&sum)[64], u8* row_low, u8* row_high, u32 column, u32 n, u32 type, u32 vectorised, bool valid_low, bool valid_high, u32 lane) {
     if (vectorised) {
 #pragma unroll
-        for (u32 j = 0; j < kColumns / 32; ++j) {
-            u32 words[4];
+        for (u32 half = 0; half < 2; ++half)
 #pragma unroll
-            for (u32 g = 0; g < 4; ++g) {
-                const u32 i = (j * 4 + g) * 4 + kRowHalf * 2;
-                words[g] = pack_elements(sum[i], sum[i + 1], type);
+            for (u32 j = 0; j < kColumns / 32; ++j) {
+                u32 words[4];
+#pragma unroll
+                for (u32 g = 0; g < 4; ++g) {
+                    const u32 i = (j * 4 + g) * 4 + half * 2;
+                    words[g] = pack_elements(sum[i], sum[i + 1], type);
+                }
+                transpose_quad(words, lane);
+                const u32 c = column + j * 32 + lane % 4 * 8;
+                u8* const row = half ? row_high : row_low;
+                if ((half ? valid_high : valid_low) && c < n) *reinterpret_cast<uint4*>(row + c * 2) = make_uint4(words[0], words[1], words[2], words[3]);
             }
-            transpose_quad(words, lane);
-            const u32 c = column + j * 32 + lane % 4 * 8;
-            if (valid && c < n) *reinterpret_cast<uint4*>(row + c * 2) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
         return;
     }
+    const u32 past = min(column + kColumns, n);
+#pragma unroll 1
+    for (u32 c = column + lane % 4 * 2; c < past; c += 8) {
 #pragma unroll
-    for (u32 i = 0; i < kColumns / 4; ++i) {
-        const u32 c = column + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (valid && c < n) store_element(row, c, type, sum[i / 2 * 4 + kRowHalf * 2 + i % 2]);
+        for (u32 i = 0; i < 4; ++i)
+            if ((i < 2 ? valid_low : valid_high) && c + i % 2 < n) store_element(i < 2 ? row_low : row_high, c + i % 2, type, sum[i]);
+#pragma unroll
+        for (u32 i = 4; i < kColumns / 2; ++i) sum[i - 4] = sum[i];
     }
 }

@@ -8,15 +8,20 @@
 constexpr u32 kThreads = 1024, kTileRows = 128;
 constexpr u32 kBand = 16;  // tiles of rows that share a tile of weights before the next one is taken: 16 x 8 tiles fill the GPU
 
-// How many tiles so many rows of an expert are. Up to extra_rows (less than kTileRows) that would be a tile of their own belong to the last full one.
+// How many tiles so many rows of an expert are. Each full one takes up to extra_rows (less than kTileRows) more, where no tile is needed beside them then.
 DEVICE u32 tiles_of(u32 rows, u32 extra_rows) {
     const u32 full = rows / kTileRows;
-    return full + (rows % kTileRows > (full ? extra_rows : 0));
+    return full + (rows % kTileRows > full * extra_rows);
+}
+// The first row of tile t, of all of an expert's; of the tile behind the last one: how many rows there are.
+DEVICE u32 tile_start(u32 t, u32 rows, u32 extra_rows) {
+    const u32 spread = tiles_of(rows, extra_rows) == rows / kTileRows ? rows % kTileRows : 0;
+    return min(t * kTileRows + min(t * extra_rows, spread), rows);
 }
 
 // ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written. places: [entries], or null; the position
 // of each entry in `sorted`, kNoPlace if it is left out.
-// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert (tiles_of); num_tiles: how many.
+// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert and a few more (tiles_of); num_tiles: how many.
 // tickets: two counters of the GEMMs that follow, set to zero.
 // One CTA a multiprocessor is all there is: said, because the compiler otherwise may make room for two with 32 registers a thread, and spill.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -97,8 +102,9 @@ route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32
     for (u32 group = rank * 32 + warp; group < num_groups; group += size * 32) {
         const u32 rows = total_rows[group], count = tiles_of(rows, extra_rows);
         for (u32 t = lane; t < count; t += 32) {
-            const u32 in_tile = t + 1 < count ? kTileRows : rows - t * kTileRows, band = t / kBand * kBand, width = min(count - band, kBand);
-            tiles[first_tile[group] + t] = make_int4(group, first_row[group] + t * kTileRows, in_tile | width << 16, first_tile[group] + band);
+            const u32 start = tile_start(t, rows, extra_rows), in_tile = tile_start(t + 1, rows, extra_rows) - start;
+            const u32 band = t / kBand * kBand, width = min(count - band, kBand);
+            tiles[first_tile[group] + t] = make_int4(group, first_row[group] + start, in_tile | width << 16, first_tile[group] + band);
         }
     }
     for (u32 base = rank * kThreads + warp * 32; base < entries; base += step) {

@@ -19,22 +19,27 @@ struct Piece {
     u32 start, from, to, end;
 };
 
-// How runs are cut: in tiles of so many rows, of which the last takes up to `extra` more.
+// How runs are cut: in tiles of so many rows, as route.cuh has it.
 struct Cut {
     u32 rows, extra;
 
-    DEVICE u32 tiles_of(u32 run_rows) const { return run_rows <= rows ? 1 : ceil_div(run_rows - extra, rows); }
+    DEVICE u32 tiles_of(u32 run_rows) const { return run_rows / rows + (run_rows % rows > run_rows / rows * extra); }
+    DEVICE u32 spread_of(u32 run_rows) const { return tiles_of(run_rows) == run_rows / rows ? run_rows % rows : 0; }
+    DEVICE u32 start_of(u32 t, u32 run_rows) const { return min(t * rows + min(t * extra, spread_of(run_rows)), run_rows); }
 
-    // Calls tile(row, piece) for each row of a piece with which a tile begins; the piece lies in a group.
+    // Calls tile(t, piece) for each tile t of a run that begins in the piece, which lies in a group.
     template <class Tile> DEVICE void for_each_tile(const Piece& piece, Tile tile) const {
-        const u32 to = min(piece.to, piece.start + tiles_of(piece.end - piece.start) * rows);
-        for (u32 row = piece.start + ceil_div(piece.from - piece.start, rows) * rows; row < to; row += rows) tile(row, piece);
+        const u32 run_rows = piece.end - piece.start, behind = piece.from - piece.start, spread = spread_of(run_rows), count = tiles_of(run_rows);
+        // A tile's start is the smaller one of t * (rows + extra) and t * rows + spread.
+        u32 t = max(ceil_div(behind, rows + extra), ceil_div(behind - min(behind, spread), rows));
+        for (; t < count && piece.start + start_of(t, run_rows) < piece.to; ++t) tile(t, piece);
     }
 };
 
 // ids: [rows]. starts: room for ceil(rows / 32) words. tiles: {group, first row, rows | band width << 16, first tile of the band} for each, at most `rows` of
 // them; num_tiles: how many. tickets: two counters, set to zero. tile_rows, extra_rows: see Cut.
-extern "C" __global__ void __launch_bounds__(kThreads)
+// One CTA a multiprocessor, as route.cuh says.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32 rows, u32 num_groups, u32 tile_rows, u32 extra_rows) {
     const Cut cut{tile_rows, extra_rows};
     __shared__ u32 of_warps[32], mirrored[kThreads];
@@ -76,10 +81,10 @@ runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32
     const u32 next_start = mirrored[threadIdx.x];
 
     u32 count = 0, place = 0;
-    auto write = [&](u32 row, const Piece& piece) {
-        const u32 band = kBandRows / tile_rows, in_run = (row - piece.start) / tile_rows, in_band = in_run % band;
-        const u32 width = min(cut.tiles_of(piece.end - piece.start) - (in_run - in_band), band), left = piece.end - row;
-        tiles[place] = make_int4(ids[row], row, (left <= tile_rows + extra_rows ? left : tile_rows) | width << 16, place - in_band);
+    auto write = [&](u32 t, const Piece& piece) {
+        const u32 run_rows = piece.end - piece.start, start = cut.start_of(t, run_rows), in_tile = cut.start_of(t + 1, run_rows) - start;
+        const u32 band = kBandRows / tile_rows, in_band = t % band, width = min(cut.tiles_of(run_rows) - (t - in_band), band);
+        tiles[place] = make_int4(ids[piece.start], piece.start + start, in_tile | width << 16, place - in_band);
         ++place;
     };
 #pragma unroll 1

@@ -27,11 +27,11 @@ DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1
     }
 }
 
-// Calls multiply_block(stage), which advances the ring, for all k-blocks of a tile. kRounds: in rounds of all stages, whose addresses are constants then;
-// before and after them comes what makes them whole.
-template <bool kRounds, u32 kStages, class Block> DEVICE void multiply_in_rounds(u32 k_blocks, Ring& ring, Block&& multiply_block) {
+// Calls multiply_block(stage), which advances the ring, for all k-blocks of a tile. kRounds: in rounds of all stages, whose addresses are constants then; what
+// comes before and after them to make them whole is written out (kPeeled), or called in a loop, for less code.
+template <bool kRounds, bool kPeeled, u32 kStages, class Block> DEVICE void multiply_in_rounds(u32 k_blocks, Ring& ring, Block&& multiply_block) {
     u32 remaining = k_blocks;
-    if (kRounds) {
+    if (kRounds && kPeeled) {
 #pragma unroll
         for (u32 s = 1; s < kStages; ++s)
             if (s == ring.stage && remaining > 0) {
@@ -48,7 +48,16 @@ template <bool kRounds, u32 kStages, class Block> DEVICE void multiply_in_rounds
                 --remaining;
             }
     }
-    for (; remaining > 0; --remaining) multiply_block(ring.stage);
+    while (remaining > 0) {
+        if (kRounds && !kPeeled && ring.stage == 0 && remaining >= kStages) {
+#pragma unroll
+            for (u32 s = 0; s < kStages; ++s) multiply_block(s);
+            remaining -= kStages;
+        } else {
+            multiply_block(ring.stage);
+            --remaining;
+        }
+    }
 }
 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
