@@ -36,6 +36,7 @@ def test_no_spills_no_stack_no_warnings(spec):
         ("route.cuh", routing._LAYOUT),
         ("runs.cuh", routing._RUNS_LAYOUT),
         ("quantize_sorted.cuh", quantize_sorted._LAYOUT),
+        ("sort_scales.cuh", quantize_sorted._SORT_LAYOUT),
         ("grouped_gathered.cuh", grouped_gathered.LAYOUT),
         ("grouped_sorted.cuh", grouped_sorted.LAYOUT),
         ("grouped_tall.cuh", grouped_tall.LAYOUT),
@@ -57,6 +58,9 @@ def test_constants_shared_with_the_device_code():
     assert in_order["kExtraRows"] == routing.EXTRA_ROWS and 2 * in_order["kNarrowRows"] == routing.TILE_ROWS
     scatter = constants("quantize_sorted.cuh")
     assert scatter["kThreads"] == quantize_sorted._THREADS and scatter["kWarpBlocks"] == quantize_sorted._WARP_BLOCKS
+    sort = constants("sort_scales.cuh")
+    assert sort["kThreads"] == quantize_sorted._SORT_THREADS
+    assert sort["kThreadBlocks"] == quantize_sorted._THREAD_BLOCKS
     assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
 
 
@@ -85,12 +89,13 @@ def test_select_run(row_tiles, columns, k_blocks, run):
     assert grouped_sorted.select_run(row_tiles, columns, k_blocks, 132) == run
 
 
-# Tokens of few entries an expert are quantised once; of many, once for each, in the memory of the second GEMM's rows.
+# Tokens of few entries an expert are quantised once; of many, once for each, in the memory of the second GEMM's rows,
+# with scales of their own and of each entry.
 def test_workspace_is_m_times_top_k_rows():
     widths = top_k, hidden, intermediate, num_groups = 8, 7168, 2048, 256
     for m, tokens, places in (
         (1024, 1024 * (hidden + hidden // 128 * 4), 0),
-        (8192, 8192 * top_k * hidden // 128 * 4, 1),
+        (8192, 8192 * (top_k + 1) * hidden // 128 * 4, 1),
     ):
         size = experts_prefill.experts_prefill_workspace_bytes(m, *widths)
         rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)

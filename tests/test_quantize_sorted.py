@@ -40,13 +40,17 @@ def placed_entries(ids, positions):
     return (known & (positions[ids.clamp(0, len(positions) - 1)] >= 0)).flatten().nonzero().flatten()
 
 
-def check(x, ids, here, num_groups):
-    """Route and quantise x; compare all of both outputs."""
+def check(x, ids, here, num_groups, extra_rows=0):
+    """Route and quantise x and sort its scales; compare all of each output."""
     (m, top_k), k_blocks = ids.shape, ceil_div(x.shape[1], BLOCK)
     codes = torch.full((m * top_k + 3, k_blocks * BLOCK), POISON, dtype=torch.uint8, device=x.device)
     scale = torch.full((k_blocks, align(m * top_k, 4)), -1.0, device=x.device)
-    routed = routing.route(ids, here, num_groups, with_places=True)
-    quantize_sorted.quantize_sorted(x, routed, top_k, codes, scale)
+    surroundings = torch.full((m + 2, align(k_blocks, 4)), -1.0, device=x.device)
+    token_scale = surroundings[1:-1]
+    assert token_scale.shape == quantize_sorted.token_scales(m, x.shape[1])
+    routed = routing.route(ids, here, num_groups, extra_rows, with_places=True)
+    quantize_sorted.quantize_sorted(x, routed, top_k, codes, token_scale)
+    quantize_sorted.sort_scales(token_scale, routed, top_k, scale)
     start = (routed.places - routed.storage.data_ptr()) // 4
     places = routed.storage.view(torch.int32)[start:].long().cpu()
     placed = placed_entries(ids.cpu(), torch.arange(num_groups) if here is None else here.cpu())
@@ -59,13 +63,16 @@ def check(x, ids, here, num_groups):
     expected_codes[places[placed]] = q[placed // top_k]
     expected_scale[:, places[placed]] = s[placed // top_k].t()
     assert torch.equal(codes.cpu(), expected_codes)
+    assert torch.equal(token_scale[:, :k_blocks].cpu().view(torch.int32), s.view(torch.int32))
+    assert (token_scale[:, k_blocks:] > 0).all() and (surroundings[[0, -1]] == -1).all()
     assert torch.equal(scale.cpu().view(torch.int32), expected_scale.view(torch.int32))
 
 
 HERE = torch.tensor([2, -1, 0, 3, -1, 1], dtype=torch.int32)
 
 
-# Rows that are read 16 bytes at a time and others; warps that have a token's last blocks alone; slots past a warp's 8.
+# Rows that are read 16 bytes at a time and others; warps that have a token's last blocks alone, and threads that have
+# few of the 8 whose scales they sort; slots past a warp's 8.
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
 @pytest.mark.parametrize("with_map", [False, True])
 @pytest.mark.parametrize(
@@ -75,6 +82,7 @@ HERE = torch.tensor([2, -1, 0, 3, -1, 1], dtype=torch.int32)
         (13, 3, 1024, 1024, torch.float16),
         (21, 8, 1024, 1027, torch.bfloat16),
         (11, 8, 640, 640, torch.bfloat16),
+        (10, 5, 1288, 1288, torch.bfloat16),
         (5, 19, 272, 272, torch.float16),
         (9, 2, 128, 136, torch.float32),
     ],
@@ -86,6 +94,22 @@ def test_codes_and_scales_at_their_places(m, top_k, hidden, row_stride, dtype, w
         check(x[:, :hidden], ids, HERE if with_map else None, 4)
 
 
+# Experts of several tiles, of which the last one may have a few rows more; no entry that is routed at all.
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
+@pytest.mark.parametrize("extra_rows", [0, routing.EXTRA_ROWS])
+@pytest.mark.parametrize(
+    ("counts", "top_k"), [([141, 0, 272, 3], 2), ([3, 129, 145], 3), ([0, 0, 256], 8), ([0, 0], 8)]
+)
+def test_tiles_of_many_rows(counts, top_k, extra_rows, folder):
+    torch.manual_seed(4)
+    left_out = 48 + -sum(counts) % top_k  # up to whole tokens, for 48 is some of each top_k
+    ids = torch.repeat_interleave(torch.arange(-1, len(counts)), torch.tensor([left_out, *counts]))
+    ids = ids[torch.randperm(len(ids))].int().view(-1, top_k)
+    x = make_x(len(ids), 272, 272).to(torch.bfloat16)
+    with emulated(folder, Machine(2, (1, 1, 1))):
+        check(x, ids, None, len(counts), extra_rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("m", "top_k", "hidden"), [(5, 8, 7168), (333, 1, 272), (2049, 8, 2048), (700, 11, 1032)])
@@ -93,4 +117,4 @@ def test_on_the_gpu(m, top_k, hidden, dtype):
     torch.manual_seed(m)
     x, ids = make_x(max(m, 3), hidden, hidden + 8)[:m], make_ids(m, top_k, 60)
     here = torch.where(torch.arange(60) % 5 < 4, torch.arange(60), -1).int()
-    check(x.to("cuda", dtype)[:, :hidden], ids.cuda(), here.cuda(), 60)
+    check(x.to("cuda", dtype)[:, :hidden], ids.cuda(), here.cuda(), 60, routing.EXTRA_ROWS)

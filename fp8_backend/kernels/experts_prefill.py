@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 
 import torch
 
@@ -26,7 +27,7 @@ SORTED_ROWS, SORTED_INTERMEDIATE = 96, 1024
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel this form needs beside quantize.cuh."""
-    return (*grouped.all_specs(), quantize_sorted.SPEC, _COMBINE)
+    return (*grouped.all_specs(), quantize_sorted.SPEC, quantize_sorted.SORT_SPEC, _COMBINE)
 
 
 def load_all() -> None:
@@ -34,6 +35,7 @@ def load_all() -> None:
     device = torch.cuda.current_device()
     grouped.load_all()
     quantize_sorted.kernel(device)
+    quantize_sorted.sort_kernel(device)
     _combine_kernel(device)
 
 
@@ -49,7 +51,7 @@ def experts_prefill_workspace_bytes(
     entries, k_blocks = m * top_k, ceil_div(hidden, BLOCK)
     between = entries * intermediate + intermediate // BLOCK * align(entries, 4) * 4
     if sorts_rows(entries, num_groups, intermediate, router_weight_on_input):
-        scales = k_blocks * align(entries, 4) * 4
+        scales = (k_blocks * align(entries, 4) + prod(quantize_sorted.token_scales(m, hidden))) * 4
         room = entries * _sorted_row_bytes(hidden)
         return routing.routing_bytes(entries, num_groups, with_places=True) + scales + between + room
     rows = entries if router_weight_on_input else m
@@ -87,8 +89,9 @@ def experts_prefill(
 ) -> None:
     """Write each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
 
-    Five kernels: quantise and route, gated GEMM, GEMM, combine. Nothing waits for the GPU; the same inputs give the
-    same bits. Shapes are not checked.
+    Five kernels: quantise and route, gated GEMM, GEMM, combine; six where rows are sorted first: route, quantise, sort
+    the scales, and the same three. Nothing waits for the GPU; the same inputs give the same bits. Shapes are not
+    checked.
 
     Args:
         x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0.
@@ -161,7 +164,9 @@ def _first_of_sorted(
     room = torch.empty(entries * _sorted_row_bytes(hidden), dtype=torch.uint8, device=x.device)
     codes = room[: entries * k_blocks * BLOCK].view(entries, k_blocks * BLOCK)
     scale = torch.empty((k_blocks, align(entries, 4)), dtype=torch.float32, device=x.device)
-    quantize_sorted.quantize_sorted(x, routed, entries // m, codes, scale)
+    token_scale = torch.empty(quantize_sorted.token_scales(m, hidden), dtype=torch.float32, device=x.device)
+    quantize_sorted.quantize_sorted(x, routed, entries // m, codes, token_scale)
+    quantize_sorted.sort_scales(token_scale, routed, entries // m, scale)
     first = codes, scale[:, :entries], w13, scale_13, between, between_scale, intermediate
     grouped_sorted.launch(grouped_sorted.GATED, *first, routed)
     return room[: entries * hidden * 2].view(x.dtype).view(entries, hidden), routed

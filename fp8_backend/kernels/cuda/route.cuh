@@ -21,7 +21,8 @@ DEVICE u32 tile_start(u32 t, u32 rows, u32 extra_rows) {
 
 // ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written. places: [entries], or null; the position
 // of each entry in `sorted`, kNoPlace if it is left out.
-// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert and a few more (tiles_of); num_tiles: how many.
+// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert and a few more (tiles_of), in the order of
+// rows: the last one ends with the last routed entry. num_tiles: how many.
 // tickets: two counters of the GEMMs that follow, set to zero.
 // One CTA a multiprocessor is all there is: said, because the compiler otherwise may make room for two with 32 registers a thread, and spill.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
