@@ -55,42 +55,35 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
     auto multiply_block = [&](u32 s) {
         if (!full_already) barrier_wait(at.full + 8 * s, ring.parity);
         const u32 offset = s * (kStageBytes / 16), of_scales = s * kStageScaleBytes;
-        if (kExtra) {
-            float partial[2][8];
-            wgmma_fence();
-#pragma unroll
-            for (u32 slice = 0; slice < 2; ++slice) {
-                const u32 columns = at.part + offset + slice * (kBytesHalf / 16);
-                fence_registers(partial[slice]);
-#pragma unroll
-                for (u32 i = 0; i < kBlockK / 32; ++i)
-                    Wgmma<kExtraRows>::multiply(partial[slice], matrix_descriptor_at(columns + 2 * i), matrix_descriptor_at(at.extra + offset + 2 * i), i > 0);
-            }
-            wgmma_commit();
-            float scale_a[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) scale_a[i] = load_shared(at.scale_extra + of_scales + (i / 2 * 8 + i % 2) * 4);
-            const float scale_b[2] = {load_shared(at.scale_b[0] + of_scales), load_shared(at.scale_b[1] + of_scales)};
-            wgmma_wait<0>();
-#pragma unroll
-            for (u32 slice = 0; slice < 2; ++slice) {
-                fence_registers(partial[slice]);
-#pragma unroll
-                for (u32 i = 0; i < 8; ++i) extra[slice][i] += scale_a[i / 4 * 2 + i % 2] * scale_b[slice] * partial[slice][i];
-            }
-        }
 #pragma unroll
         for (u32 slice = 0; slice < kSlices; ++slice) {
             const u32 rows = at.rows + offset, columns = at.weight + offset + slice * (kBytesHalf / 16);
-            float partial[kColumns / 2];
+            float partial[kColumns / 2], few[8];  // few: of the extra rows, promoted while the other product is under way
             fence_registers(partial);
+            if (kExtra) fence_registers(few);
             wgmma_fence();
+            if (kExtra) {
+                const u32 own_columns = at.part + offset + slice * (kBytesHalf / 16);
+#pragma unroll
+                for (u32 i = 0; i < kBlockK / 32; ++i)
+                    Wgmma<kExtraRows>::multiply(few, matrix_descriptor_at(own_columns + 2 * i), matrix_descriptor_at(at.extra + offset + 2 * i), i > 0);
+                wgmma_commit();
+            }
 #pragma unroll
             for (u32 i = 0; i < kBlockK / 32; ++i)
                 Wgmma<kColumns>::multiply(partial, matrix_descriptor_at(rows + 2 * i), matrix_descriptor_at(columns + 2 * i), i > 0);
             wgmma_commit();
             const float scale_b = load_shared(at.scale_b[slice] + of_scales);
             const float low = load_shared(at.scale_a + of_scales) * scale_b, high = load_shared(at.scale_a + of_scales + 32) * scale_b;
+            if (kExtra) {
+                float of_rows[4];
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) of_rows[i] = load_shared(at.scale_extra + of_scales + (i / 2 * 8 + i % 2) * 4) * scale_b;
+                wgmma_wait<1>();
+                fence_registers(few);
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) extra[slice][i] += of_rows[i / 4 * 2 + i % 2] * few[i];
+            }
             wgmma_wait<0>();
             fence_registers(partial);
             if (slice == kSlices - 1) {
@@ -156,7 +149,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     Ring ring;
 
     if (warpgroup == 0) {
-        give_registers<40>();
+        give_registers<24>();
         const u32 producer = threadIdx.x / 32;
         if (producer >= kProducers || !elect_lane()) return;
         const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf), runs = ceil_div(column_tiles, run);
@@ -221,7 +214,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         barrier_arrive(full + 8 * ring.stage);
         return;
     }
-    take_registers<232>();
+    take_registers<240>();
     const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32, first_part = math * 64 + warp * 16;  // the first column of a warp, where a warpgroup has 64
     u8* const room = shared + kOffsetRoom + (math * 4 + warp) * kRoomBytes;
 #if GATED
