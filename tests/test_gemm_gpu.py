@@ -117,7 +117,7 @@ def test_every_gemm_config(config, packed, out_dtype):
 
 @pytest.mark.parametrize(
     ("config", "rows"),
-    [(config, rows) for config in heuristics.DECODE_CONFIGS for rows in (8, 40, 72, 128) if rows <= config.max_rows],
+    [(config, rows) for config in heuristics.DECODE_CONFIGS for rows in (8, 40, 72, 128)],
     ids=str,
 )
 @pytest.mark.parametrize("shared_bytes", [MAX_SHARED_BYTES, heuristics.HALF_SHARED_BYTES])
@@ -144,7 +144,7 @@ def test_every_decode_config(config, rows, shared_bytes):
 
 # Stages were once released while other lanes of the warp still read them: wrong with two CTAs a multiprocessor, few
 # stages and launches that overlap (docs/kernel-notes.md, 2026-11-24).
-@pytest.mark.parametrize(("tokens", "rows"), [(8, 96), (16, 72), (32, 64), (64, 56)])
+@pytest.mark.parametrize(("tokens", "rows"), [(8, 96), (16, 72)])
 def test_overlapping_launches_give_the_same_bits(tokens, rows):
     n, k, config = 24_576, 1536, DecodeConfig(tokens, False, 1)
     codes, scale = make_weight(n, k)

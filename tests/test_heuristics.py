@@ -11,11 +11,19 @@ from fp8_backend.kernels.heuristics import (
     QuantizingGemmChoice,
     adds_in_order,
     all_configs,
+    decode_choices,
     quantizing_choices,
     select,
     select_gemm,
 )
-from fp8_backend.kernels.problem import H200, MAX_SHARED_BYTES, GemmProblem, Machine
+from fp8_backend.kernels.problem import (
+    H200,
+    MAX_DECODE_ROWS,
+    MAX_DECODE_TOKENS,
+    MAX_SHARED_BYTES,
+    GemmProblem,
+    Machine,
+)
 from fp8_backend.kernels.reference import ceil_div
 
 # Widths of DeepSeek-V3 and Qwen3 at several tensor-parallel sizes, and odd ones: below, at and off every tile width.
@@ -30,7 +38,7 @@ SMALLER = Machine(78, (36, 16, 6))
 def check_decode(problem, choice):
     config, k_blocks = choice.config, problem.k_blocks
     assert config.tokens >= problem.m and config.split <= max(1, k_blocks)
-    assert choice.rows % 8 == 0 and 8 <= choice.rows <= config.max_rows
+    assert choice.rows % 8 == 0 and 8 <= choice.rows <= MAX_DECODE_ROWS
     assert choice.num_stages >= config.unroll
     assert config.shared_bytes(choice.rows, k_blocks, choice.num_stages) <= MAX_SHARED_BYTES
     tiles = ceil_div(problem.n, choice.rows)
@@ -83,6 +91,8 @@ def test_every_problem_gets_a_legal_kernel(n, k, machine):
 def test_few_tokens_stream_and_many_multiply():
     assert isinstance(select(GemmProblem(1, 4096, 4096)), DecodeChoice)
     assert not isinstance(select(GemmProblem(65, 4096, 4096)), DecodeChoice)
+    assert list(decode_choices(GemmProblem(MAX_DECODE_TOKENS, 4096, 4096)))
+    assert not list(decode_choices(GemmProblem(MAX_DECODE_TOKENS + 1, 4096, 4096)))
 
 
 def test_narrow_weights_are_split_along_k():

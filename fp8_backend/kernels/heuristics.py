@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fp8_backend.kernels.problem import (
+    MAX_DECODE_ROWS,
     MAX_DECODE_TOKENS,
     MAX_SHARED_BYTES,
     SPLITS,
@@ -17,7 +18,7 @@ from fp8_backend.kernels.problem import (
 )
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-TOKENS = (8, 16, 32, 64)
+TOKENS = (8, MAX_DECODE_TOKENS)
 MAX_STAGES = 16
 HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
 # CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
@@ -29,6 +30,8 @@ PREFETCH_BYTES_OF_TWO = 32 * 1024
 # strip where there are more (one H100, us with 4, 8, 16: 8192 x 36864x7168 3546, 3746, 3694; 16384 x 51200x5120 6835,
 # 8146, 7940; elsewhere the same).
 FEW_TILES_M, STRIP = 8, 4
+# Rows of the lowest tiles: up to these a GEMM has one tile of rows, and takes as long as the weights from memory.
+FEW_ROWS = 64
 
 GEMM_CONFIGS = (
     GemmConfig(64, 32, 1, 8, split_k=True, ctas_per_sm=2, ahead=True),
@@ -43,11 +46,7 @@ GEMM_CONFIGS = (
     GemmConfig(256, 128, 2, 3, unrolled=True),
 )
 DECODE_CONFIGS = tuple(
-    DecodeConfig(tokens, fused, split)
-    for fused in (True, False)
-    for tokens in TOKENS
-    for split in SPLITS
-    if not (fused and tokens == 64)  # 64 tokens of any useful range of k do not fit beside the weights
+    DecodeConfig(tokens, fused, split) for fused in (True, False) for tokens in TOKENS for split in SPLITS
 )
 QUANTIZING_CONFIG = QuantizingGemmConfig(4, 3)
 # Where the GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows again, and
@@ -124,8 +123,7 @@ _HALF_WARPS = 20  # that quantise
 _SMALL_BYTES, _SMALL_TOKEN_NS = 8e6, 232  # each token and k-block of weights of fewer bytes
 _LATE_TOKENS_NS, _LATE_GROUP_NS = 4080, 1.6  # tokens through a kernel of their own
 _LATE_TOKEN_NS = 2900  # a single one, which is quantised inside by the time that this kernel needs to start
-# Quantisation ahead of a GEMM; for more than 16 and at most 64 tokens, whose GEMMs have one tile of rows, it is behind
-# the weights' way.
+# Quantisation ahead of a GEMM; for more than 16 and at most FEW_ROWS tokens it is behind the weights' way.
 _QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
 _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
 # More, for at most 16 tokens whose codes come from a kernel that does something else, too: a GEMM's CTAs leave it no
@@ -134,8 +132,8 @@ _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
 # 24576 columns (one H200: a layer with these was no faster at m = 16).
 _JOINED_TOKENS, _JOINED_NS = 16, 7000
 _GEMM_LAUNCH_NS = 418
-# More, for at most 64 tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a layer
-# of Qwen3-8B at m = 48: 88.4 us with tiles of 128 x 192 for its largest weight, 86.5 with 64 x 64).
+# More, for at most FEW_ROWS tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a
+# layer of Qwen3-8B at m = 48: 88.4 us with tiles of 128 x 192 for its largest weight, 86.5 with 64 x 64).
 _FULL_NS = 2860
 # One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
@@ -160,7 +158,7 @@ _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
 def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
     """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
 
-    There is none for more than 64 tokens.
+    There is none for more than MAX_DECODE_TOKENS tokens.
     """
     for residency in range(len(RESIDENCIES)):
         yield from resident_choices(problem, residency)
@@ -176,17 +174,16 @@ def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[flo
         if config.tokens != tokens or config.split > max(1, problem.k_blocks):
             continue
         most = ctas * problem.machine.max_clusters(config.split)
-        for rows in range(8, min(config.max_rows, align(problem.n, 8)) + 8, 8):
+        for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
             tiles = ceil_div(problem.n, rows)
             num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
             if not num_stages or (config.split > 1 and tiles > most):
                 continue
             # Fused, tokens wait in line with the weights; else they come later, through another kernel.
+            prefetch = num_stages
             if config.fused:
                 limit = PREFETCH_BYTES_OF_TWO if ctas > 1 else PREFETCH_BYTES
-            else:
-                limit = PREFETCH_BYTES if tokens > 16 else MAX_SHARED_BYTES
-            prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
+                prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
             choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
             yield _decode_ns(problem, choice, residency), choice
 
@@ -250,7 +247,7 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) ->
     cost = _GEMM_LAUNCH_NS + max(full_waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns) + waves * tile_ns
     if split > 1:
         cost += waves * split_ns
-    return cost + (_FULL_NS if config.ctas_per_sm == 1 and problem.m <= MAX_DECODE_TOKENS else 0)
+    return cost + (_FULL_NS if config.ctas_per_sm == 1 and problem.m <= FEW_ROWS else 0)
 
 
 def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, QuantizingGemmChoice]]:
@@ -277,7 +274,7 @@ def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, Quantizing
 
 def quantisation_ns(problem: GemmProblem, fusable: bool = True) -> float:
     """Return the predicted cost in nanoseconds of the codes that a GEMM multiplies; fusable: as `select` has it."""
-    if 16 < problem.m <= MAX_DECODE_TOKENS:
+    if 16 < problem.m <= FEW_ROWS:
         return _QUANTISE_FEW_NS
     quantise = max(_QUANTISE_NS, problem.m * problem.k // _QUANTISED_ELEMENTS_PER_NS)
     return quantise if fusable or problem.m > _JOINED_TOKENS else quantise + _JOINED_NS
@@ -286,12 +283,11 @@ def quantisation_ns(problem: GemmProblem, fusable: bool = True) -> float:
 def adds_in_order(choice: Choice) -> bool:
     """Return whether an output is one sum over the k-blocks in ascending order, not a sum of partial ones.
 
-    Decode kernels with at most 64 rows a CTA share the k-blocks between their math warpgroups, unless these share the
-    tokens.
+    Decode kernels with at most 64 rows a CTA share the k-blocks between their math warpgroups.
     """
     if not isinstance(choice, DecodeChoice):
         return choice.split == 1
-    return choice.config.split == 1 and (choice.rows > 64 or choice.config.tokens >= 32)
+    return choice.config.split == 1 and choice.rows > 64
 
 
 @lru_cache(maxsize=65536)

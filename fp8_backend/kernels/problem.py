@@ -9,7 +9,7 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 
 MAX_SHARED_BYTES = 232448  # 227 KiB, the most a CTA may have on sm_90
-MAX_DECODE_TOKENS = 64
+MAX_DECODE_TOKENS = 16
 DECODE_THREADS = 384
 MAX_DECODE_ROWS = 128
 SPLITS = (1, 2, 4, 8)  # CTAs of a cluster, up to the largest that is portable
@@ -111,24 +111,16 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One compiled form of decode.cuh: at most 64 tokens.
+    """One compiled form of decode.cuh: at most 16 tokens.
 
     tokens: wgmma's N, at least m. fused: activations arrive unquantised. split: CTAs of a cluster, which share k.
+    unroll: k-blocks whose wgmma are in flight together; the least number of stages.
     """
 
     tokens: int
     fused: bool
     split: int
-
-    @property
-    def unroll(self) -> int:
-        """k-blocks whose wgmma are in flight together; the least number of stages."""
-        return 2 if self.tokens == 64 else 4
-
-    @property
-    def max_rows(self) -> int:
-        """The most rows of the weight that a CTA takes: from 32 tokens on its math warpgroups share the same 64."""
-        return 64 if self.tokens >= 32 else MAX_DECODE_ROWS
+    unroll: ClassVar[int] = 4
 
     def shared_bytes(self, rows: int, k_blocks: int, num_stages: int) -> int:
         """Return the dynamic shared memory of a CTA, laid out as decode.cuh says.
@@ -138,7 +130,7 @@ class DecodeConfig:
         weight = rows * BLOCK
         stage = weight + (0 if self.fused else self.tokens * BLOCK)
         resident = ceil_div(k_blocks, self.split) if self.fused else 0
-        slices, sources = (4, self.split * (1 if self.tokens >= 32 else 2)) if rows <= 64 else (8, self.split)
+        slices, sources = (4, self.split * 2) if rows <= 64 else (8, self.split)
         exchange = ceil_div(slices * self.tokens // 8, self.split) * sources * 512
         scales = (resident if self.fused else num_stages) * self.tokens * 4
         laid_out = num_stages * (stage + _STAGE_EXTRA_BYTES) + resident * self.tokens * BLOCK + exchange + scales + 8

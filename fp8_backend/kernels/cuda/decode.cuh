@@ -1,8 +1,8 @@
 // Linear layer for few tokens: out[m, n] = x[m, k] . weight[n, k]^T with block scales, limited by how fast the weights stream from memory.
 //
-// Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8..64), so nothing is padded to 64 tokens. A cluster of SPLIT CTAs owns
-// `rows` rows of the weight (a run-time multiple of 8) and splits k. The two math warpgroups split the tokens if there are 32 or more (rows <= 64),
-// else the rows, or with at most 64 of those k once more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
+// Weights take wgmma's 64-row side and tokens its N side (TOKENS = 8 or 16), so nothing is padded to 64 tokens. A cluster of SPLIT CTAs owns
+// `rows` rows of the weight (a run-time multiple of 8) and splits k. The two math warpgroups split the rows, or with at most 64 of those k once
+// more. fp32 sums meet in one CTA, which adds them in a fixed order: no atomics, no workspace, the same bits every run.
 // Registers and, if it is asked for, shared memory leave room for two CTAs on a multiprocessor, of this kernel or of the next.
 //
 // Warp roles (384 threads):
@@ -24,9 +24,7 @@
 #include "wgmma.cuh"
 
 constexpr u32 kTokenBytes = TOKENS * kBlockK, kTokenGroups = TOKENS / 8;
-constexpr bool kTokenHalves = TOKENS >= 32;  // each math warpgroup takes half of the tokens
-constexpr u32 kMmaTokens = kTokenHalves ? TOKENS / 2 : TOKENS, kMmaGroups = kMmaTokens / 8;
-constexpr u32 kUnroll = kMmaTokens <= 16 ? 4 : 2;
+constexpr u32 kUnroll = 4;  // k-blocks whose wgmma are in flight together
 constexpr u32 kMathWarps = 8, kThreads = 384, kProducers = FUSED ? 2 : 4;
 constexpr u32 kQuantisers = kThreads - 32 * kProducers, kRequested = kQuantisers + 32;  // threads of named barriers 1 and 3
 constexpr u32 kStageScales = (FUSED ? 0 : TOKENS) + kScaleFloats;  // floats a stage: of the tokens, of the weight
@@ -99,7 +97,7 @@ DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales
 #endif
 
 struct Sums {
-    float value[kMmaTokens / 2];
+    float value[TOKENS / 2];
 };
 
 struct Stages {
@@ -113,9 +111,9 @@ struct Resident {
 
 // kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales.
 template <u32 kCount>
-DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 first_token,
-                            u32 scale_low, u32 scale_high, u32 lane) {
-    float partial[kCount][kMmaTokens / 2];
+DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 scale_low,
+                            u32 scale_high, u32 lane) {
+    float partial[kCount][TOKENS / 2];
     u32 stage[kCount];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
@@ -129,14 +127,14 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
     for (u32 u = 0; u < kCount; ++u) {
         const u32 base = stages.base + stage[u] * stages.bytes;
         const u64 weight = matrix_descriptor(base + first_row * kBlockK);
-        const u64 x = matrix_descriptor((FUSED ? resident.codes + (block + u) * kTokenBytes : base + stages.weight_bytes) + first_token * kBlockK);
+        const u64 x = matrix_descriptor(FUSED ? resident.codes + (block + u) * kTokenBytes : base + stages.weight_bytes);
 #pragma unroll
-        for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<kMmaTokens>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
+        for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<TOKENS>::multiply(partial[u], weight + 2 * i, x + 2 * i, i > 0);
     }
     wgmma_commit();
     // A lane's scales: of its two rows of the weight, and of its two tokens in each group of 8. Read while wgmma runs.
     float low[kCount], high[kCount];
-    float2 scale[kCount][kMmaGroups];
+    float2 scale[kCount][kTokenGroups];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         const u32 weight_scales = stages.scales + ((stage[u] + 1) * kStageScales - kScaleFloats) * 4;
@@ -144,16 +142,16 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
         low[u] = load_shared(weight_scales + scale_low * 4);
         high[u] = load_shared(weight_scales + scale_high * 4);
 #pragma unroll
-        for (u32 j = 0; j < kMmaGroups; ++j) scale[u][j] = load_shared_pair(token_scales + (first_token + j * 8 + lane % 4 * 2) * 4);
+        for (u32 j = 0; j < kTokenGroups; ++j) scale[u][j] = load_shared_pair(token_scales + (j * 8 + lane % 4 * 2) * 4);
     }
     wgmma_wait<0>();
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         __syncwarp();  // one lane arrives for all
-        if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kMmaGroups - 1].y);
+        if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kTokenGroups - 1].y);
         fence_registers(partial[u]);
 #pragma unroll
-        for (u32 j = 0; j < kMmaGroups; ++j) {
+        for (u32 j = 0; j < kTokenGroups; ++j) {
             sum.value[4 * j] += scale[u][j].x * low[u] * partial[u][4 * j];
             sum.value[4 * j + 1] += scale[u][j].y * low[u] * partial[u][4 * j + 1];
             sum.value[4 * j + 2] += scale[u][j].x * high[u] * partial[u][4 * j + 2];
@@ -219,8 +217,8 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
        u32 out_type, u32 bias_type, u32 out_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
-    const bool k_halves = !kTokenHalves && rows <= 64;  // the math warpgroups split k
-    const u32 slices = kTokenHalves || k_halves ? 4 : 8, sources = SPLIT * (k_halves ? 2 : 1);  // of 16 rows; of sums for each
+    const bool k_halves = rows <= 64;  // the math warpgroups split k
+    const u32 slices = k_halves ? 4 : 8, sources = SPLIT * (k_halves ? 2 : 1);  // of 16 rows; of sums for each
     const u32 fragments = slices * kTokenGroups, exchange_bytes = ceil_div(fragments, u32(SPLIT)) * sources * kFragmentBytes;
     const u32 blocks_most = ceil_div(k_blocks, u32(SPLIT)), weight_bytes = rows * kBlockK;
     const u32 stage_bytes = weight_bytes + (FUSED ? 0 : kTokenBytes);
@@ -310,8 +308,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
 
     if (warp >= 4) {
         const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
-        const u32 slice = math_warp % slices, first_row = kTokenHalves || k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
-        const u32 first_token = kTokenHalves ? warpgroup * kMmaTokens : 0;
+        const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
         const u32 source = k_halves ? rank * 2 + warpgroup : rank;
         const Resident resident_tokens{smem_address(resident), smem_address(resident_scales)};
         const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_aligned};
@@ -321,7 +318,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
             const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
             Sums sum;
 #pragma unroll
-            for (u32 i = 0; i < kMmaTokens / 2; ++i) sum.value[i] = 0.f;
+            for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
             for (u32 block = 0; block < blocks; block += kUnroll) {
                 const u32 count = min(kUnroll, blocks - block);
                 if (k_halves && block / kUnroll % 2 != warpgroup) {
@@ -333,12 +330,12 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                         if (arrives_for_warp(lane)) barrier_arrive(empty + 8 * ring.stage);
                     }
                 } else if (count == kUnroll) {
-                    multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, first_token, scale_low, scale_high, lane);
+                    multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 } else {
-                    if (kUnroll > 2 && count >= 2)
-                        multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, first_token, scale_low, scale_high, lane);
+                    if (count >= 2)
+                        multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                     if (count % 2 == 1)
-                        multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, first_token, scale_low, scale_high, lane);
+                        multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 }
             }
 
@@ -346,9 +343,9 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
             // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
             if (SPLIT > 1) cluster_wait();
 #pragma unroll
-            for (u32 j = 0; j < kMmaGroups; ++j) {
+            for (u32 j = 0; j < kTokenGroups; ++j) {
                 const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
-                const u32 fragment = slice * kTokenGroups + first_token / 8 + j;
+                const u32 fragment = slice * kTokenGroups + j;
                 u8* const place = exchange + (fragment / SPLIT * sources + source) * kFragmentBytes + lane * 16;
                 if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
                 else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT));
