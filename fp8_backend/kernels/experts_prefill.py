@@ -21,7 +21,7 @@ _COMBINE_THREADS, _COMBINE_COLUMNS = 256, 256 * 8
 _LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
 # Rows an expert on average, and columns of h, from which on rows are sorted before the first GEMM and not gathered in
 # it: the more tiles of columns that has, the more it gains, while the quantisation has all the rows to write
-# (benchmarks/results/h100/experts_sorted.json).
+# (experts_sorted.json in benchmarks/results/h100 and h200).
 SORTED_ROWS, SORTED_INTERMEDIATE = 96, 1024
 
 
