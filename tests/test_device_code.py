@@ -479,6 +479,20 @@ def test_sums_overwritten_before_they_are_read_are_found(folder, tmp_path):
                 call_of_narrow_tiles(machine.seed)
 
 
+# What a producer has filled ahead of the others may have been read and emptied before it comes to it: the phase it would wait for is over.
+def test_producers_that_wait_for_what_is_over_are_found(folder, tmp_path):
+    ahead = """if (fetched > 0) {  // not waited for: the others may have filled this stage, and the math warps emptied it, a phase ago
+                        --fetched;
+                        continue;
+                    }
+"""
+    wait = " " * 20 + "barrier_wait(empty + 8 * s, ring.parity ^ 1);\n"
+    sources = planted(tmp_path, "grouped_sorted.cuh", ahead + wait, wait.lstrip() + " " * 20 + ahead)
+    with emulated(folder, Machine(1, (1, 1, 1)), sources) as machine, pytest.raises(EmulationError, match="nothing moves"):
+        for machine.seed in range(64):
+            call_of_narrow_tiles(machine.seed)
+
+
 # Lanes of a warp need not go on together: the one that releases a stage for all must not leave others at its barrier.
 def test_lanes_left_behind_are_found(folder, tmp_path):
     sources = planted(tmp_path, "decode.cuh", "__syncwarp();  // one lane arrives for all\n", "", count=2)

@@ -1,7 +1,7 @@
 // A multiprocessor cluster in plain C++, as far as the kernels of this package see it: every thread of the CTAs of a cluster is a fiber, and the
 // copy engine, barriers, shuffles and wgmma are what fibers wait for. ptx.cuh and wgmma.cuh beside this file put the device code on top.
 //
-// One run is one interleaving, drawn from a seed: which fiber goes on, when a copy lands, whether a product reads its operands early or late. What no
+// One run is one interleaving, drawn from a seed: which fiber goes on, which warp is late, when a copy lands, whether a product reads its operands early. What no
 // interleaving may do is an error: to read shared memory that a copy is still writing, to reach a CTA that has ended, to wait for what nobody brings.
 // A product may read rows that nobody needs; of what is being written, or was written between its issue and its end, it gets NaN. Orders that only
 // hardware knows (a load that overtakes a barrier's answer) are not here.
@@ -270,6 +270,10 @@ inline bool step_engine() {
 }
 
 inline void run_fibers(const std::vector<Fiber*>& order) {
+    // In half of the runs one warp goes on only when nothing else moves: hardware may keep one back for long, and what the others have done meanwhile must
+    // not be what it then waits for.
+    const Fiber* const late = machine->random() % 2 ? order[machine->random() % order.size()] : nullptr;
+    auto is_late = [&](const Fiber& fiber) { return late && fiber.cta == late->cta && fiber.thread.x / 32 == late->thread.x / 32; };
     u32 idle = 0;
     while (machine->live && machine->error.empty()) {
         bool moved = false;
@@ -283,7 +287,7 @@ inline void run_fibers(const std::vector<Fiber*>& order) {
                 operation();
                 moved = true;
             }
-            if (fiber.done || (fiber.ready && !(*fiber.ready)())) continue;
+            if (fiber.done || (idle == 0 && is_late(fiber)) || (fiber.ready && !(*fiber.ready)())) continue;
             thread_index = fiber.thread;
             block_index = fiber.cta->index;
             swapcontext(&machine->scheduler, &fiber.context);
