@@ -155,7 +155,8 @@ def test_experts(form, on_input, folder):
     ids[0] = -1
     here = torch.tensor([1, -1, 0, 2, -1], dtype=torch.int32)
     expected = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, here, on_input)
-    with emulated(folder, MACHINE) as machine:
+    # A math warpgroup late by a ring of stages is more than quantise_items stands (docs/kernel-notes-moe-decode.md).
+    with emulated(folder, MACHINE, late=form != "decode") as machine:
         for machine.seed in (0, 1):
             out = torch.full_like(x, float("nan"))
             experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, here, on_input)
@@ -479,16 +480,14 @@ def test_sums_overwritten_before_they_are_read_are_found(folder, tmp_path):
                 call_of_narrow_tiles(machine.seed)
 
 
-# What a producer has filled ahead of the others may have been read and emptied before it comes to it: the phase it would wait for is over.
+# What a producer has filled ahead may have been read and emptied before it comes to it: the phase to wait for is over.
 def test_producers_that_wait_for_what_is_over_are_found(folder, tmp_path):
-    ahead = """if (fetched > 0) {  // not waited for: the others may have filled this stage, and the math warps emptied it, a phase ago
-                        --fetched;
-                        continue;
-                    }
-"""
-    wait = " " * 20 + "barrier_wait(empty + 8 * s, ring.parity ^ 1);\n"
-    sources = planted(tmp_path, "grouped_sorted.cuh", ahead + wait, wait.lstrip() + " " * 20 + ahead)
-    with emulated(folder, Machine(1, (1, 1, 1)), sources) as machine, pytest.raises(EmulationError, match="nothing moves"):
+    right, wait = "--fetched;\n", "barrier_wait(empty + 8 * s, ring.parity ^ 1);\n"
+    sources = planted(tmp_path, "grouped_sorted.cuh", right, right + wait)
+    with (
+        emulated(folder, Machine(1, (1, 1, 1)), sources) as machine,
+        pytest.raises(EmulationError, match="nothing moves"),
+    ):
         for machine.seed in range(64):
             call_of_narrow_tiles(machine.seed)
 
