@@ -63,7 +63,7 @@ def test_a_ring_keeps_enough_in_flight(shape, m, on_input):
         (up, widest, hidden, plan.up.rows),
         (down, rows * 128, intermediate, plan.down.rows),
     ):
-        depth = max(1, min(plan.stage_bytes // block, 2 if plan.up.fused else 4))
+        depth = max(1, min(experts_decode._STAGE_BYTES // block, 4))
         blocks //= 128
         depth = ceil_div(blocks, ceil_div(blocks, depth))
         stages = min(64, ring // (depth * (block + n * 128 + (n + 4) * 4))) // RING_UNIT * RING_UNIT
@@ -103,7 +103,9 @@ def test_workspace_is_what_the_parts_need():
     x = align(m * 1024, 16) + align(m, 4) * 8 * 4
     h = pairs * intermediate * 5 + align(pairs, 4) * 2 * 4
     assert experts_decode.experts_decode_workspace_bytes(m, top_k, hidden, intermediate, 16) == x + h
-    assert experts_decode.experts_decode_workspace_bytes(1, 8, 7168, 2048, 256, True) == 8 * 2048 * 4
+    x = align(pairs * 1024, 16) + align(pairs, 4) * 8 * 4
+    x += pairs * hidden * 4  # a row for each pair, at first in float32
+    assert experts_decode.experts_decode_workspace_bytes(m, top_k, hidden, intermediate, 16, True) == x + h
     assert experts_decode.experts_decode_workspace_bytes(0, 8, 7168, 2048, 256) == 0
 
 

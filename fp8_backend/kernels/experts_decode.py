@@ -22,14 +22,14 @@ MAX_PAIRS = 1024  # (token, expert) pairs, each of which every CTA sorts
 MAX_GROUPS = 2048  # counts of all groups lie in each CTA's shared memory
 
 UP_TILE_GROUPS = 8  # of 8 gate and 8 up rows: a tile fills the 64 rows of both products
-_SHARED_STAGE_BYTES, _STAGE_BYTES = 8 * 1024, 16 * 1024  # of weights a stage, about
+_STAGE_BYTES = 16 * 1024  # of weights a stage, about
 _MAX_DOWN_ROWS = 64  # wgmma's 64-row side
 BARRIER_BYTES = 2 * 64 * 8  # kMaxStages
 _RING_UNIT = 1024  # the period of the 128-byte swizzle
 # One CTA of each GEMM fits a multiprocessor's 228 KiB (1 KiB of it reserved for each CTA), two of the second do not.
 _UP_SHARED_BYTES, _DOWN_SHARED_BYTES = 102 * 1024, 118 * 1024
 
-UP_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 4 + ("u32",) * 12)
+UP_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64",) * 3 + ("u32",) * 10)
 _DOWN_LAYOUT = launcher.ParamLayout(("u64",) * 8 + ("i64",) * 3 + ("u32",) * 12)
 _QUANTIZE_LAYOUT = launcher.ParamLayout(("u64",) * 3 + ("i64",) + ("u32",) * 7)
 _QUANTIZE_SPEC = KernelSpec("experts_quantize.cuh", "experts_quantize")
@@ -38,15 +38,13 @@ _QUANTIZE_THREADS, _GROUPS_PER_CTA = 256, 16
 
 @dataclass(frozen=True)
 class UpConfig:
-    """One compiled form of experts_up.cuh. rows: of activations a unit, wgmma's N. fused: x arrives unquantised."""
+    """One compiled form of experts_up.cuh. rows: of activations a unit, wgmma's N."""
 
     rows: int
-    fused: bool = False
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("ROWS", self.rows), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused)
-        return KernelSpec("experts_up.cuh", "experts_up", defines)
+        return KernelSpec("experts_up.cuh", "experts_up", (("ROWS", self.rows),))
 
     def ring_bytes(self, shared_bytes: int, num_groups: int, pairs: int) -> int:
         """Return how much of `shared_bytes` of a CTA is left for the ring of stages."""
@@ -57,15 +55,13 @@ class UpConfig:
 
 @dataclass(frozen=True)
 class DownConfig:
-    """One compiled form of experts_down.cuh. rows: of h a unit, wgmma's N. fused: h arrives as float32."""
+    """One compiled form of experts_down.cuh. rows: of h a unit, wgmma's N."""
 
     rows: int
-    fused: bool = False
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = (("ROWS", self.rows), ("FUSED", int(self.fused)), ("CTAS", 1 + self.fused))
-        return KernelSpec("experts_down.cuh", "experts_down", defines)
+        return KernelSpec("experts_down.cuh", "experts_down", (("ROWS", self.rows),))
 
     def ring_bytes(self, shared_bytes: int, num_groups: int, m: int, pairs: int, rows: int) -> int:
         """Return how much of `shared_bytes` of a CTA that owns `rows` rows of the output is left for the ring."""
@@ -73,8 +69,8 @@ class DownConfig:
         return (shared_bytes - taken) // _RING_UNIT * _RING_UNIT
 
 
-UP_CONFIGS = (UpConfig(8, fused=True), UpConfig(8), UpConfig(16))
-DOWN_CONFIGS = (DownConfig(8, fused=True), DownConfig(8), DownConfig(16))
+UP_CONFIGS = (UpConfig(8), UpConfig(16))
+DOWN_CONFIGS = (DownConfig(8), DownConfig(16))
 
 
 def units_bytes(num_groups: int, pairs: int, most_units: int) -> int:
@@ -117,7 +113,7 @@ def load_all() -> None:
 class _Plan:
     """Which kernels serve a call, and the bytes of each part of its workspace.
 
-    parts: h as float32; codes of x and their scales; codes of h and their scales (all but h only if not fused).
+    parts: h as float32; codes of x and their scales; codes of h and their scales.
     """
 
     up: UpConfig
@@ -125,7 +121,6 @@ class _Plan:
     parts: tuple[int, int, int, int, int]
     up_shared_bytes: int
     down_shared_bytes: int
-    stage_bytes: int
 
     @property
     def offsets(self) -> list[int]:
@@ -135,22 +130,19 @@ class _Plan:
 
 @cache
 def _plan(m: int, top_k: int, hidden: int, intermediate: int, on_input: bool) -> _Plan:
-    pairs, x_blocks, h_blocks = m * top_k, ceil_div(hidden, BLOCK), intermediate // BLOCK
-    h = pairs * intermediate * 4
-    # A router weight on the input makes the codes of a token differ from expert to expert: the GEMMs quantise by
-    # themselves, and share a multiprocessor, so that the second streams its weights during the first. For all other
-    # calls this is slower, even for one token (30 against 26 us on Qwen3-30B).
-    if on_input:
-        shared = _UP_SHARED_BYTES, _DOWN_SHARED_BYTES
-        return _Plan(UP_CONFIGS[0], DOWN_CONFIGS[0], (h, 0, 0, 0, 0), *shared, _SHARED_STAGE_BYTES)
-    index = 1 if m <= 8 else 2
-    x_parts = m * x_blocks * BLOCK, x_blocks * align(m, 4) * 4
+    pairs, rows, x_blocks, h_blocks = (
+        m * top_k,
+        m * top_k if on_input else m,
+        ceil_div(hidden, BLOCK),
+        intermediate // BLOCK,
+    )
+    index = 0 if m <= 8 else 1
+    x_parts = rows * x_blocks * BLOCK, x_blocks * align(rows, 4) * 4
     h_parts = pairs * intermediate, h_blocks * align(pairs, 4) * 4
     # Up to 8 tokens both GEMMs share a multiprocessor, so that the second streams weights while the first ends and h is
     # quantised: 1 to 9 % faster than all shared memory for each (docs/kernel-notes-moe-decode.md).
-    shared = (_UP_SHARED_BYTES, _DOWN_SHARED_BYTES) if index == 1 else (MAX_SHARED_BYTES, MAX_SHARED_BYTES)
-    parts = h, *x_parts, *h_parts
-    return _Plan(UP_CONFIGS[index], DOWN_CONFIGS[index], parts, *shared, _STAGE_BYTES)
+    shared = (_UP_SHARED_BYTES, _DOWN_SHARED_BYTES) if index == 0 else (MAX_SHARED_BYTES, MAX_SHARED_BYTES)
+    return _Plan(UP_CONFIGS[index], DOWN_CONFIGS[index], (pairs * intermediate * 4, *x_parts, *h_parts), *shared)
 
 
 def experts_decode_workspace_bytes(
@@ -166,7 +158,8 @@ def experts_decode_workspace_bytes(
         num_groups: experts on this rank; changes nothing, because room is made for all pairs.
         router_weight_on_input: as given to `experts_decode`.
     """
-    return _plan(m, top_k, hidden, intermediate, router_weight_on_input).offsets[-1] if m else 0
+    weighted = m * top_k * hidden * 4 if router_weight_on_input else 0
+    return weighted + _plan(m, top_k, hidden, intermediate, router_weight_on_input).offsets[-1] if m else 0
 
 
 def _workspace(size: int, device: torch.device) -> torch.Tensor:
@@ -212,23 +205,20 @@ def experts_decode(
     if m == 0:
         return
     assert m * top_k <= MAX_PAIRS and w13.shape[0] <= MAX_GROUPS and intermediate % BLOCK == 0
-    plan = _plan(m, top_k, x.shape[1], intermediate, router_weight_on_input)
+    on_input = router_weight_on_input
+    # A weight on the input makes a token's codes differ from expert to expert: a row for each.
+    rows = (x[:, None] * topk_weights[:, :, None]).view(-1, x.shape[1]) if on_input else x
+    plan = _plan(m, top_k, x.shape[1], intermediate, on_input)
     workspace = _workspace(plan.offsets[-1], x.device)
     h, x_codes, x_scale, h_codes, h_scale, _ = (workspace.data_ptr() + offset for offset in plan.offsets)
     routing = (topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr())
-    weights, wide = topk_weights.data_ptr(), int(topk_ids.dtype == torch.int64)
-    fused, on_input = plan.up.fused, router_weight_on_input
-    if fused and not vectorised(x):
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
-    if not fused:
-        _quantize(x.data_ptr(), x.dtype, x.shape, x.stride(0), vectorised(x), x_codes, x_scale, x.device.index)
-    source = (x.data_ptr(), 0) if fused else (x_codes, x_scale)
-    _launch_up(plan, x, source, w13, scale_13, h, (*routing, weights if on_input else 0), top_k, wide)
-    if not fused:
-        shape = (m * top_k, intermediate)
-        _quantize(h, torch.float32, shape, intermediate, 0, h_codes, h_scale, x.device.index, early=True)
-    source = (h, 0) if fused else (h_codes, h_scale)
-    _launch_down(plan, source, w2, scale_2, out, (*routing, 0 if on_input else weights), top_k, wide)
+    weights, wide = 0 if on_input else topk_weights.data_ptr(), int(topk_ids.dtype == torch.int64)
+    vectors = 0 if on_input else vectorised(x)
+    _quantize(rows.data_ptr(), rows.dtype, rows.shape, rows.stride(0), vectors, x_codes, x_scale, x.device.index)
+    _launch_up(plan, (x_codes, x_scale), w13, scale_13, h, routing, m * top_k, len(rows), wide)
+    shape = (m * top_k, intermediate)
+    _quantize(h, torch.float32, shape, intermediate, 0, h_codes, h_scale, x.device.index, early=True)
+    _launch_down(plan, (h_codes, h_scale), w2, scale_2, out, (*routing, weights), top_k, wide)
 
 
 def _quantize(
@@ -252,22 +242,22 @@ def _quantize(
 
 def _launch_up(
     plan: _Plan,
-    x: torch.Tensor,
     source: tuple[int, int],
     w13: torch.Tensor,
     scale_13: torch.Tensor,
     h: int,
-    routing: tuple[int, int, int],
-    top_k: int,
+    routing: tuple[int, int],
+    pairs: int,
+    rows: int,
     wide_ids: int,
 ) -> None:
-    (m, hidden), (num_groups, k_blocks, n_13, _), device = x.shape, w13.shape, x.device.index
-    pairs, fused = m * top_k, plan.up.fused
+    """Launch the first GEMM on so many rows of codes: one for each pair, or for each token."""
+    (num_groups, k_blocks, n_13, _), device = w13.shape, w13.device.index
     ring_bytes = plan.up.ring_bytes(plan.up_shared_bytes, num_groups, pairs)
     params: tuple[int, ...] = (*source, w13.data_ptr(), scale_13.data_ptr(), h, *routing)
-    params += (x.stride(0) if fused else k_blocks * BLOCK, align(m, 4), w13.stride(0), scale_13.stride(0))
-    params += (pairs, top_k, num_groups, n_13 // 2, hidden, k_blocks, scale_13.stride(1))
-    params += (UP_TILE_GROUPS, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[x.dtype])
+    params += (align(rows, 4), w13.stride(0), scale_13.stride(0))
+    params += (pairs, pairs // rows, num_groups, n_13 // 2, k_blocks, scale_13.stride(1))
+    params += (UP_TILE_GROUPS, ring_bytes, _STAGE_BYTES, wide_ids)
     stream = launcher.current_stream(device)
     up_kernel(plan.up, device).launch((num_sms(device), 1, 1), THREADS, plan.up_shared_bytes, params, stream, pdl=True)
 
@@ -287,6 +277,6 @@ def _launch_down(
     ring_bytes = plan.down.ring_bytes(plan.down_shared_bytes, num_groups, m, pairs, rows)
     params: tuple[int, ...] = (*source, w2.data_ptr(), scale_2.data_ptr(), out.data_ptr(), *routing)
     params += (w2.stride(0), scale_2.stride(0), align(pairs, 4), m, top_k, num_groups, hidden, n_aligned, k_blocks)
-    params += (scale_2.stride(1), rows, ring_bytes, plan.stage_bytes, wide_ids, ELEMENT_TYPES[out.dtype])
+    params += (scale_2.stride(1), rows, ring_bytes, _STAGE_BYTES, wide_ids, ELEMENT_TYPES[out.dtype])
     grid, stream = min(num_sms(device), ceil_div(hidden, rows)), launcher.current_stream(device)
     _down_kernel(plan.down, device).launch((grid, 1, 1), THREADS, plan.down_shared_bytes, params, stream, pdl=True)

@@ -100,8 +100,8 @@ def build(spec: KernelSpec, folder: Path) -> Path:
 class Emulated:
     """Kernels built so far, and the seed of the next run."""
 
-    def __init__(self, folder: Path, sources: Path | None, seed: int, late: bool) -> None:
-        self.folder, self.sources, self.seed, self.late, self.runs = folder, sources, seed, late, 0
+    def __init__(self, folder: Path, sources: Path | None, seed: int) -> None:
+        self.folder, self.sources, self.seed, self.runs = folder, sources, seed, 0
         self.loaded: dict[tuple[KernelSpec, launcher.ParamLayout], launcher.Kernel] = {}
         self._libraries: list[ctypes.CDLL] = []
 
@@ -112,7 +112,6 @@ class Emulated:
             library = ctypes.CDLL(str(build(replace(spec, folder=self.sources or spec.folder), self.folder)))
             self._libraries.append(library)
             ctypes.c_uint.in_dll(library, "filled_rows").value = 0  # a library stays loaded, and has counted for others
-            ctypes.c_uint.in_dll(library, "late_warps").value = int(self.late)
             library.run.restype = ctypes.c_char_p
             library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7)
             self.loaded[key] = launcher.Kernel(spec.name, 0, layout, launch=self._launch(spec.name, library.run))
@@ -165,9 +164,7 @@ MODULES = (
 
 
 @contextmanager
-def emulated(
-    folder: Path, machine: Machine, sources: Path | None = None, seed: int = 0, late: bool = True
-) -> Iterator[Emulated]:
+def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: int = 0) -> Iterator[Emulated]:
     """Make CPU tensors go through the CUDA kernels and their host code, on the emulated machine.
 
     Args:
@@ -175,9 +172,8 @@ def emulated(
         machine: what the host code is told; a grid runs cluster after cluster, so few multiprocessors are faster.
         sources: of the device code, where it is not the package's.
         seed: of the interleavings.
-        late: whether in half of them one warp goes on only when nothing else moves.
     """
-    here = Emulated(folder, sources, seed, late)
+    here = Emulated(folder, sources, seed)
     stand_ins = {
         "current_stream": lambda device: 0,
         "encode_tiled": encode_tiled,

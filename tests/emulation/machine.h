@@ -23,8 +23,6 @@
 #include <utility>
 #include <vector>
 
-unsigned late_warps = 1;  // whether there may be any; the tests set it
-
 namespace emulation {
 
 using u8 = unsigned char;
@@ -274,7 +272,7 @@ inline bool step_engine() {
 inline void run_fibers(const std::vector<Fiber*>& order) {
     // In half of the runs one warp goes on only when nothing else moves: hardware may keep one back for long, and what the others have done meanwhile must
     // not be what it then waits for.
-    const Fiber* const late = machine->random() % 2 && late_warps ? order[machine->random() % order.size()] : nullptr;
+    const Fiber* const late = machine->random() % 2 ? order[machine->random() % order.size()] : nullptr;
     auto is_late = [&](const Fiber& fiber) { return late && fiber.cta == late->cta && fiber.thread.x / 32 == late->thread.x / 32; };
     u32 idle = 0;
     while (machine->live && machine->error.empty()) {

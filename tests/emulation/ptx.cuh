@@ -52,10 +52,7 @@ DEVICE void barrier_init(u32 barrier, u32 arrivals) {
     made.pending = static_cast<int>(arrivals);
 }
 DEVICE void barrier_init_fence() {}
-DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
-    emulation::barrier_at(emulation::owner_of(barrier), barrier).arrive(arrivals);
-}
-DEVICE void barrier_arrive(u32 barrier) { barrier_arrive_many(barrier, 1); }
+DEVICE void barrier_arrive(u32 barrier) { emulation::barrier_at(emulation::owner_of(barrier), barrier).arrive(1); }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) { emulation::barrier_at(emulation::cta(), barrier).arrive(1, bytes); }
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
     emulation::Barrier& at = emulation::barrier_at(emulation::cta(), barrier);

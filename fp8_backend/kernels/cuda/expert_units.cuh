@@ -11,16 +11,14 @@
 constexpr u32 kThreads = 384, kMathThreads = 256;
 constexpr u32 kActivationBytes = ROWS * kBlockK;
 constexpr u32 kStageScales = ROWS + 4;   // floats a stage: of the activations' rows, of the weight's blocks of 128 rows
-// k-blocks of a stage at most, as far as registers reach with MATRICES products a block: their products are in flight together, and share a wait and a release. A stage of one takes
-// 200 to 250 ns from full to empty, however few bytes it has (measured).
-constexpr u32 kMaxDepth = ROWS == 128 ? 1 : !FUSED ? 4 : MATRICES == 2 ? 2 : 3;
-constexpr u32 kAtMost2 = kMaxDepth < 2 ? kMaxDepth : 2, kAtMost3 = kMaxDepth < 3 ? kMaxDepth : 3;
+// k-blocks of a stage at most, as far as registers reach: their products are in flight together, and share a wait and a release. A stage of one takes 200 to 250 ns
+// from full to empty, however few bytes it has (measured).
+constexpr u32 kMaxDepth = ROWS == 128 ? 1 : 4;
 constexpr u32 kMaxStages = 64;
 // The number of stages is a multiple: two math warpgroups take them in turn; with 128 rows, each takes all.
 constexpr u32 kRingUnit = ROWS == 128 ? 1 : 2;
 constexpr u16 kNowhere = 0xffff;
-// Arrivals of loaders on a full barrier: lanes whose copies are complete; FUSED: for each k-block, of a half-warp, and one more, codes are written.
-constexpr u32 kLoaderArrivals = FUSED ? kGroupLanes + 1 : 32;
+constexpr u32 kLoaderArrivals = 32;  // on a full barrier: lanes whose copies are complete
 
 struct Units {
     u32* count;      // [num_groups] rows of a group
@@ -138,7 +136,7 @@ struct Stages {
     // Called by all threads; ends with all barriers ready.
     DEVICE void init_barriers(u32 producers, u32 consumers) const {
         if (threadIdx.x < number) {
-            barrier_init(full + 8 * threadIdx.x, producers + (FUSED ? depth : 1) * kLoaderArrivals);
+            barrier_init(full + 8 * threadIdx.x, producers + kLoaderArrivals);
             barrier_init(empty + 8 * threadIdx.x, consumers * kArrivalsOfWarp);
         }
         barrier_init_fence();
@@ -175,68 +173,3 @@ struct CodeSource {
         }
     }
 };
-
-// Quantises activations into stages: `step` half-warps take the items (k-blocks of units) up to `items` in turn, each the item's rows alone; this one
-// starts with `item`. Where the next kDeep items of a half-warp have one row each, it quantises them at once, otherwise kDeep rows of one: loads and
-// shuffles overlap. The halves of a warp part ways here: __syncwarp() before anything they do together.
-//
-// Source: struct Words; rows(item); load(words, item, row, lane, exists); expand(group, words); copy_scales(item, stage, slot, lane), by 16 lanes;
-// k_blocks of a unit.
-constexpr u32 kLoaderHalves = 4;
-
-template <u32 kDeep, class Source>
-DEVICE void quantise_items(const Source& source, const Stages& stages, u32 first_position, u32 item, u32 items, u32 step) {
-    const u32 lane = threadIdx.x % kGroupLanes, mask = 0xffffu << (threadIdx.x % 32 / kGroupLanes * kGroupLanes);
-    u32 first_row = 0;
-    while (item < items) {
-        bool single = first_row == 0;
-#pragma unroll
-        for (u32 d = 0; d < kDeep; ++d)
-            if (item + d * step < items) single = single && source.rows(item + d * step) == 1;
-        typename Source::Words words[kDeep];
-        float largest[kDeep];
-        const u32 item_step = single ? step : 0, row_step = single ? 0 : 1;
-        auto exists = [&](u32 d) { return item + d * item_step < items && first_row + d * row_step < source.rows(item + d * item_step); };
-#pragma unroll
-        for (u32 d = 0; d < kDeep; ++d) source.load(words[d], item + d * item_step, first_row + d * row_step, lane, exists(d));
-#pragma unroll
-        for (u32 d = 0; d < kDeep; ++d) {
-            Group group;
-            source.expand(group, words[d]);
-            largest[d] = group.lane_amax();
-        }
-#pragma unroll
-        for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
-#pragma unroll
-            for (u32 d = 0; d < kDeep; ++d) largest[d] = fmaxf(largest[d], __shfl_xor_sync(mask, largest[d], distance));
-#pragma unroll
-        for (u32 d = 0; d < kDeep; ++d) {
-            if (!exists(d)) continue;
-            const u32 this_item = item + d * item_step, row = first_row + d * row_step;
-            const u32 unit = this_item / source.k_blocks, block = this_item - unit * source.k_blocks, nth = block / stages.depth;
-            const u32 slot = block - nth * stages.depth, position = first_position + unit * stages.per_unit + nth;
-            const u32 lap = position / stages.number, stage = position - lap * stages.number;
-            if (row == 0) barrier_wait(stages.empty + 8 * stage, lap % 2 ^ 1);
-            Group group;
-            source.expand(group, words[d]);
-            const uint2 codes = group.codes(largest[d]);
-            const u32 target = stages.activation_tile(stage, slot) + swizzled(row, lane / 2) + lane % 2 * 8;
-            store_shared_pair(target, codes);
-            if (lane == 0) stages.block_scales(stage, slot)[row] = group_scale(largest[d]);
-            if (row + 1 == source.rows(this_item)) {
-                source.copy_scales(this_item, stage, slot, lane);
-                fence_async_shared();
-                __syncwarp(mask);
-                // Who writes the last block of a unit arrives for those that its stage lacks, too.
-                const u32 missing = block + 1 == source.k_blocks ? stages.depth - 1 - slot : 0;
-                if (lane == 0) barrier_arrive_many(stages.full + 8 * stage, 1 + missing * kLoaderArrivals);
-            }
-        }
-        if (single) {
-            item += kDeep * step;
-        } else if ((first_row += kDeep) >= source.rows(item)) {
-            first_row = 0;
-            item += step;
-        }
-    }
-}

@@ -4,15 +4,14 @@
 // other: whatever the routing, all CTAs have the same work, and the sum over experts stays in a CTA's shared memory, in the order of the experts: no
 // workspace, no atomics, no kernel behind it. Weights take wgmma's 64-row side, rows of h its N side (ROWS = 8 or 16).
 //
-// FUSED = 1: h is float32, and the loaders quantise what a stage needs. FUSED = 0: codes and scales. Rows of h lie in the order of experts_up.cuh.
+// h is codes and scales, in the order of the rows of experts_up.cuh.
 //
 // Warp roles (384 threads):
 //   warps 0, 1    producers, one lane each, taking stages in turn: one contiguous copy of rows x 128 bytes of w2.
-//   warps 2, 3    loaders, taking stages (FUSED: half-warps) in turn: h, its scales and the weight's.
-//   warps 4..11   two math warpgroups, taking stages in turn, each with a sum of its own. FUSED: at first they help the loaders.
+//   warps 2, 3    loaders, taking stages in turn: h, its scales and the weight's.
+//   warps 4..11   two math warpgroups, taking stages in turn, each with a sum of its own.
 // Barriers: full (a producer + bytes; kLoaderArrivals) and empty (the 4 warps of the math warpgroup that owns the stage) per stage. Named barrier 2: 256
 // math threads, all sums are complete or zero again.
-#define MATRICES 1
 #include "expert_units.cuh"
 
 struct Sums {
@@ -61,44 +60,8 @@ template <u32 kCount> DEVICE void multiply(Sums& sum, const Stages& stages, u32 
     }
 }
 
-#if FUSED
-// What quantise_items asks: items are the k-blocks of all units, one unit after the other.
-struct PairSource {
-    const float* h;
-    const Units& units;
-    const float* scale_b;
-    i64 scale_b_stride;
-    u32 k_blocks, weight_block, scale_b_row;
-    const Stages& stages;
-
-    struct Words {
-        float4 low, high;
-    };
-    DEVICE u32 rows(u32 item) const { return units.rows(item / k_blocks); }
-    DEVICE void load(Words& words, u32 item, u32 row, u32 lane, bool exists) const {
-        words.low = words.high = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (!exists) return;
-        const u32 unit = item / k_blocks, block = item - unit * k_blocks;
-        const float4* source =
-            reinterpret_cast<const float4*>(h + (static_cast<i64>(units.first_row(unit) + row) * k_blocks + block) * kBlockK) + lane * 2;
-        words.low = __ldcg(source), words.high = __ldcg(source + 1);  // past L1: this CTA may be older than h
-    }
-    DEVICE void expand(Group& group, const Words& words) const {
-        group.value[0] = words.low.x, group.value[1] = words.low.y, group.value[2] = words.low.z, group.value[3] = words.low.w;
-        group.value[4] = words.high.x, group.value[5] = words.high.y, group.value[6] = words.high.z, group.value[7] = words.high.w;
-    }
-    DEVICE void copy_scales(u32 item, u32 stage, u32 slot, u32 lane) const {
-        const u32 unit = item / k_blocks, block = item - unit * k_blocks;
-        if (lane < 2)
-            copy_4_async(smem_address(stages.block_scales(stage, slot) + ROWS + lane),
-                         scale_b + units.expert[unit] * scale_b_stride + static_cast<i64>(block) * scale_b_row + weight_block + lane);
-        barrier_arrive_after_copies(stages.full + 8 * stage);
-    }
-};
-#endif
-
-extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
-experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+experts_down(const u8* h, const float* scale_h, const u8* __restrict__ weight, const float* __restrict__ scale_b, void* out, const void* ids,
              const int* expert_map, const float* router_weights, i64 weight_stride,
              i64 scale_b_stride, i64 scale_h_block_stride, u32 m, u32 top_k, u32 num_groups, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_b_row,
              u32 rows, u32 ring_bytes, u32 stage_bytes, u32 wide_ids, u32 out_type) {
@@ -130,21 +93,6 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
     stages.place(shared, ring_bytes, rows * kBlockK, stage_bytes, k_blocks, smem_address(barriers));
     stages.init_barriers(1, 4);
     const u32 tiles = ceil_div(n, rows);
-#if FUSED
-    // The math warps have nothing to do before the first stages are full: they help to fill them.
-    constexpr u32 kAllHalves = kLoaderHalves + kMathThreads / kGroupLanes;
-    const u32 items = units.number * k_blocks;
-    const u32 together = min(items, stages.number / stages.per_unit * k_blocks + stages.number % stages.per_unit * stages.depth);
-    const u32 half_warp = (warp - 2) * 2 + lane / kGroupLanes;  // of loaders and math warps
-    auto source_of = [&](u32 tile) {
-        return PairSource{static_cast<const float*>(h), units, scale_b, scale_b_stride, k_blocks, tile * rows / 128, scale_b_row, stages};
-    };
-    if (warp >= 2) {
-        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
-        if (blockIdx.x < tiles) quantise_items<3>(source_of(blockIdx.x), stages, 0, half_warp, together, kAllHalves);
-        __syncwarp();
-    }
-#endif
 
     if (warp < 2) {
         if (elect_lane()) {
@@ -166,11 +114,6 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
         }
         __syncwarp();
     } else if (warp < 4) {
-#if FUSED
-        u32 position = 0;  // of a tile's first stage in the walk around the ring
-        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, position += units.number * stages.per_unit)
-            quantise_items<3>(source_of(tile), stages, position, (position == 0 ? together : 0) + half_warp, items, kLoaderHalves);
-#else
         wait_for_previous_kernel();
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -181,7 +124,7 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
                 }
                 const u32 first = units.first_row(unit), unit_rows = units.rows(unit);
                 CodeSource source;
-                source.set(unit_rows, lane, [&](u32 row) { return static_cast<const u8*>(h) + static_cast<i64>(first + row) * k_blocks * kBlockK; });
+                source.set(unit_rows, lane, [&](u32 row) { return h + static_cast<i64>(first + row) * k_blocks * kBlockK; });
                 const bool of_weight = lane >= ROWS && lane < ROWS + 2;
                 const float* scale = of_weight ? scale_b + units.expert[unit] * scale_b_stride + tile * rows / 128 + lane - ROWS : scale_h + first + lane;
                 const i64 step = of_weight ? scale_b_row : scale_h_block_stride;
@@ -198,12 +141,11 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
                 }
             }
         }
-#endif
     } else {
         const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x - 128;
         const u32 low = warp % 4 * 16 + lane / 4, high = low + 8;
         float* const mine = sums + warpgroup * m * rows;
-        if (!FUSED) wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
+        wait_for_previous_kernel();  // also because what comes before may still read what `out` overwrites
         Ring ring;
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             for (u32 i = thread; i < 2 * m * rows; i += kMathThreads) sums[i] = 0.f;
@@ -219,10 +161,10 @@ experts_down(const void* h, const float* scale_h, const u8* __restrict__ weight,
                     any = true;
                     const u32 count = min(stages.depth, k_blocks - block);
                     barrier_wait(stages.full + 8 * ring.stage, ring.parity);
-                    if (!FUSED) fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
+                    fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
                     if (count == 1) multiply<1>(sum, stages, ring.stage, scale_low, scale_high, lane);
-                    else if (count == 2) multiply<kAtMost2>(sum, stages, ring.stage, scale_low, scale_high, lane);
-                    else if (count == 3) multiply<kAtMost3>(sum, stages, ring.stage, scale_low, scale_high, lane);
+                    else if (count == 2) multiply<2>(sum, stages, ring.stage, scale_low, scale_high, lane);
+                    else if (count == 3) multiply<3>(sum, stages, ring.stage, scale_low, scale_high, lane);
                     else multiply<kMaxDepth>(sum, stages, ring.stage, scale_low, scale_high, lane);
                 }
                 if (!any) continue;

@@ -5,16 +5,12 @@
 // up rows that belong to them), unit after unit (expert_units.cuh); each CTA takes an equal run of it and cuts that into tiles of at most `tile_groups`.
 // So all CTAs stream the same number of bytes, whatever the routing, and no sum crosses a CTA.
 //
-// FUSED = 1: x has 16-bit elements in rows that start at 16-byte boundaries and are zero up to the next, and the loaders quantise what a stage needs.
-// FUSED = 0: codes and scales.
-//
 // Warp roles (384 threads):
 //   warps 0, 1    producers, one lane each: gate rows, up rows of each stage.
 //   warps 2, 3    loaders, taking stages in turn: activations, their scales and the weight's.
 //   warps 4..11   two math warpgroups, taking stages in turn; at the end of a tile one hands its sums to the other, in turn.
-// Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4
-// warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3: 256 math threads, sums are handed over.
-#define MATRICES 2
+// Barriers: full (the producers + bytes; kLoaderArrivals) and empty (the 4 warps of the math warpgroup that owns the stage) per stage. Named barriers 2 and 3:
+// 256 math threads, sums are handed over.
 #include "expert_walk.cuh"
 
 constexpr u32 kProducers = 2;
@@ -84,52 +80,11 @@ DEVICE void multiply(Sums& sum, const Stages& stages, u32 stage, u32 second_offs
     }
 }
 
-#if FUSED
-// What quantise_items asks of a tile: items are its k-blocks.
-struct TileSource {
-    const void* x;
-    const Units& units;
-    const float* router_weights;
-    const float* scale_b;
-    i64 x_stride;
-    u32 first, count, weight_row, top_k, n, k, k_blocks, scale_b_row, type;
-    const Stages& stages;
-
-    struct Words {
-        RawGroup raw;
-        float router;
-    };
-    DEVICE u32 rows(u32) const { return count; }
-    DEVICE void load(Words& words, u32 block, u32 row, u32 lane, bool exists) const {
-        const u32 pair = exists ? units.order[first + row] : 0, column = block * kBlockK + lane * 8;
-        uint4 bits = {};
-        // Past L1: this CTA may be older than x.
-        if (exists && column < k) bits = __ldcg(reinterpret_cast<const uint4*>(static_cast<const u16*>(x) + static_cast<i64>(pair / top_k) * x_stride + column));
-        words.raw.words[0] = bits.x, words.raw.words[1] = bits.y, words.raw.words[2] = bits.z, words.raw.words[3] = bits.w;
-        words.router = exists && router_weights != nullptr ? router_weights[pair] : 1.f;
-    }
-    DEVICE void expand(Group& group, const Words& words) const {
-        group.expand(words.raw, type);
-        if (router_weights != nullptr) {
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) group.value[i] *= words.router;
-        }
-    }
-    DEVICE void copy_scales(u32 block, u32 stage, u32 slot, u32 lane) const {
-        if (lane < 4) {
-            const u32 column = (weight_row + (lane >= 2 ? n : 0)) / 128 + lane % 2;
-            copy_4_async(smem_address(stages.block_scales(stage, slot) + ROWS + lane), scale_b + static_cast<i64>(block) * scale_b_row + column);
-        }
-        barrier_arrive_after_copies(stages.full + 8 * stage);
-    }
-};
-#endif
-
-extern "C" __global__ void __launch_bounds__(kThreads, CTAS)
-experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, float* out, const void* ids,
-           const int* expert_map, const float* router_weights, i64 x_stride, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs,
-           u32 top_k, u32 num_groups, u32 n, u32 k, u32 k_blocks, u32 scale_b_row, u32 tile_groups, u32 ring_bytes, u32 stage_bytes, u32 wide_ids,
-           u32 x_type) {
+// x: codes, of which the row of pair p is p / divisor. Pairs of token and expert are sorted by expert.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+experts_up(const u8* x, const float* scale_x, const u8* __restrict__ weight, const float* __restrict__ scale_b, float* out, const void* ids,
+           const int* expert_map, i64 scale_x_block_stride, i64 weight_stride, i64 scale_b_stride, u32 pairs, u32 divisor, u32 num_groups, u32 n,
+           u32 k_blocks, u32 scale_b_row, u32 tile_groups, u32 ring_bytes, u32 stage_bytes, u32 wide_ids) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: ring | barriers | handed-over sums | units
     u8* const barriers = shared + ring_bytes;
@@ -139,7 +94,6 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     // Expert ids are older than the kernel that quantised the activations, which lets this one start only once they are written.
-    if (FUSED) wait_for_previous_kernel();
     launch_next_kernel();
     units.sort(ids, wide_ids, expert_map, pairs, num_groups);
     units.list(num_groups);
@@ -175,18 +129,8 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
         __syncwarp();
     } else if (warp == 2 || warp == 3) {
         wait_for_previous_kernel();
-#if FUSED
-        u32 position = 0;  // of a tile's first stage in the walk around the ring
-#endif
         while (walk.advance(tile)) {
             const u32 first = units.first_row(tile.unit);
-#if FUSED
-            const TileSource source{x, units, router_weights, scale_b + tile.expert * scale_b_stride, x_stride, first, tile.rows, tile.row, top_k, n, k,
-                                    k_blocks, scale_b_row, x_type, stages};
-            quantise_items<4>(source, stages, position, (warp - 2) * 2 + lane / kGroupLanes, k_blocks, kLoaderHalves);
-            __syncwarp();
-            position += stages.per_unit;
-#else
             constexpr u32 kScaleRounds = (kStageScales + 31) / 32;
             // Scale i of a stage, for the lane's i: lane, lane + 32, ...: of row i of the activations, or of block i - ROWS of the weight.
             const float* scale_of[kScaleRounds];
@@ -200,13 +144,13 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                     scale_of[s] = scale_b + tile.expert * scale_b_stride + row / 128 + (i - ROWS) % 2;
                     scale_step[s] = scale_b_row;
                 } else if (i < tile.rows) {
-                    scale_of[s] = scale_x + units.order[first + i] / top_k;
+                    scale_of[s] = scale_x + units.order[first + i] / divisor;
                     scale_step[s] = scale_x_block_stride;
                 }
             }
             CodeSource source;
             source.set(tile.rows, lane, [&](u32 row) {
-                return static_cast<const u8*>(x) + units.order[first + row] / top_k * x_stride;
+                return x + static_cast<i64>(units.order[first + row] / divisor) * k_blocks * kBlockK;
             });
             for (u32 first_block = 0; first_block < k_blocks; first_block += stages.depth, ring.advance(stages.number)) {
                 if (ring.stage % 2 != warp % 2) continue;
@@ -221,7 +165,6 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                 }
                 barrier_arrive_after_copies(stages.full + 8 * ring.stage);
             }
-#endif
         }
     } else if (warp >= 4) {
         const u32 warpgroup = (warp - 4) / 4, thread = threadIdx.x % 128;
@@ -240,10 +183,10 @@ experts_up(const void* x, const float* scale_x, const u8* __restrict__ weight, c
                 if (ring.stage % 2 != warpgroup) continue;
                 const u32 count = min(stages.depth, k_blocks - block);
                 barrier_wait(stages.full + 8 * ring.stage, ring.parity);
-                if (!FUSED) fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
+                fence_async_shared();  // the loader's copies are no writes of the asynchronous kind
                 if (count == 1) multiply<1>(sum, stages, ring.stage, second_offset, index, lane);
-                else if (count == 2) multiply<kAtMost2>(sum, stages, ring.stage, second_offset, index, lane);
-                else if (count == 3) multiply<kAtMost3>(sum, stages, ring.stage, second_offset, index, lane);
+                else if (count == 2) multiply<2>(sum, stages, ring.stage, second_offset, index, lane);
+                else if (count == 3) multiply<3>(sum, stages, ring.stage, second_offset, index, lane);
                 else multiply<kMaxDepth>(sum, stages, ring.stage, second_offset, index, lane);
             }
 

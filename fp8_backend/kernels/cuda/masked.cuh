@@ -10,8 +10,6 @@
 //   warp 2        scales of both, as asynchronous copies.
 //   warps 4..11   two math warpgroups (promotion.cuh): 64 rows of the tile each, or, where a unit has no more than 64, 128 of its columns each.
 // Barriers: full (2 producers + bytes; 32 lanes of warp 2, once their copies are complete) and empty (8 math warps) per stage.
-#define MATRICES 1
-#define FUSED 0
 #define ROWS 128
 #include "expert_units.cuh"
 #include "promotion.cuh"

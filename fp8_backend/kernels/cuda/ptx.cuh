@@ -86,9 +86,6 @@ DEVICE void barrier_arrive_after_words(u32 barrier, float first, float second, u
         " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
         "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(arrives) : "memory");
 }
-DEVICE void barrier_arrive_many(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Orders what was written before; does not wait for loads under way, as no arrival does.
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
