@@ -130,12 +130,8 @@ class _Plan:
 
 @cache
 def _plan(m: int, top_k: int, hidden: int, intermediate: int, on_input: bool) -> _Plan:
-    pairs, rows, x_blocks, h_blocks = (
-        m * top_k,
-        m * top_k if on_input else m,
-        ceil_div(hidden, BLOCK),
-        intermediate // BLOCK,
-    )
+    pairs, x_blocks, h_blocks = m * top_k, ceil_div(hidden, BLOCK), intermediate // BLOCK
+    rows = pairs if on_input else m
     index = 0 if m <= 8 else 1
     x_parts = rows * x_blocks * BLOCK, x_blocks * align(rows, 4) * 4
     h_parts = pairs * intermediate, h_blocks * align(pairs, 4) * 4
@@ -202,7 +198,8 @@ def experts_decode(
         router_weight_on_input: scale a token by its weight before its experts instead of after them.
     """
     m, top_k, intermediate = x.shape[0], topk_ids.shape[1], w13.shape[2] // 2
-    if m == 0:
+    if m == 0 or top_k == 0:
+        out.zero_()
         return
     assert m * top_k <= MAX_PAIRS and w13.shape[0] <= MAX_GROUPS and intermediate % BLOCK == 0
     on_input = router_weight_on_input

@@ -87,7 +87,7 @@ DEVICE void transpose_quad(u32 (&words)[4], u32 lane) {
 
 // Two rows of a slice of 64, 8 apart, which lie in `sum`: kColumns from `column`, of which those below n exist. vectorised: 16-bit elements, rows 16-byte
 // aligned, n % 8 == 0. Otherwise by element, and `sum` is lost: registers have no index at run time, so they move up by a group of 8 columns after each.
-// A loop, for it is code that few need: with 121 KB of it instead of 60 the second GEMM of experts took 4 us longer (docs/kernel-notes-moe.md, 2026-11-27).
+// A loop, for it is code that few need, and all kernels of a layer share an instruction cache (docs/kernel-notes-moe.md, 2026-11-27).
 template <u32 kColumns>
 DEVICE void write_rows(float (&sum)[64], u8* row_low, u8* row_high, u32 column, u32 n, u32 type, u32 vectorised, bool valid_low, bool valid_high, u32 lane) {
     if (vectorised) {

@@ -3,25 +3,15 @@
 // One cluster of 1 to 8 CTAs of 1024 threads. Each CTA counts its share of the entries in shared memory; the cluster adds the counts up
 // through distributed shared memory, every CTA computes all offsets (thread e: expert e, so at most 1024 experts), and scatters its
 // share behind those of the CTAs before it. Order inside an expert is arbitrary: nothing downstream depends on a row's place.
+#include "cut.cuh"
 #include "places.cuh"
 
 constexpr u32 kThreads = 1024, kTileRows = 128;
 constexpr u32 kBand = 16;  // tiles of rows that share a tile of weights before the next one is taken: 16 x 8 tiles fill the GPU
 
-// How many tiles so many rows of an expert are. Each full one takes up to extra_rows (less than kTileRows) more, where no tile is needed beside them then.
-DEVICE u32 tiles_of(u32 rows, u32 extra_rows) {
-    const u32 full = rows / kTileRows;
-    return full + (rows % kTileRows > full * extra_rows);
-}
-// The first row of tile t, of all of an expert's; of the tile behind the last one: how many rows there are.
-DEVICE u32 tile_start(u32 t, u32 rows, u32 extra_rows) {
-    const u32 spread = tiles_of(rows, extra_rows) == rows / kTileRows ? rows % kTileRows : 0;
-    return min(t * kTileRows + min(t * extra_rows, spread), rows);
-}
-
 // ids: [entries]. map: [num_ids] or null. sorted: [entries]; positions past the last routed entry are not written. places: [entries], or null; the position
 // of each entry in `sorted`, kNoPlace if it is left out.
-// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert and a few more (tiles_of), in the order of
+// tiles: one {expert, first row, rows | band width << 16, first tile of the band} for each 128 rows of an expert and a few more (cut.cuh), in the order of
 // rows: the last one ends with the last routed entry. num_tiles: how many.
 // tickets: two counters of the GEMMs that follow, set to zero.
 // One CTA a multiprocessor is all there is: said, because the compiler otherwise may make room for two with 32 registers a thread, and spill.
@@ -69,7 +59,8 @@ route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32
     cluster_arrive();  // counts of peers are read; waited for at the end, so that none is gone before
 
     // Exclusive sums of rows (high word) and of tiles (low word) over the experts.
-    const u64 own = static_cast<u64>(total) << 32 | tiles_of(total, extra_rows);
+    const Cut cut{kTileRows, extra_rows};
+    const u64 own = static_cast<u64>(total) << 32 | cut.tiles_of(total);
     u64 sum = own;
 #pragma unroll
     for (u32 distance = 1; distance < 32; distance *= 2) {
@@ -101,9 +92,9 @@ route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32
     __syncthreads();
 
     for (u32 group = rank * 32 + warp; group < num_groups; group += size * 32) {
-        const u32 rows = total_rows[group], count = tiles_of(rows, extra_rows);
+        const u32 rows = total_rows[group], count = cut.tiles_of(rows);
         for (u32 t = lane; t < count; t += 32) {
-            const u32 start = tile_start(t, rows, extra_rows), in_tile = tile_start(t + 1, rows, extra_rows) - start;
+            const u32 start = cut.start_of(t, rows), in_tile = cut.start_of(t + 1, rows) - start;
             const u32 band = t / kBand * kBand, width = min(count - band, kBand);
             tiles[first_tile[group] + t] = make_int4(group, first_row[group] + start, in_tile | width << 16, first_tile[group] + band);
         }

@@ -2,6 +2,7 @@
 //
 // One CTA of 1024 threads. Warps look where runs begin, a word of 32 rows at a time; then each thread owns neighbouring words. What is right for rows in any
 // order is fast for few runs: a group whose rows lie in several places has tiles in each of them. Rows whose id is no group are in no tile.
+#include "cut.cuh"
 #include "scan.cuh"
 
 // Tiles of rows that share a tile of weights before the next one is taken. 4 of 256 rows and all columns of 4096 are a tile each for a GPU's CTAs, so that
@@ -19,22 +20,13 @@ struct Piece {
     u32 start, from, to, end;
 };
 
-// How runs are cut: in tiles of so many rows, as route.cuh has it.
-struct Cut {
-    u32 rows, extra;
-
-    DEVICE u32 tiles_of(u32 run_rows) const { return run_rows / rows + (run_rows % rows > run_rows / rows * extra); }
-    DEVICE u32 spread_of(u32 run_rows) const { return tiles_of(run_rows) == run_rows / rows ? run_rows % rows : 0; }
-    DEVICE u32 start_of(u32 t, u32 run_rows) const { return min(t * rows + min(t * extra, spread_of(run_rows)), run_rows); }
-
-    // Calls tile(t, piece) for each tile t of a run that begins in the piece, which lies in a group.
-    template <class Tile> DEVICE void for_each_tile(const Piece& piece, Tile tile) const {
-        const u32 run_rows = piece.end - piece.start, behind = piece.from - piece.start, spread = spread_of(run_rows), count = tiles_of(run_rows);
-        // A tile's start is the smaller one of t * (rows + extra) and t * rows + spread.
-        u32 t = max(ceil_div(behind, rows + extra), ceil_div(behind - min(behind, spread), rows));
-        for (; t < count && piece.start + start_of(t, run_rows) < piece.to; ++t) tile(t, piece);
-    }
-};
+// Calls tile(t, piece) for each tile t of a run that begins in the piece, which lies in a group.
+template <class Tile> DEVICE void for_each_tile(const Cut& cut, const Piece& piece, Tile tile) {
+    const u32 run_rows = piece.end - piece.start, behind = piece.from - piece.start, spread = cut.spread_of(run_rows), count = cut.tiles_of(run_rows);
+    // A tile's start is the smaller one of t * (rows + extra) and t * rows + spread.
+    u32 t = max(ceil_div(behind, cut.rows + cut.extra), ceil_div(behind - min(behind, spread), cut.rows));
+    for (; t < count && piece.start + cut.start_of(t, run_rows) < piece.to; ++t) tile(t, piece);
+}
 
 // ids: [rows]. starts: room for ceil(rows / 32) words. tiles: {group, first row, rows | band width << 16, first tile of the band} for each, at most `rows` of
 // them; num_tiles: how many. tickets: two counters, set to zero. tile_rows, extra_rows: see Cut.
@@ -94,8 +86,8 @@ runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32
             piece.to = to;
             piece.end = run_end;
             if (piece.from == to || static_cast<u32>(ids[piece.from]) >= num_groups) return;
-            if (pass == 0) cut.for_each_tile(piece, [&](u32, const Piece&) { ++count; });
-            else cut.for_each_tile(piece, write);
+            if (pass == 0) for_each_tile(cut, piece, [&](u32, const Piece&) { ++count; });
+            else for_each_tile(cut, piece, write);
         };
         if (first < end) {
             for_each_start(starts, first, end, [&](u32 row) {
