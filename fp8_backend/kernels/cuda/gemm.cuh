@@ -37,7 +37,7 @@ constexpr bool kPeeled = UNROLLED && NUM_STAGES <= 4;
 constexpr u32 kShares = kWaves * (BLOCK_N / 8);  // of a math warpgroup in the exchange
 constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
-constexpr u32 kStageBytes = kBytesA + kBytesB;
+constexpr u32 kStageBytes = kBytesA + kBytesB, kStageStep = kStageBytes / 16;  // of descriptors
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
@@ -138,7 +138,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
-        const u32 row_scales = scales + (row_in_tile + warp * 16 + lane / 4) * 4;
+        // From a shuffle, for ptxas would compute it anew in every block.
+        const u32 row_scales = __shfl_sync(0xffffffffu, scales + (row_in_tile + warp * 16 + lane / 4) * 4, lane);
+        // Descriptors of the ring's stage, where that is no constant: found while products are under way, or the first one waits for six operations in turn.
+        u32 at_a = own_a, at_b = own_b;
+        auto find_stage = [&] {
+            at_a = ring.stage ? at_a + kStageStep : own_a;
+            at_b = ring.stage ? at_b + kStageStep : own_b;
+        };
         bool full_already = false;
 
         for (u32 t = first_tile; t < num_tiles; t += tile_step) {
@@ -158,7 +165,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
             // The product of a stage and slice, under way.
             auto issue = [&](float (&partial)[BLOCK_N / 2], u32 s, u32 wave) {
-                const u32 low_a = own_a + s * (kStageBytes / 16) + wave * (64 * kBlockK / 16), low_b = own_b + s * (kStageBytes / 16);
+                const u32 stage_a = UNROLLED ? own_a + s * kStageStep : at_a, low_a = stage_a + wave * (64 * kBlockK / 16);
+                const u32 low_b = UNROLLED ? own_b + s * kStageStep : at_b;
                 fence_registers(partial);
                 wgmma_fence();
 #pragma unroll
@@ -173,6 +181,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 for (u32 wave = 0; wave < kWaves; ++wave) {
                     float partial[BLOCK_N / 2];
                     issue(partial, s, wave);
+                    if (kScales > 2) __syncwarp();  // or ptxas waits for so many scales between the first product and the second
 #pragma unroll
                     for (u32 i = 0; i < (wave == 0 ? kScales : 0); ++i) scale_of_block[i] = load_shared(block_scale[i] + s * kStageScaleBytes);
                     const float low_row = load_shared(row_scales + s * kStageScaleBytes + wave * 256);
@@ -190,6 +199,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives_for_warp(lane));
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
+                        find_stage();
                         full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
                     }
 #pragma unroll
@@ -210,6 +220,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         high[i] = high_row * of_block;
                     }
                     ring.advance(NUM_STAGES);
+                    find_stage();
                     if (more) {
                         barrier_wait(full + 8 * ring.stage, ring.parity);
                         issue(next, ring.stage, 0);

@@ -1,6 +1,7 @@
 // The plain grouped GEMM of grouped_sorted.cuh for groups of many rows: tiles of 256 rows x 128 columns, with the loop of gemm.cuh.
 //
-// Persistent CTAs take tiles in turn. Warp roles:
+// Persistent CTAs take tiles in turn. Where the last round has tiles for no more than half of the CTAs, each of these is cut in two, its first 128 rows and
+// the others. Warp roles:
 //   warpgroup 0     producers. A lane each of warps 0, 1 and 2 fetches, per stage, rows of a (tensor copies of 128 rows), rows of the weight (one
 //                   contiguous copy), and scales (bulk copies); the last one says what the tile is.
 //   warpgroups 1, 2 math. Warpgroup g owns rows 64 g + (0..63) of each half of the tile; a tile of up to 128 rows has no second half.
@@ -90,13 +91,16 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
         const u32 producer = threadIdx.x / 32;
         if (producer >= kProducers || !elect_lane()) return;
         wait_for_previous_kernel();
-        const u32 column_tiles = ceil_div(n, kTileColumns), items = __ldcg(num_tiles) * column_tiles;
+        const u32 column_tiles = ceil_div(n, kTileColumns), items = __ldcg(num_tiles) * column_tiles, rest = items % gridDim.x;
+        const u32 whole = 2 * rest <= gridDim.x ? items - rest : items, turns = whole + 2 * (items - whole);
         for (u32 round = 0;; ++round) {
             // Not the same place in every round: as many tiles of a band may be there as divide the number of CTAs, and the last of them has few rows.
             const u32 t = round * gridDim.x + (blockIdx.x + round) % gridDim.x;
-            if (t >= items) break;
-            const Item item = item_at(t, tiles, column_tiles);
-            const u32 group = item.tile.x, row = item.tile.y, rows = item.tile.z & 0xffff;
+            if (t >= turns) break;
+            const Item item = item_at(t < whole ? t : whole + (t - whole) / 2, tiles, column_tiles);
+            const u32 tile_rows = item.tile.z & 0xffff, first = t < whole ? 0 : (t - whole) % 2 * kHalfRows;
+            if (tile_rows <= first) continue;
+            const u32 group = item.tile.x, row = item.tile.y + first, rows = min(tile_rows - first, t < whole ? kTileRows : kHalfRows);
             const u32 column = item.run * kTileColumns, row_in_scales = row - group * group_rows, first_scale = row_in_scales & ~3u;
             const float* const of_rows = scale_a + group * scale_group_stride + first_scale;
             const u32 rows_b = min(kTileColumns, n_aligned - column), scales = min(kScaleRows, scale_a_stride - first_scale);

@@ -8,21 +8,32 @@ struct Output {
     i64 stride;
     u32 m, n, type, bias_type;
 
-    // Adds the bias to a slice of 64 rows and 2 * kCount columns of accumulators as wgmma leaves them.
+    // Adds the bias to a slice of 64 rows and 2 * kCount columns of accumulators as wgmma leaves them. In a loop, a group of 8 columns at a time, behind which
+    // all turn by one: registers have no index at run time, and code that few need is to be short (promotion.cuh).
     template <u32 kCount> DEVICE void add_bias(float (&sum)[kCount], u32 column, u32 lane) const {
+        const u32 past = column + 2 * kCount;
+#pragma unroll 1
+        for (u32 c = column + lane % 4 * 2; c < past; c += 8) {
+            float first[4];
 #pragma unroll
-        for (u32 i = 0; i < kCount; ++i) {
-            const u32 c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (c < n) sum[i] += load_element(bias, c, bias_type);
+            for (u32 i = 0; i < 4; ++i) first[i] = c + i % 2 < n ? sum[i] + load_element(bias, c + i % 2, bias_type) : sum[i];
+#pragma unroll
+            for (u32 i = 4; i < kCount; ++i) sum[i - 4] = sum[i];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) sum[kCount - 4 + i] = first[i];
         }
     }
 
-    // Writes a slice; row = first row of this warp's 16.
-    template <u32 kCount> DEVICE void write(const float (&sum)[kCount], u32 row, u32 column, u32 lane) const {
+    // Writes a slice by element; row = first row of this warp's 16. The accumulators are lost, as in write_rows (promotion.cuh).
+    template <u32 kCount> DEVICE void write(float (&sum)[kCount], u32 row, u32 column, u32 lane) const {
+        const u32 low = row + lane / 4, past = min(column + 2 * kCount, n);
+#pragma unroll 1
+        for (u32 c = column + lane % 4 * 2; c < past; c += 8) {
 #pragma unroll
-        for (u32 i = 0; i < kCount; ++i) {
-            const u32 r = row + lane / 4 + i / 2 % 2 * 8, c = column + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (r < m && c < n) store_element(data, r * stride + c, type, sum[i]);
+            for (u32 i = 0; i < 4; ++i)
+                if (low + i / 2 * 8 < m && c + i % 2 < n) store_element(data, (low + i / 2 * 8) * stride + c + i % 2, type, sum[i]);
+#pragma unroll
+            for (u32 i = 4; i < kCount; ++i) sum[i - 4] = sum[i];
         }
     }
 
