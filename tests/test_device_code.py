@@ -181,7 +181,7 @@ def test_experts_of_many_rows(sorted_rows, folder, monkeypatch):
         experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, here, False)
     launches = {
         1: ["route", "quantize_sorted", "sort_scales", "grouped_sorted", "grouped_sorted", "combine"],
-        1000: ["quantize", "route", "grouped_gathered", "grouped_sorted", "combine"],
+        1000: ["route", "quantize", "grouped_gathered", "grouped_sorted", "combine"],
     }
     assert [name.partition("-")[0] for name in names] == launches[sorted_rows]
     for expert in range(5):
@@ -246,7 +246,7 @@ def test_experts_in_one_launch(call, folder):
     [
         ("single", ["experts_single"]),
         ("decode", ["experts_quantize", "experts_up", "experts_quantize", "experts_down"]),
-        ("prefill", ["quantize", "route", "grouped_gathered", "grouped_sorted", "combine"]),
+        ("prefill", ["route", "quantize", "grouped_gathered", "grouped_sorted", "combine"]),
     ],
 )
 def test_experts_are_cut_launch_by_launch(form, kernels, folder):

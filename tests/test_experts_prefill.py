@@ -15,7 +15,7 @@ from fp8_backend.kernels import (
     quantize_sorted,
     routing,
 )
-from fp8_backend.kernels.compiler import compile_kernel
+from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from tests.device_source import constants, parameter_kinds
@@ -62,6 +62,12 @@ def test_constants_shared_with_the_device_code():
     assert sort["kThreads"] == quantize_sorted._SORT_THREADS
     assert sort["kThreadBlocks"] == quantize_sorted._THREAD_BLOCKS
     assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
+
+
+def test_routing_lets_the_quantisation_start_when_tokens_are_there():
+    """It runs beside the routing without a wait for what came before, so the routing must have waited."""
+    route = (CUDA_FOLDER / "route.cuh").read_text()
+    assert 0 < route.index("wait_for_previous_kernel();") < route.index("launch_next_kernel();")
 
 
 def test_grouped_kernels_fit_a_multiprocessor():

@@ -89,9 +89,9 @@ def experts_prefill(
 ) -> None:
     """Write each token's weighted sum of w2 @ (silu(gate) * up) over its experts; gate and up are halves of w13 @ x.
 
-    Five kernels: quantise and route, gated GEMM, GEMM, combine; six where rows are sorted first: route, quantise, sort
-    the scales, and the same three. Nothing waits for the GPU; the same inputs give the same bits. Shapes are not
-    checked.
+    Five kernels: route and quantise at once, gated GEMM, GEMM, combine; six where rows are sorted first: route,
+    quantise, sort the scales, and the same three. Nothing waits for the GPU; the same inputs give the same bits. Shapes
+    are not checked.
 
     Args:
         x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0.
@@ -127,8 +127,8 @@ def experts_prefill(
         rows, routed = _first_of_sorted(x, ids, map_here, *gated)
         plain, listed = grouped_sorted.PLAIN, 1
     else:
-        codes, scale = _quantise(x, weights if router_weight_on_input else None)
         routed = routing.route(ids, map_here, num_groups)
+        codes, scale = _quantise(x, weights if router_weight_on_input else None)
         divisor = 1 if router_weight_on_input else top_k
         likely = num_groups if _LIKELY_ENTRIES * num_groups <= entries else 0
         grid = grouped_gathered.launch(codes, scale.t(), *gated, routed, divisor, likely)
@@ -144,7 +144,7 @@ def experts_prefill(
 def _quantise(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales of tokens, or, where they are weighted, of a row for each of their experts."""
     if weights is None:
-        return per_token_group_quant(x)
+        return per_token_group_quant(x, beside=True)  # of the routing, which does not need it
     return per_token_group_quant((x.float()[:, None] * weights[:, :, None]).view(-1, x.shape[1]))
 
 

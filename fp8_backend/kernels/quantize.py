@@ -14,7 +14,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
 ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of elements.cuh
-_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 8)
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 9)
 _ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
 _THREADS = 16 * _ROWS_PER_CTA * _GROUPS_PER_CTA
 # From here on the kernel is bound by the loads it has in flight (128 x 7168: 2.3 and 2.5 us with 1 and 2 rows a thread;
@@ -47,13 +47,15 @@ def vectorised(x: torch.Tensor) -> int:
     return int(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0)
 
 
-def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def per_token_group_quant(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row in groups of 128 columns to e4m3 with one float32 scale a group.
 
     Numerics: see `fp8_backend.kernels.reference.per_token_group_quant`; every backend gives the same bits.
 
     Args:
         x: [m, k] bfloat16, float16 or float32, any row stride.
+        beside: on a GPU, run at the same time as the kernel launched last, which must have waited for x before it let
+            others start; this one ends behind it.
 
     Returns:
         codes: [m, align(k, 128)] float8_e4m3fn, row-major; columns past k are zero.
@@ -68,13 +70,14 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return reference.per_token_group_quant(x)
     if not is_current(x.device):
         with torch.cuda.device(x.device):
-            return per_token_group_quant(x)
+            return per_token_group_quant(x, beside)
     m, k = x.shape
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
     if m and k:
-        prepare(x)(launcher.current_stream(x.device.index), x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+        stream = launcher.current_stream(x.device.index)
+        prepare(x, beside=beside)(stream, x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     return codes, scale.t()[:m]
 
 
@@ -82,10 +85,10 @@ def _grid(m: int, k: int, rows: int) -> tuple[int, int]:
     return ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(ceil_div(k, BLOCK), _GROUPS_PER_CTA)
 
 
-def _shape(x: torch.Tensor, tile_rows: int) -> tuple[int, ...]:
+def _shape(x: torch.Tensor, tile_rows: int, beside: bool) -> tuple[int, ...]:
     m, k = x.shape
     k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
-    return (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k))
+    return (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside))
 
 
 def early(m: int, k: int) -> int:
@@ -93,13 +96,14 @@ def early(m: int, k: int) -> int:
     return int(m * k < _LATE_ELEMENTS)
 
 
-def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
+def prepare(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> launcher.PreparedLaunch:
     """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
     (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
+    beside: see `per_token_group_quant`.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
-    shape = _shape(x, tile_rows)
+    shape = _shape(x, tile_rows, beside)
     return launcher.PreparedLaunch(kernel(rows, x.device.index), _grid(m, k, rows), _THREADS, 0, 3, shape)

@@ -8,17 +8,18 @@
 // x: [m, k] with row stride `stride` (elements). codes: [m, k_blocks * 128]; or, with tile_rows > 0, [k_blocks][tile_rows][128] with the 16-byte chunks
 // of a row permuted as the 128-byte swizzle does it, rows past m left as they are. scale: [k_blocks][m_aligned].
 // vectorised: 16-bit elements, rows start at 16-byte boundaries and k % 8 == 0. early: the kernel behind this one may start as soon as the last of its CTAs
-// runs, else when they have ended (quantize.py says when).
+// runs, else when they have ended (quantize.py says when). beside: x was complete before the previous kernel let this one start, so both run at once, and this
+// one ends behind that one: who waits for it has waited for both.
 extern "C" __global__ void __launch_bounds__(128, ROWS == 1 ? 16 : 12)
 quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__ scale, i64 stride, u32 m, u32 k, u32 k_blocks,
-         u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early) {
+         u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early, u32 beside) {
     const u32 group_in_cta = threadIdx.x / kGroupLanes, lane = threadIdx.x % kGroupLanes;
     const u32 first_row = blockIdx.x * (4 * ROWS) + group_in_cta % 4;
     const u32 k_block = blockIdx.y * 2 + group_in_cta / 4;
     const u32 column = k_block * kBlockK + lane * 8;
 
     if (early) launch_next_kernel();
-    wait_for_previous_kernel();
+    if (!beside) wait_for_previous_kernel();
     Group group[ROWS];
     RawGroup raw[ROWS];
     float largest[ROWS];
@@ -51,4 +52,6 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
         *reinterpret_cast<uint2*>(codes + place) = group[r].codes(largest[r]);
         if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[r]);
     }
+    // One CTA is enough to hold the grid's end up; all of them would hold up those that have no room yet.
+    if (beside && blockIdx.x + blockIdx.y == 0) wait_for_previous_kernel();
 }

@@ -23,10 +23,10 @@ route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32
     const u32 rank = cluster_rank(), size = cluster_size(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 step = size * kThreads;
 
-    launch_next_kernel();
     counts[threadIdx.x] = 0;
     __syncthreads();
     wait_for_previous_kernel();
+    launch_next_kernel();  // not before: quantize.cuh reads x beside this kernel
 
     // The group of entry i, or -1. Calls for every i of a step are made by whole warps.
     auto group_of = [&](u32 i) {
