@@ -12,7 +12,7 @@ import fp8_backend
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales, pack_expert_scales, pack_experts
-from fp8_backend.kernels.experts import Form, can_serve, select_form
+from fp8_backend.kernels.experts import HBM3, HBM3E, Form, FormLimits, can_serve, select_form
 from fp8_backend.kernels.reference import BLOCK, dequantize, fp8_experts, relative_error
 from fp8_backend.weights.experts import clear_padding, load_part
 from fp8_backend.weights.partition import ExpertPart
@@ -158,24 +158,39 @@ def test_wrong_arguments_are_named(
 
 # As measured (docs/kernel-notes-moe-decode.md): numbers of tokens that each form serves.
 LAYERS = {
-    "Qwen3-30B": ((8, 128, 2048, 768), {"single": (1, 2, 4), "prefill": (5, 8, 64, 8192)}),
-    "Qwen3-235B at TP4": ((8, 128, 4096, 384), {"single": (1, 2, 4), "decode": (5, 8), "prefill": (16, 8192)}),
-    "DeepSeek-V3": ((8, 256, 7168, 2048), {"decode": (1, 2), "prefill": (4, 8, 8192)}),
-    "DeepSeek-V3 at TP8": ((8, 256, 7168, 256), {"single": (1, 3), "decode": (4, 16), "prefill": (65, 8192)}),
+    "Qwen3-30B": (8, 128, 2048, 768),
+    "Qwen3-235B at TP4": (8, 128, 4096, 384),
+    "DeepSeek-V3": (8, 256, 7168, 2048),
+    "DeepSeek-V3 at TP8": (8, 256, 7168, 256),
+}
+SERVES = {
+    HBM3: {
+        "Qwen3-30B": {"single": (1, 2, 4), "prefill": (5, 8, 64, 8192)},
+        "Qwen3-235B at TP4": {"single": (1, 2, 4), "decode": (5, 8), "prefill": (16, 8192)},
+        "DeepSeek-V3": {"decode": (1, 2), "prefill": (4, 8, 8192)},
+        "DeepSeek-V3 at TP8": {"single": (1, 3), "decode": (4, 16), "prefill": (65, 8192)},
+    },
+    HBM3E: {
+        "Qwen3-30B": {"single": (1, 2), "prefill": (4, 8, 64, 8192)},
+        "Qwen3-235B at TP4": {"single": (1, 2), "prefill": (4, 8, 16, 8192)},
+        "DeepSeek-V3": {"decode": (1,), "prefill": (2, 4, 8, 8192)},
+        "DeepSeek-V3 at TP8": {"single": (1, 2), "decode": (3, 4), "prefill": (6, 16, 65, 8192)},
+    },
 }
 
 
+@pytest.mark.parametrize("limits", SERVES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_form_follows_tokens_and_widths(name: str) -> None:
-    widths, expected = LAYERS[name]
-    for form, tokens in expected.items():
-        assert {select_form(m, *widths) for m in tokens} == {form}
-        assert {select_form(m, *widths, batch_invariant=True) for m in tokens} == {"prefill"}
+def test_form_follows_tokens_and_widths(name: str, limits: FormLimits) -> None:
+    widths = LAYERS[name]
+    for form, tokens in SERVES[limits][name].items():
+        assert {select_form(m, *widths, limits=limits) for m in tokens} == {form}
+        assert {select_form(m, *widths, batch_invariant=True, limits=limits) for m in tokens} == {"prefill"}
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_launch_does_not_serve_weights_on_the_input(name: str) -> None:
-    widths, _ = LAYERS[name]
+    widths = LAYERS[name]
     forms = [select_form(m, *widths, router_weight_on_input=True) for m in range(1, 65)]
     assert forms[0] == "decode" and "single" not in forms
 

@@ -15,7 +15,7 @@ from fp8_backend.bench.moe_shapes import MoeShape, Routing, route
 from fp8_backend.bench.peers import reason_of
 from fp8_backend.bench.stream import read_bytes_per_us
 from fp8_backend.errors import DriverError
-from fp8_backend.kernels.experts import select_form
+from fp8_backend.kernels.experts import form_limits, select_form
 from fp8_backend.kernels.reference import relative_error
 from fp8_backend.measure.accuracy import LIMIT_RATIO, LIMIT_SLACK
 from fp8_backend.measure.timing import Captured, capture, interleaved_us
@@ -111,7 +111,7 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
             _still_alive(name, cell, failure)
     verified = verify(arms["ours"], rows, truth, errors.get("triton"))
     us = interleaved_us(arms)
-    ours_us = us["ours"]
+    ours_us, widths = us["ours"], (shape.top_k, shape.experts, shape.hidden, shape.intermediate)
     return {
         "model": shape.name,
         "tokens": tokens,
@@ -125,7 +125,7 @@ def measure(plan: Plan, layer: RandomExperts, peers: dict[str, MoePeer], tokens:
         **verified,
         "peer_rel_err": {name: errors[name] for name in NAMES if name in errors},
         "experts_hit": round(hit, 1),
-        "form": select_form(tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate),
+        "form": select_form(tokens, *widths, limits=form_limits(x.device.index)),
         "calls": count,
     }
 

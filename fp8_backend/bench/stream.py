@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from fp8_backend.kernels import driver, launcher
+from fp8_backend.kernels import launcher
+from fp8_backend.kernels.backend import memory_bytes_per_us
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.launcher import current_stream
 from fp8_backend.measure.timing import capture, interleaved_us
@@ -25,23 +25,13 @@ READ_SHARE = 0.915
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "u32"))
 
 
-@cache
 def read_bytes_per_us(device: int) -> float:
     """Return how many bytes a microsecond the GPU of this index reads from its memory at most.
 
     Raises:
         DriverError: the driver does not tell clock and width of the memory.
     """
-    wanted = driver.DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, driver.DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
-    found = [ctypes.c_int() for _ in wanted]
-    for value, attribute in zip(found, wanted, strict=True):
-        driver.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
-    return read_rate(*(value.value for value in found))
-
-
-def read_rate(clock_khz: int, width_bits: int) -> float:
-    """Return the bytes a microsecond that are read from memory of this clock, at two transfers each, and width."""
-    return READ_SHARE * 2 * clock_khz * 1e-3 * width_bits / 8
+    return READ_SHARE * memory_bytes_per_us(device)
 
 
 @cache

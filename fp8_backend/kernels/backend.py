@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
 
 from fp8_backend import settings
 from fp8_backend.errors import UnsupportedError
+from fp8_backend.kernels import driver
 
 CAPABILITY = (9, 0)  # Hopper: the kernels use wgmma and are compiled for sm_90a alone
 
@@ -51,3 +53,22 @@ def is_current(device: torch.device) -> bool:
 def num_sms(device: int) -> int:
     """Return the multiprocessors of a device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def memory_bytes_per_us(device: int) -> float:
+    """Return what clock and width of a device's memory allow: 4.92 million bytes a microsecond on an H200.
+
+    Raises:
+        DriverError: the driver does not tell.
+    """
+    wanted = driver.DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, driver.DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
+    found = [ctypes.c_int() for _ in wanted]
+    for value, attribute in zip(found, wanted, strict=True):
+        driver.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+    return memory_rate(*(value.value for value in found))
+
+
+def memory_rate(clock_khz: int, width_bits: int) -> float:
+    """Return the bytes a microsecond that memory of this clock, at two transfers each, and width moves."""
+    return 2 * clock_khz * 1e-3 * width_bits / 8

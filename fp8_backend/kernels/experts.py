@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import layout, reference
-from fp8_backend.kernels.backend import batch_invariant, is_current, runs_cuda_kernels
+from fp8_backend.kernels.backend import batch_invariant, is_current, memory_bytes_per_us, runs_cuda_kernels
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
 from fp8_backend.kernels.experts_decode import MAX_PAIRS, experts_decode
 from fp8_backend.kernels.experts_prefill import experts_prefill
@@ -22,14 +24,36 @@ Form = Literal["single", "decode", "prefill"]
 DECODE_ROWS_PER_EXPERT = 8
 # The decode form walks every (token, expert) pair; beyond this many tokens sorting them by expert is cheaper.
 MAX_DECODE_TOKENS = 64
-# The decode form gives a CTA hidden / 132 rows of every expert hit, the prefill form tiles of 128 columns of the first
-# GEMM: the fewer the rows and the more the tiles, the sooner the second is faster. Columns of h, of all experts hit,
-# for each column of x from where on it is: fitted to four layers at 1 to 64 tokens, on an H100. The form chosen is
-# 0.1 % slower than the better one on average, 1.5 % at most.
-PREFILL_COLUMNS = 5.5
-# One launch saves 2 to 4 us at one token over four, and streams large weights a little slower: bytes of the experts hit
-# up to where it is faster, by three layers at 1 to 8 tokens (benchmarks/results/h100/experts_parts.json).
-SINGLE_BYTES = 150_000_000
+
+
+@dataclass(frozen=True)
+class FormLimits:
+    """Where one form is the faster one, on GPUs of one kind of memory.
+
+    prefill_columns: the decode form gives a CTA hidden / 132 rows of every expert hit, the prefill form tiles of 128
+        columns of the first GEMM: the fewer the rows and the more the tiles, the sooner the second is faster. Columns
+        of h, of all experts hit, for each column of x from where on it is.
+    single_bytes, single_tokens: one launch saves a few microseconds, and streams large weights, and weights for more
+        tokens, a little slower: bytes of the experts hit, and tokens, up to where it is faster.
+    """
+
+    prefill_columns: float
+    single_bytes: int
+    single_tokens: int
+
+
+# Fitted to twelve layers at 1 to 64 tokens, on an H100 and an H200: the form chosen is 0.2 and 0.6 % slower than the
+# best one on average. Faster memory leaves the decode forms, bound by more than memory, less of their lead
+# (docs/kernel-notes-moe-decode.md, 2026-11-27).
+HBM3 = FormLimits(prefill_columns=5.5, single_bytes=150_000_000, single_tokens=8)
+HBM3E = FormLimits(prefill_columns=1.5, single_bytes=90_000_000, single_tokens=3)
+_FAST_MEMORY = 4.1e6  # bytes a microsecond: between an H100's 3.35 and an H200's 4.92 million
+
+
+@cache
+def form_limits(device: int) -> FormLimits:
+    """Return the limits for a device."""
+    return HBM3E if memory_bytes_per_us(device) > _FAST_MEMORY else HBM3
 
 
 def select_form(
@@ -40,6 +64,7 @@ def select_form(
     intermediate: int,
     batch_invariant: bool = False,
     router_weight_on_input: bool = False,
+    limits: FormLimits = HBM3E,
 ) -> Form:
     """Return which kernels serve m tokens: the one for very few, those for few rows an expert, or those for many.
 
@@ -51,15 +76,16 @@ def select_form(
         intermediate: columns of h, of one expert.
         batch_invariant: a token's bits must not depend on m: the form for many serves any m, in one order of sums.
         router_weight_on_input: a token's codes differ from expert to expert, which the form for very few cannot do.
+        limits: of the GPU.
     """
     if batch_invariant:
         return "prefill"
     few = m <= MAX_DECODE_TOKENS and m * top_k <= min(MAX_PAIRS, DECODE_ROWS_PER_EXPERT * num_groups)
     hit = num_groups * (1 - (1 - min(1.0, top_k / num_groups)) ** m)  # experts, where all are as likely
-    small = hit * 3 * hidden * intermediate <= SINGLE_BYTES
+    small = m <= limits.single_tokens and hit * 3 * hidden * intermediate <= limits.single_bytes
     if small and not router_weight_on_input and fits(m, top_k, hidden, intermediate):
         return "single"
-    filled = hit * intermediate > PREFILL_COLUMNS * hidden
+    filled = hit * intermediate > limits.prefill_columns * hidden
     return "decode" if m == 1 or (few and not filled) else "prefill"
 
 
@@ -129,7 +155,8 @@ def fp8_experts(
     expert_map = None if expert_map is None else expert_map.to(torch.int32)
     (m, hidden), top_k, intermediate = x.shape, topk_ids.shape[1], w13.shape[2] // 2
     widths = top_k, w13.shape[0], hidden, intermediate
-    form = select_form(m, *widths, batch_invariant(), router_weight_on_input)
+    limits = form_limits(x.device.index)
+    form = select_form(m, *widths, batch_invariant(), router_weight_on_input, limits)
     launch(form, x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map, router_weight_on_input)
     return out
 
