@@ -180,6 +180,7 @@ def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: 
         "is_current": lambda device: True,
         "load": here.load,
         "machine": lambda device: machine,
+        "memory_bytes_per_us": lambda device: 3.35e6,  # of an H100
         "num_sms": lambda device: machine.num_sms,
         "runs_cuda_kernels": lambda device: True,
     }
