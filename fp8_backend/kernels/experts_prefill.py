@@ -8,7 +8,15 @@ from math import prod
 import torch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import grouped, grouped_gathered, grouped_sorted, launcher, quantize_sorted, routing
+from fp8_backend.kernels import (
+    grouped,
+    grouped_gathered,
+    grouped_sorted,
+    launcher,
+    quantize,
+    quantize_sorted,
+    routing,
+)
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.quantize import ELEMENT_TYPES, per_token_group_quant
@@ -144,7 +152,7 @@ def experts_prefill(
 def _quantise(x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes and scales of tokens, or, where they are weighted, of a row for each of their experts."""
     if weights is None:
-        return per_token_group_quant(x, beside=True)  # of the routing, which does not need it
+        return quantize.launch(x, beside=True)  # beside the routing, which does not need codes
     return per_token_group_quant((x.float()[:, None] * weights[:, :, None]).view(-1, x.shape[1]))
 
 

@@ -47,15 +47,13 @@ def vectorised(x: torch.Tensor) -> int:
     return int(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0)
 
 
-def per_token_group_quant(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row in groups of 128 columns to e4m3 with one float32 scale a group.
 
     Numerics: see `fp8_backend.kernels.reference.per_token_group_quant`; every backend gives the same bits.
 
     Args:
         x: [m, k] bfloat16, float16 or float32, any row stride.
-        beside: on a GPU, run at the same time as the kernel launched last, which must have waited for x before it let
-            others start; this one ends behind it.
 
     Returns:
         codes: [m, align(k, 128)] float8_e4m3fn, row-major; columns past k are zero.
@@ -70,7 +68,18 @@ def per_token_group_quant(x: torch.Tensor, beside: bool = False) -> tuple[torch.
         return reference.per_token_group_quant(x)
     if not is_current(x.device):
         with torch.cuda.device(x.device):
-            return per_token_group_quant(x, beside)
+            return per_token_group_quant(x)
+    return launch(x)
+
+
+def launch(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `per_token_group_quant` does, on the current GPU; nothing is checked.
+
+    Args:
+        x: [m, k] bfloat16, float16 or float32, contiguous columns.
+        beside: run at the same time as the kernel launched last, which must have waited for x before it let others
+            start; this one ends behind it.
+    """
     m, k = x.shape
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
@@ -101,7 +110,7 @@ def prepare(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> launch
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
     (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
-    beside: see `per_token_group_quant`.
+    beside: see `launch`.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
