@@ -101,23 +101,32 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
     assert engine.asked == untimed + worker.TIMED
 
 
-def test_a_start_up_says_what_it_leaves_out(tmp_path: Path) -> None:
-    name = setup.start_up_text(False, True)
-    (row,) = [row for row in report.rows("m", RUNS, None, name) if "start-up" in row.get("what", "")]
+def test_conditions_say_what_they_leave_out_and_reach_the_run(tmp_path: Path) -> None:
+    asked = setup.Conditions(deepgemm_warmup=False, caches=tmp_path, even_routing=True)
+    (row,) = [row for row in report.rows("m", RUNS, None, asked.start_up) if "start-up" in row.get("what", "")]
     assert report.name_of(row) == "start-up with kept caches without DeepGEMM's warm-up (s)"
-    assert setup.start_up_text(True, False) == "start-up"
-    assert setup.child_environment(tmp_path, False)["VLLM_DEEP_GEMM_WARMUP"] == "skip"
-    assert "VLLM_DEEP_GEMM_WARMUP" not in setup.child_environment(tmp_path)
+    assert setup.Conditions().start_up == "start-up" and asked.routing != setup.Conditions().routing
+    names = ("VLLM_DEEP_GEMM_WARMUP", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+    assert [setup.child_environment(tmp_path, asked)[name] for name in names] == ["skip", "uniform_random"]
+    assert not set(names) & setup.child_environment(tmp_path, setup.Conditions()).keys()
 
 
-def test_a_run_is_kept_with_its_way_to_start_alone(tmp_path: Path) -> None:
-    path = tmp_path / "run-1-default.json"
-    assert command.kept_run(path, "start-up") is None
-    path.write_text(json.dumps(RUNS[0] | {"start_up": setup.start_up_text(False, False)}))
-    assert command.kept_run(path, setup.start_up_text(False, False)) is not None
-    assert command.kept_run(path, "start-up") is None
-    path.write_text(json.dumps(run(1, "default", 4.0, 120.0, "killed") | {"start_up": "start-up"}))
-    assert command.kept_run(path, "start-up") is None
+def test_a_run_is_kept_under_its_own_conditions_alone(tmp_path: Path) -> None:
+    path, plain = tmp_path / "run-1-default.json", setup.Conditions()
+    assert command.kept_run(path, plain) is None
+    cold = setup.Conditions(deepgemm_warmup=False)
+    path.write_text(json.dumps(RUNS[0] | {"start_up": cold.start_up, "routing": cold.routing}))
+    assert command.kept_run(path, cold) is not None
+    assert command.kept_run(path, plain) is None
+    assert command.kept_run(path, setup.Conditions(deepgemm_warmup=False, even_routing=True)) is None
+    killed = run(1, "default", 4.0, 120.0, "killed")
+    path.write_text(json.dumps(killed | {"start_up": plain.start_up, "routing": plain.routing}))
+    assert command.kept_run(path, plain) is None
+
+
+def test_no_kl_of_experts_drawn_at_random() -> None:
+    found = command._kl(RUNS, None, None, setup.Conditions(even_routing=True))  # type: ignore[arg-type]
+    assert found == "not measured: experts are drawn anew in each run"
 
 
 def test_rows() -> None:
@@ -272,7 +281,7 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     found = setup.prepare(checkpoint, None, tmp_path / "scratch")
     request = command.request_for(_arguments(checkpoint), found)
     caches = tmp_path / "caches"
-    done = command.run_arm("ours", 1, found, request, tmp_path, 300, kept_caches=caches)
+    done = command.run_arm("ours", 1, found, request, tmp_path, 300, setup.Conditions(caches=caches))
     assert done["failure"] is None and done["start_up"] == "start-up with kept caches"
     assert any(caches.iterdir()), "nothing was kept"
     answer = done["answer"]

@@ -15,7 +15,7 @@ from typing import Any
 from fp8_backend.ab import report
 from fp8_backend.ab.logs import selection_lines
 from fp8_backend.ab.models import CONFIGS, find_model
-from fp8_backend.ab.setup import Setup, child_environment, engine_arguments, prepare, start_up_text
+from fp8_backend.ab.setup import Conditions, Setup, child_environment, engine_arguments, prepare
 from fp8_backend.ab.worker import Request
 from fp8_backend.errors import ArgumentError, UnsupportedError
 from fp8_backend.measure.child import run_child, stop_children_on_signals
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep compile caches here and let runs share them: from an arm's second run on its start-up is a warm "
         "one, and the start-up time says so",
+    )
+    parser.add_argument(
+        "--even-routing",
+        action="store_true",
+        help="of both arms: vLLM draws each token's experts at random. Routers of dummy weights send most tokens to "
+        "the same few, and which these are depends on the last bits of either arm's numbers",
     )
     parser.add_argument("--run-limit", type=float, default=900, metavar="S", help="seconds after which a run is ended")
     parser.add_argument("--deadline", type=float, metavar="S", help="seconds after which no run is started")
@@ -114,13 +120,9 @@ def run_arm(
     request: Request,
     out: Path,
     limit_s: float,
-    deepgemm_warmup: bool = True,
-    kept_caches: Path | None = None,
+    conditions: Conditions,
 ) -> dict[str, Any]:
-    """Run one arm in a process of its own; return what it measured and what its log says.
-
-    kept_caches: where the caches of compiled kernels stay; None: in a folder that is gone after the run.
-    """
+    """Run one arm in a process of its own; return what it measured and what its log says."""
     request.engine = engine_arguments(setup, arm, request)
     name = f"run-{number}-{arm}"
     asked, answer, log = (out / f"{name}{suffix}" for suffix in (".request.json", ".answer.json", ".log"))
@@ -128,28 +130,31 @@ def run_arm(
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "fp8_backend.ab.worker", str(asked), str(answer)]
     with tempfile.TemporaryDirectory(prefix="fp8-ab-") as caches:
-        environment = child_environment(kept_caches or Path(caches), deepgemm_warmup)
+        environment = child_environment(conditions.caches or Path(caches), conditions)
         failure = run_child(command, log, limit_s, environment)
     found = json.loads(answer.read_text()) if answer.exists() else {"tpot_ms": {}, "prefill_ms": {}}
     if found.get("done"):
         failure = None  # everything was measured; how the process ended does not matter
     lines = selection_lines(log.read_text(errors="replace"))
     run = {"number": number, "arm": arm, "failure": failure, "selection": lines, "answer": found}
-    run["start_up"] = start_up_text(deepgemm_warmup, kept_caches is not None)
+    run |= {"start_up": conditions.start_up, "routing": conditions.routing}
     (out / f"{name}.json").write_text(json.dumps(run))
     return run
 
 
-def kept_run(path: Path, start_up: str) -> dict[str, Any] | None:
-    """Return the run that `run_arm` wrote here, or None if none ended well, or one that started another way."""
+def kept_run(path: Path, conditions: Conditions) -> dict[str, Any] | None:
+    """Return the run that `run_arm` wrote here, or None if none ended well, or one under other conditions."""
     if not path.exists():
         return None
     run: dict[str, Any] = json.loads(path.read_text())
-    return run if run["failure"] is None and run.get("start_up") == start_up else None
+    asked = {"failure": None, "start_up": conditions.start_up, "routing": conditions.routing}
+    return run if asked.items() <= run.items() else None
 
 
-def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | str:
+def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request, conditions: Conditions) -> float | str:
     """Return the mean KL between the first complete run of each arm, or why there is none."""
+    if conditions.even_routing:
+        return "not measured: experts are drawn anew in each run"
     if not setup.has_weights:
         return "not measured: dummy weights, whose logits mean nothing"
     first: dict[str, list[dict[str, float]]] = {}
@@ -164,12 +169,13 @@ def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request) -> float | s
     return f"at least {kl:.6f} (the {LIKELIEST} likeliest tokens of either arm, the others as one)"
 
 
-def _start_up(arguments: argparse.Namespace) -> str:
-    return start_up_text(not arguments.skip_deepgemm_warmup, arguments.caches is not None)
+def _conditions(arguments: argparse.Namespace) -> Conditions:
+    caches = arguments.caches.resolve() if arguments.caches else None
+    return Conditions(not arguments.skip_deepgemm_warmup, caches, arguments.even_routing)
 
 
 def _result(
-    arguments: argparse.Namespace, setup: Setup, request: Request, runs: list[dict[str, Any]], env: dict[str, Any]
+    conditions: Conditions, setup: Setup, request: Request, runs: list[dict[str, Any]], env: dict[str, Any]
 ) -> dict[str, Any]:
     no_verdict = report.why_no_verdict(runs, setup.default_is_fp8)
     shown = [{**run, "answer": {k: v for k, v in run["answer"].items() if k != "distributions"}} for run in runs]
@@ -178,11 +184,12 @@ def _result(
         "model": setup.model.name,
         "default": setup.default_text,
         "weights": "those of the checkpoint" if setup.has_weights else "dummy (no safetensors in the folder)",
+        "routing": conditions.routing,
         "order": " ".join(run["arm"] for run in runs),
-        "kl": _kl(runs, setup, request),
+        "kl": _kl(runs, setup, request, conditions),
         "no_verdict": no_verdict,
         "runs": shown,
-        "rows": report.rows(setup.model.name, runs, no_verdict, _start_up(arguments)),
+        "rows": report.rows(setup.model.name, runs, no_verdict, conditions.start_up),
     }
 
 
@@ -211,14 +218,15 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     env = {**environment(arguments.commit), "missing_runs": []}
     runs: list[dict[str, Any]] = []
-    caches = arguments.caches.resolve() if arguments.caches else None
+    conditions = _conditions(arguments)
     with tempfile.TemporaryDirectory(prefix="fp8-ab-twin-") as scratch:
         # What vLLM keeps of torch.compile holds for a model's path: one that is named needs the same in the next call.
-        setup = prepare(find_model(arguments.model, caches or Path(scratch)), arguments.kv_gib, Path(scratch))
+        model = find_model(arguments.model, conditions.caches or Path(scratch))
+        setup = prepare(model, arguments.kv_gib, Path(scratch))
         request = request_for(arguments, setup)
         print(f"{setup.model.name}: default arm is {setup.default_text}", flush=True)
         for number, arm in enumerate(ORDER * arguments.rounds, 1):
-            if arguments.resume and (run := kept_run(out / f"run-{number}-{arm}.json", _start_up(arguments))):
+            if arguments.resume and (run := kept_run(out / f"run-{number}-{arm}.json", conditions)):
                 runs.append(run)
                 print(f"run {number}, {arm}: kept", flush=True)
                 continue
@@ -226,11 +234,10 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.deadline and start > begin + arguments.deadline:
                 env["missing_runs"].append(f"run {number}, {arm}: not started before --deadline; use --resume")
                 continue
-            warmup = not arguments.skip_deepgemm_warmup
-            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, warmup, caches))
+            runs.append(run_arm(arm, number, setup, request, out, arguments.run_limit, conditions))
             _say(runs[-1], time.monotonic() - start)
-            write_json(out / "e2e.json", _result(arguments, setup, request, runs, env))
-    result = _result(arguments, setup, request, runs, env)
+            write_json(out / "e2e.json", _result(conditions, setup, request, runs, env))
+    result = _result(conditions, setup, request, runs, env)
     write_json(out / "e2e.json", result)
     _write(result, out)
     failed = [run for run in runs if run["failure"] is not None]

@@ -66,7 +66,7 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Return one row for each batch, prefill, start-up time and peak memory.
 
-    start_up: what the start-up times are called (`setup.start_up_text`).
+    start_up: what the start-up times are called (`setup.Conditions.start_up`).
     """
     complete = [run["answer"] | {"arm": run["arm"]} for run in runs if run["failure"] is None]
 
@@ -115,7 +115,9 @@ def markdown(result: dict[str, Any]) -> str:
     env = result["env"]
     where = (env["gpu"] or {}).get("name") or f"CPU, {env['cpus']} cores: shows that it works, not how fast a GPU is"
     lines = [f"# {result['model']}: default backend and fp8_backend", "", f"On {where}. `{env['command']}`", ""]
-    lines += [f"Default arm: {result['default']}. Weights: {result['weights']}. Runs: {result['order']}.", ""]
+    said = [f"Default arm: {result['default']}", f"Weights: {result['weights']}", f"Runs: {result['order']}"]
+    said += [f"Routing: {result['routing']}"] if "routing" in result else []  # not in results of before
+    lines += [". ".join(said) + ".", ""]
     lines += ["| | default | ours | default / ours | verdict | runs |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         default, ours = (next((row[key] for key in row if key.startswith(arm)), None) for arm in ("default_", "ours_"))

@@ -102,19 +102,36 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
     return common | {"gpu_memory_utilization": 0.05, "enforce_eager": True}
 
 
-def start_up_text(deepgemm_warmup: bool, kept_caches: bool) -> str:
-    """Return what a start-up time is called: its name says what such a start leaves out."""
-    parts = ["start-up", *["with kept caches"] * kept_caches, *["without DeepGEMM's warm-up"] * (not deepgemm_warmup)]
-    return " ".join(parts)
-
-
-def child_environment(caches: Path, deepgemm_warmup: bool = True) -> dict[str, str]:
-    """Return what a run's environment adds: where its compile caches are, and nothing asked online.
+@dataclass(frozen=True)
+class Conditions:
+    """How the runs of both arms are started.
 
     deepgemm_warmup: whether vLLM may compile DeepGEMM's kernels for every number of tokens as it starts.
+    caches: where the caches of compiled kernels stay; None: each run has its own, which is gone after it.
+    even_routing: whether vLLM draws the experts of a token at random, and does not ask the router.
     """
+
+    deepgemm_warmup: bool = True
+    caches: Path | None = None
+    even_routing: bool = False
+
+    @property
+    def start_up(self) -> str:
+        """What a start-up time is called: its name says what such a start leaves out."""
+        kept, left_out = self.caches is not None, not self.deepgemm_warmup
+        return " ".join(["start-up", *["with kept caches"] * kept, *["without DeepGEMM's warm-up"] * left_out])
+
+    @property
+    def routing(self) -> str:
+        """Who chooses a token's experts."""
+        return "experts drawn at random, evenly" if self.even_routing else "experts as the model's routers choose"
+
+
+def child_environment(caches: Path, conditions: Conditions) -> dict[str, str]:
+    """Return what a run's environment adds: where its compile caches are, and nothing asked online."""
     return {
-        **({} if deepgemm_warmup else {"VLLM_DEEP_GEMM_WARMUP": "skip"}),
+        **({} if conditions.deepgemm_warmup else {"VLLM_DEEP_GEMM_WARMUP": "skip"}),
+        **({"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"} if conditions.even_routing else {}),
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "DG_JIT_CACHE_DIR": str(caches / "deep_gemm"),
         "TRTLLM_DG_CACHE_DIR": str(caches / "tensorrt_llm"),
