@@ -56,6 +56,7 @@ template <u32 kSlices, class Layout> DEVICE void multiply_blocks(float (&sum)[2]
             wgmma_wait<0>();
             fence_registers(partial);
             if (slice == kSlices - 1) {  // nothing reads this stage any more
+                __syncwarp();  // all lanes have read its scales
                 barrier_arrive_after_words(empty + 8 * s, low, high, releases);
                 ring.advance(num_stages);
                 if (block + 1 < k_blocks) {  // the next rows are on their way while this block is promoted
