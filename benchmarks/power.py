@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.sustained import Sample, sampling, sustain
 from fp8_backend.bench import peers
 from fp8_backend.bench.moe import route_on_gpu
 from fp8_backend.bench.moe_grouped import GroupedWeight
@@ -43,7 +39,6 @@ THREADS = 256
 GEMMS = ((4096, 5120, 25600), (8192, 7168, 16384), (8192, 4096, 7168))  # m, n, k; the first: the fastest of dense.json
 GROUPED = ((256, 256, 4096, 7168), (4, 8192, 4096, 7168))  # groups, rows of each, n, k
 TOKENS = 8192
-INTERVAL_MS = 50
 Arm = tuple[str, Callable[[], object], float]  # name, a call, its floating-point operations
 
 
@@ -53,52 +48,12 @@ def tensor_core_spec(promote: bool) -> KernelSpec:
     return KernelSpec(file, "tensor_core", (("PROMOTE", int(promote)),))
 
 
-@contextmanager
-def sampling() -> Iterator[list[tuple[float, float, float]]]:
-    """Yield a list that fills with (time.monotonic(), MHz of the multiprocessors, watts) meanwhile."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
-    process = subprocess.Popen(
-        [*query, f"--loop-ms={INTERVAL_MS}", f"--id={torch.cuda.current_device()}"], stdout=subprocess.PIPE, text=True
-    )
-    found: list[tuple[float, float, float]] = []
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            mhz, watts = map(float, line.split(","))
-            found.append((time.monotonic(), mhz, watts))
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        yield found
-    finally:
-        process.kill()
-        process.wait()
-
-
-def measure(arm: Arm, seconds: float, samples: list[tuple[float, float, float]]) -> dict[str, Any]:
+def measure(arm: Arm, seconds: float, samples: list[Sample]) -> dict[str, Any]:
     """Run an arm and return its row."""
     name, call, operations = arm
-    call()
-    torch.cuda.synchronize()
-    start = time.monotonic()
-    while time.monotonic() < start + seconds / 2:
-        call()
-        torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    calls, middle = 0, time.monotonic()
-    begin.record()
-    while time.monotonic() < middle + seconds / 2:
-        for _ in range(4):
-            call()
-        calls += 4
-        torch.cuda.synchronize()
-    end.record()
-    torch.cuda.synchronize()
-    us = begin.elapsed_time(end) / calls * 1e3
-    during = [sample[1:] for sample in samples if middle < sample[0] < time.monotonic()]
-    mhz, watts = (round(statistics.fmean(values)) for values in zip(*during, strict=True))
-    return {"arm": name, "us": round(us, 1), "tflops": round(operations / us / 1e6), "mhz": mhz, "watts": watts}
+    found = sustain(call, seconds, samples)
+    tflops = round(operations / found.us / 1e6)
+    return {"arm": name, "us": round(found.us, 1), "tflops": tflops, "mhz": found.mhz, "watts": found.watts}
 
 
 def tensor_core_arms() -> Iterator[Arm]:

@@ -1,10 +1,12 @@
 """Time edited copies of the GEMM's device code beside the code in use and DeepGEMM.
 
     cp -r fp8_backend/kernels/cuda FOLDER       # and edit gemm.cuh in it
-    python -m benchmarks.variants FOLDER [FOLDER ...] [--problems 4096x7168x2048,...] [--json variants.json]
+    python -m benchmarks.variants FOLDER [FOLDER ...] [--problems 4096x7168x2048,...] [--seconds 1] [--json OUT.json]
 
 A problem is m x n x k. Each is timed in the configuration that is chosen for it, weights cold from memory, the GEMM
-alone, all arms in turns; outputs are poisoned and compared bit for bit with those of the code in use.
+alone, all arms in turns; outputs are poisoned and compared bit for bit with those of the code in use. With --seconds
+each arm runs for so long on end, twice, in the order A B B A, and its clock and power are told: many rows are bound by
+the power limit then (docs/kernel-notes-power.md).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.sustained import Sample, sampling, sustain
 from fp8_backend.bench import peers
 from fp8_backend.bench.dense import calls_for
 from fp8_backend.bench.operands import RandomLinear
@@ -84,7 +88,18 @@ def captured(
     return capture([partial(call, index) for index in range(count)])
 
 
-def measure(problem: Problem, folders: dict[str, Path], deepgemm: ModuleType | None) -> dict[str, Any]:
+def sustained(arms: dict[str, Captured], seconds: float, samples: list[Sample]) -> dict[str, list[Any]]:
+    """Return microseconds, MHz and watts of two runs of each arm, there and back again."""
+    found: dict[str, list[Any]] = {name: [] for name in arms}
+    for name in (*arms, *reversed(arms)):
+        ran = sustain(arms[name].graph.replay, seconds, samples)
+        found[name].append([round(ran.us / len(arms[name].outputs), 2), ran.mhz, ran.watts])
+    return found
+
+
+def measure(
+    problem: Problem, folders: dict[str, Path], deepgemm: ModuleType | None, seconds: float, samples: list[Sample]
+) -> dict[str, Any]:
     """Return a row: microseconds of every arm, and the arms that wrote other bits than the code in use."""
     m, n, k = problem
     weight = RandomLinear(n, k, bf16=False, plain=deepgemm is not None)
@@ -103,10 +118,13 @@ def measure(problem: Problem, folders: dict[str, Path], deepgemm: ModuleType | N
         ]
         arms["deepgemm"] = capture(calls)
     us = {name: round(value, 2) for name, value in interleaved_us(arms, ROUNDS).items()}
-    return {"m": m, "n": n, "k": k, "choice": str(choice), "us": us, "differ": differ}
+    row = {"m": m, "n": n, "k": k, "choice": str(choice), "us": us, "differ": differ}
+    return row | {"on_end": sustained(arms, seconds, samples)} if seconds else row
 
 
-def run(problems: list[Problem], folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+def run(
+    problems: list[Problem], folders: dict[str, Path], seconds: float, samples: list[Sample]
+) -> Iterator[dict[str, Any]]:
     """Compile every kernel that is needed, on all cores, and yield the rows."""
     machine = gemm.machine(torch.cuda.current_device())
     configs = {heuristics.select_gemm(GemmProblem(*problem, machine)).config for problem in problems}
@@ -118,7 +136,7 @@ def run(problems: list[Problem], folders: dict[str, Path]) -> Iterator[dict[str,
         print(f"deepgemm is absent: {error}")
         deepgemm = None
     for problem in problems:
-        yield measure(problem, folders, deepgemm)
+        yield measure(problem, folders, deepgemm, seconds, samples)
         torch.cuda.empty_cache()
 
 
@@ -127,16 +145,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.variants", description="Time edits of the GEMM.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="copy of fp8_backend/kernels/cuda")
     parser.add_argument("--problems", default=PROBLEMS, help="MxNxK,...")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each arm on end, too; 0: not")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
     folders = {"in use": CUDA_FOLDER, **{folder.name: folder.resolve() for folder in arguments.folders}}
     result: dict[str, Any] = {"env": environment(arguments.commit), "rows": []}
-    for row in run(parse_problems(arguments.problems), folders):
-        result["rows"].append(row)
-        print(row, flush=True)
-        if arguments.json:
-            write_json(arguments.json, result)
+    watched: AbstractContextManager[list[Sample]] = sampling() if arguments.seconds else nullcontext([])
+    with watched as samples:
+        for row in run(parse_problems(arguments.problems), folders, arguments.seconds, samples):
+            result["rows"].append(row)
+            print(row, flush=True)
+            if arguments.json:
+                write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

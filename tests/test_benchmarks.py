@@ -149,6 +149,26 @@ def test_variants_are_timed_on_problems_and_compiled_from_their_folder(tmp_path)
     assert keys[0] == cache_key(GEMM_CONFIGS[0].spec()) != keys[1]
 
 
+def test_the_tensor_core_by_itself_compiles_without_spills_or_serialised_products():
+    from benchmarks.power import tensor_core_spec
+    from fp8_backend.kernels.compiler import compile_kernel
+
+    for promote in (False, True):
+        compiled = compile_kernel(tensor_core_spec(promote))
+        assert compiled.spill_bytes == 0 and not compiled.warnings
+
+
+@pytest.mark.gpu
+def test_work_on_end_is_told_with_clock_and_power():
+    from benchmarks.power import measure, tensor_core_arms
+    from benchmarks.sustained import sampling
+
+    with sampling() as samples:
+        row = measure(next(tensor_core_arms()), 0.6, samples)
+    assert row["arm"].startswith("products of random codes") and row["tflops"] > 500
+    assert 300 < row["mhz"] < 2100 and row["watts"] > 100
+
+
 def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
     from benchmarks.merge import merged
 
