@@ -131,7 +131,8 @@ def child_environment(caches: Path, conditions: Conditions) -> dict[str, str]:
     """Return what a run's environment adds: where its compile caches are, and nothing asked online."""
     return {
         **({} if conditions.deepgemm_warmup else {"VLLM_DEEP_GEMM_WARMUP": "skip"}),
-        **({"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"} if conditions.even_routing else {}),
+        # Said in either case: the caller's environment may have it, and the report says who chooses.
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random" if conditions.even_routing else "",
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "DG_JIT_CACHE_DIR": str(caches / "deep_gemm"),
         "TRTLLM_DG_CACHE_DIR": str(caches / "tensorrt_llm"),
