@@ -1,5 +1,5 @@
 // The tensor core by itself: what gemm.cuh does with a tile of 256 x 128, k-block by k-block, with operands that stay in shared memory. Two math
-// warpgroups own 64 rows of each half of the tile; nothing is fetched and nothing written, so this is the most that such a loop can give.
+// warpgroups own 64 rows of each half of the tile; nothing is fetched and nothing written.
 //
 // PROMOTE = 1: a k-block's products are scaled into sums in registers, as block scales want it. 0: the tensor core adds up, and is never waited for to the end.
 #include "wgmma.cuh"

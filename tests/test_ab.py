@@ -293,13 +293,17 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(rows.exp().sum(dim=1), torch.ones(190, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
-def test_kept_caches_hold_a_named_model_and_name_the_start_up(tmp_path: Path) -> None:
+def test_kept_caches_hold_a_named_model_and_the_page_names_all_conditions(tmp_path: Path) -> None:
     caches, out = tmp_path / "caches", tmp_path / "out"
-    for _ in range(2):  # as well where the first call has left the model
-        assert cli.main(["ab", "qwen3-8b", "--caches", str(caches), "--out", str(out), "--deadline", "1e-9"]) == 1
-    assert (caches / "qwen3-8b" / "config.json").is_file()
+    call = ["ab", "qwen3-8b", "--caches", str(caches), "--out", str(out), "--deadline", "1e-9"]
+    assert cli.main(call) == 1
     page = (out / "report.md").read_text()
-    assert "start-up with kept caches (s)" in page
+    assert "start-up with kept caches (s)" in page and "Routing: experts as the model's routers choose." in page
+    assert cli.main([*call, "--even-routing", "--skip-deepgemm-warmup"]) == 1  # as well where the model is there
+    page = (out / "report.md").read_text()
+    assert "start-up with kept caches without DeepGEMM's warm-up (s)" in page
+    assert "Routing: experts drawn at random, evenly." in page and "not measured: experts are drawn anew" in page
+    assert (caches / "qwen3-8b" / "config.json").is_file()
 
 
 def test_a_recorded_result_is_reported_into_a_new_folder(tmp_path: Path) -> None:
