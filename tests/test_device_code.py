@@ -105,7 +105,9 @@ def test_every_lane_may_arrive(folder, monkeypatch):
         sanitize.let_every_lane_arrive()
         for m in (1, 70):
             assert reference.relative_error(gemm.fp8_linear(x[:m], *weight, n), expected[:m]) < BF16_ERROR
-        assert {spec.file for spec, _ in machine.loaded} == {"quantize.cuh", "decode.cuh", "gemm.cuh"}
+        call_of_pairs(monkeypatch)
+        files = {"quantize.cuh", "decode.cuh", "gemm.cuh", "runs.cuh", "grouped_sorted.cuh"}
+        assert {spec.file for spec, _ in machine.loaded} == files
         assert all(("EVERY_LANE_ARRIVES", 1) in spec.defines for spec, _ in machine.loaded)
 
 
@@ -489,6 +491,28 @@ def test_producers_that_wait_for_what_is_over_are_found(folder, tmp_path):
     ):
         for machine.seed in range(64):
             call_of_narrow_tiles(machine.seed)
+
+
+# Three and two tiles of 128 rows: clusters that share weights, and, for the third, rows.
+def call_of_pairs(monkeypatch):
+    monkeypatch.setattr(grouped_sorted, "EXTENDED_ROWS", 0)
+    indices, (n, k) = torch.tensor([0] * 300 + [1] * 150, dtype=torch.int32), (520, 7 * BLOCK)
+    codes, scale, *packed = make_experts(2, n, k)
+    x, out = torch.randn(len(indices), k, dtype=torch.bfloat16), torch.full((len(indices), n), float("nan"))
+    m_grouped.m_grouped_fp8_gemm_nt_contiguous(reference.per_token_group_quant(x), packed, out, indices)
+    for group in range(2):
+        rows = indices == group
+        assert reference.relative_error(out[rows], truth(x[rows], codes[group], scale[group])) < BF16_ERROR
+
+
+# What one CTA of a cluster fetches lands in the other, too.
+def test_stages_that_the_other_cta_still_reads_are_found(folder, tmp_path, monkeypatch):
+    right = "arrive_for_warp_at_ranks<CLUSTER>(at.empty + 8 * s, low, high, lane);"
+    wrong = "barrier_arrive_after_words(at.empty + 8 * s, low, high, lane < CLUSTER);"
+    sources = planted(tmp_path, "grouped_sorted.cuh", right, wrong)
+    with emulated(folder, MACHINE, sources) as machine, pytest.raises((AssertionError, EmulationError)):
+        for machine.seed in range(4):
+            call_of_pairs(monkeypatch)
 
 
 # Lanes of a warp need not go on together: the one that releases a stage for all must not leave others at its barrier.

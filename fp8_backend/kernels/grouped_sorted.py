@@ -28,13 +28,18 @@ class SortedConfig:
     """One compiled form of grouped_sorted.cuh.
 
     gated: the first GEMM of experts, with silu(gate) * up and its quantisation; otherwise a plain GEMM.
-    extended: for tiles that take up to EXTRA_ROWS rows more; otherwise a shorter kernel for few rows, whose tiles have
-        128 rows at most.
+    extended: for groups of many rows: tiles that take up to EXTRA_ROWS rows more, and clusters that take two of them;
+        otherwise a shorter kernel, whose tiles have 128 rows at most.
     """
 
     gated: bool
     extended: bool = True
     num_stages: int = 4
+
+    @property
+    def cluster(self) -> int:
+        """CTAs that share weights or rows."""
+        return 2 if self.extended else 1
 
     @property
     def tile_columns(self) -> int:
@@ -50,7 +55,8 @@ class SortedConfig:
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = (("GATED", int(self.gated)), ("EXTENDED", int(self.extended)), ("NUM_STAGES", self.num_stages))
+        form = ("GATED", int(self.gated)), ("EXTENDED", int(self.extended))
+        defines = (*form, ("NUM_STAGES", self.num_stages), ("CLUSTER", self.cluster))
         return KernelSpec("grouped_sorted.cuh", "grouped_sorted", defines)
 
 
@@ -110,10 +116,11 @@ def launch(
     """
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
     row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device)
-    run = select_run(row_tiles, columns, weight.shape[1], sms)
+    run = 1 if config.cluster > 1 else select_run(row_tiles, columns, weight.shape[1], sms)
+    most_items = row_tiles * ceil_div(columns, run if config.cluster == 1 else config.cluster)
     maps = (row_major_map(a.stride(0), a.shape[0], weight.shape[1], rows) for rows in (_BOX_ROWS, EXTRA_ROWS))
     kernel(config, device).launch(
-        (min(sms, row_tiles * ceil_div(columns, run)), 1, 1),
+        (min(sms // config.cluster, most_items) * config.cluster, 1, 1),
         _THREADS,
         config.shared_bytes,
         (
@@ -141,4 +148,5 @@ def launch(
         ),
         launcher.current_stream(device),
         pdl=True,
+        cluster=config.cluster,
     )

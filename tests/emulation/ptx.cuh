@@ -75,6 +75,7 @@ DEVICE void barrier_arrive_after(u32 barrier, float) { barrier_arrive(barrier); 
 DEVICE void barrier_arrive_after_words(u32 barrier, float, float, u32 arrives) {
     if (arrives) barrier_arrive(barrier);
 }
+DEVICE void barrier_arrive_remote_after_words(u32 barrier, float first, float second, u32 arrives) { barrier_arrive_after_words(barrier, first, second, arrives); }
 DEVICE void named_barrier(u32 id, u32 threads) { emulation::meet(emulation::cta().named[id], threads, "a named barrier"); }
 DEVICE void named_barrier_arrive(u32 id, u32 threads) {
     emulation::Meeting& meeting = emulation::cta().named[id];
@@ -148,6 +149,19 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
         emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
     });
 }
+DEVICE void bulk_copy_multicast(u32 target, const void* source, u32 bytes, u32 barrier, u16 ranks) {
+    if (bytes == 0 || bytes % 16 || target % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk copy that is not in units of 16 bytes");
+    for (u32 rank = 0; rank < cluster_size(); ++rank) {
+        if (!(ranks >> rank & 1)) continue;
+        emulation::Cta& of = *emulation::machine->ctas[rank];
+        emulation::begin_write(of, target, bytes);
+        emulation::machine->engine.push_back([=, &of] {
+            std::memcpy(emulation::at(of, target, bytes), source, bytes);
+            emulation::end_write(of, target, bytes);
+            emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
+        });
+    }
+}
 
 DEVICE void prefetch_l2(const void* source, u32 bytes) {
     if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk prefetch that is not in units of 16 bytes");
@@ -185,6 +199,20 @@ DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u
         emulation::end_write(of, target, bytes);
         emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
     });
+}
+DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier, u16 ranks) {
+    const TensorMap described = *map;
+    const u32 bytes = described.box[0] * described.box[1] * described.box[2] * described.element;
+    for (u32 rank = 0; rank < cluster_size(); ++rank) {
+        if (!(ranks >> rank & 1)) continue;
+        emulation::Cta& of = *emulation::machine->ctas[rank];
+        emulation::begin_write(of, target, bytes);
+        emulation::machine->engine.push_back([=, &of] {  // one after the other: it may land here long before it does there
+            copy_box(of, target, described, x, y, z);
+            emulation::end_write(of, target, bytes);
+            emulation::barrier_at(of, barrier).arrive(0, -static_cast<i64>(bytes));
+        });
+    }
 }
 DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
     emulation::Fiber& fiber = emulation::self();

@@ -12,3 +12,12 @@ DEVICE bool arrives_for_warp(u32) { return true; }
 constexpr u32 kArrivalsOfWarp = 1;
 DEVICE bool arrives_for_warp(u32 lane) { return lane == 0; }
 #endif
+
+// The same at the barrier of each of the first kRanks CTAs of the cluster, after two words have been loaded.
+template <u32 kRanks> DEVICE void arrive_for_warp_at_ranks(u32 barrier, float first, float second, u32 lane) {
+#ifdef EVERY_LANE_ARRIVES
+    for (u32 rank = 0; rank < kRanks; ++rank) barrier_arrive_remote_after_words(map_to_rank(barrier, rank), first, second, true);
+#else
+    barrier_arrive_remote_after_words(map_to_rank(barrier, lane % kRanks), first, second, lane < kRanks);
+#endif
+}

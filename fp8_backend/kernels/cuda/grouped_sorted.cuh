@@ -13,6 +13,10 @@
 //   narrow    up to 64 rows: both own all rows; GATED each 64 columns of both slices, else each a slice.
 // An element's gate and up always meet in one thread; the largest magnitudes of a row meet in shared memory where two warpgroups have parts of it.
 //
+// CLUSTER = 2: clusters of two CTAs take tiles together: two of a group's tiles of rows in the same column, whose weights each CTA fetches for both in every other
+//            k-block (multicast), or where a band has one left over, that one in two columns, and its rows are shared; scales go the same way. So 34 KiB a
+//            k-block and CTA come from L2, not 50. A stage is empty when the math warps of both have read it; rank 0 draws the tickets.
+//
 // Persistent CTAs take tiles by tickets. Warp roles:
 //   warpgroup 0     producers, a lane each: warp 0 weights and tickets; warp 1 rows; warp 2 scales, and it says what the tile is.
 //   warpgroups 1, 2 math, with the loop of gemm.cuh.
@@ -25,7 +29,9 @@ constexpr u32 kTileRows = 128, kNarrowRows = 64, kExtraRows = 16;
 constexpr u32 kBytesRows = (kTileRows + kExtraRows) * kBlockK, kStageBytes = kBytesRows + 2 * kBytesHalf;
 constexpr u32 kScaleRows = kTileRows + kExtraRows + 4;  // tiles start at any row, copies of scales at every fourth
 constexpr u32 kStageScaleBytes = (kScaleRows + 8) * 4;
-constexpr u32 kProducers = 3, kEmptyArrivals = 8 * kArrivalsOfWarp, kTickets = 2;
+constexpr u32 kProducers = 3, kEmptyArrivals = 8 * CLUSTER * kArrivalsOfWarp, kTickets = 2;
+constexpr u32 kUnwritten = 1u << 16;  // beside the rows of a tile that is multiplied and not written
+constexpr u16 kAllRanks = CLUSTER > 1 ? (1 << CLUSTER) - 1 : 0;
 #if GATED
 // Of 64 rows from two warpgroups, or of 16 from 8 warps; twice, for the next tile may write while this one is read.
 constexpr u32 kLargestFloats = 2 * kNarrowRows;
@@ -88,7 +94,8 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             fence_registers(partial);
             if (slice == kSlices - 1) {
                 __syncwarp();
-                barrier_arrive_after_words(at.empty + 8 * s, low, high, arrives_for_warp(lane));
+                if (CLUSTER > 1) arrive_for_warp_at_ranks<CLUSTER>(at.empty + 8 * s, low, high, lane);
+                else barrier_arrive_after_words(at.empty + 8 * s, low, high, arrives_for_warp(lane));
                 ring.stage = s;
                 ring.advance(NUM_STAGES);
                 full_already = barrier_passed(at.full + 8 * ring.stage, ring.parity);
@@ -130,7 +137,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
 #endif
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
     const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = ticket_full + kTickets * 8, tickets = base + kOffsetTicket;
-    const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32, rank = CLUSTER > 1 ? cluster_rank() : 0;
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
@@ -140,78 +147,140 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         }
         for (u32 i = 0; i < kTickets; ++i) {
             barrier_init(ticket_full + 8 * i, 1);
-            barrier_init(ticket_empty + 8 * i, kProducers);
+            barrier_init(ticket_empty + 8 * i, kProducers * CLUSTER);
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    if (CLUSTER > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
     launch_next_kernel();
     Ring ring;
 
-    if (warpgroup == 0) {
-        give_registers<24>();
-        const u32 producer = threadIdx.x / 32;
-        if (producer >= kProducers || !elect_lane()) return;
-        const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf), runs = ceil_div(column_tiles, run);
+    // producer: 0 weights and tickets, 1 rows, 2 scales and what the tile is. In a cluster there is code for each of them, for want of registers.
+    auto produce = [&](u32 producer) {
+        const u32 column_tiles = ceil_div(n, GATED ? kHalf : 2 * kHalf), runs = CLUSTER > 1 ? ceil_div(column_tiles, u32(CLUSTER)) : ceil_div(column_tiles, run);
+        const u32 first_item = blockIdx.x / CLUSTER, walkers = gridDim.x / CLUSTER;
         auto block_of = [&](u32 column_tile, u32 half) { return GATED ? half * (n / kHalf) + column_tile : 2 * column_tile + half; };
+        // What this CTA has of an item: a tile of rows, its first column and the one past its last; with a cluster one, which may lie past the last column of
+        // all: then it is multiplied by the last one's weights, and not written.
+        int4 tile;
+        u32 first_column, past_column;
+        bool same_columns = false;
+        auto find_item = [&](u32 index) {
+            if (CLUSTER > 1) {
+                const PairItem item = pair_at(index, tile_list, runs, rank);
+                tile = item.tile;
+                first_column = item.column;
+                past_column = first_column + 1;
+                same_columns = item.same_columns;
+            } else {
+                const Item item = item_at(index, tile_list, runs);
+                tile = item.tile;
+                first_column = item.run * run;
+                past_column = min(first_column + run, column_tiles);
+            }
+        };
+        auto fetch_weights = [&](u32 column_tile, u32 kb, u32 s) {
+            const u32 column = min(column_tile, column_tiles - 1), bar = full + 8 * s, target = base + s * kStageBytes + kBytesRows;
+            if (CLUSTER > 1 && same_columns) fetch_weight<kAllRanks>(weight, tile.x * k_blocks + kb, block_of(column, 0), block_of(column, 1), n_aligned, bar, target, kb % CLUSTER == rank);
+            else fetch_weight(weight, tile.x * k_blocks + kb, block_of(column, 0), block_of(column, 1), n_aligned, bar, target);
+        };
+        // of_both: the two CTAs of a cluster need the same ones.
+        auto copy_scales = [&](u32 target, const float* source, u32 bytes, u32 kb, u32 bar, bool of_both) {
+            if (CLUSTER == 1 || !of_both) bulk_copy(target, source, bytes, bar);
+            else if (kb % CLUSTER == rank) bulk_copy_multicast(target, source, bytes, bar, kAllRanks);
+        };
         u32 fetched = 0;  // k-blocks of weights that have been asked for ahead
-        if (early && producer == 0 && blockIdx.x < __ldcg(num_row_tiles) * runs) {
-            const Item item = item_at(blockIdx.x, tile_list, runs);
-            const u32 column_tile = item.run * run;
+        if (early && producer == 0 && first_item < __ldcg(num_row_tiles) * runs) {
+            find_item(first_item);
             fetched = min(k_blocks, u32(NUM_STAGES));
-            for (u32 s = 0; s < fetched; ++s)
-                fetch_weight(weight, item.tile.x * k_blocks + s, block_of(column_tile, 0), block_of(column_tile, 1), n_aligned, full + 8 * s,
-                             base + s * kStageBytes + kBytesRows);
+            for (u32 s = 0; s < fetched; ++s) fetch_weights(first_column, s, s);
         }
         wait_for_previous_kernel();
         const u32 num_items = __ldcg(num_row_tiles) * runs;
         Ring at_ticket;
-        for (u32 t = blockIdx.x; t < num_items; at_ticket.advance(kTickets)) {
-            const u32 ticket_bar = ticket_full + 8 * at_ticket.stage;
-            if (producer == 0) {
-                barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
-                *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = gridDim.x + atomicAdd(ticket, 1u);
+        for (u32 t = first_item; t < num_items; at_ticket.advance(kTickets)) {
+            const u32 ticket_bar = ticket_full + 8 * at_ticket.stage, slot = tickets + 16 * at_ticket.stage;
+            const u32 ticket_read = CLUSTER > 1 ? map_to_rank(ticket_empty + 8 * at_ticket.stage, 0) : ticket_empty + 8 * at_ticket.stage;
+            if (CLUSTER > 1 && producer == 0) {
+                barrier_expect(ticket_bar, 16);
+                if (rank == 0) {
+                    barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
+                    const float next = __uint_as_float(walkers + atomicAdd(ticket, 1u));
+                    for (u32 r = 0; r < CLUSTER; ++r) store_async(map_to_rank(slot, r), {next, next, next, next}, map_to_rank(ticket_bar, r));
+                }
+            } else if (producer == 0) {
+                barrier_wait(ticket_read, at_ticket.parity ^ 1);
+                *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = walkers + atomicAdd(ticket, 1u);
                 barrier_arrive(ticket_bar);
             }
-            const Item item = item_at(t, tile_list, runs);
-            const u32 group = item.tile.x, row = item.tile.y, rows = item.tile.z & 0xffff;
-            const u32 first_column = item.run * run, past_column = min(first_column + run, column_tiles);
+            find_item(t);
+            const u32 group = tile.x, row = tile.y, rows = tile.z & 0xffff;
             const u32 first_scale = row & ~3u, scales = min((row % 4 + rows + 3) & ~3u, scale_a_stride - first_scale);
+            const bool few = rows <= kExtraRows, extended = EXTENDED && rows > kTileRows;
+            auto copy_rows = [&](u32 kb, u32 s) {
+                const u32 bar = full + 8 * s, stage = base + s * kStageBytes;
+                barrier_expect(bar, (few ? kExtraRows : ceil_div(rows, kNarrowRows) * kNarrowRows - (extended ? kNarrowRows - kExtraRows : 0)) * kBlockK);
+                const bool shares = CLUSTER > 1 && !same_columns;
+                if (shares && kb % CLUSTER != rank) return;
+                auto copy = [&](u32 target, const TensorMap* map, u32 first_row) {
+                    if (shares) tensor_copy_multicast(target, map, 0, first_row, kb, bar, kAllRanks);
+                    else tensor_copy(target, map, 0, first_row, kb, bar);
+                };
+                copy(stage, few ? &map_extra : &map_a, row);
+                if (rows > kNarrowRows) copy(stage + kNarrowRows * kBlockK, &map_a, row + kNarrowRows);
+                if (extended) copy(stage + kTileRows * kBlockK, &map_extra, row + kTileRows);
+            };
             for (u32 column_tile = first_column; column_tile < past_column; ++column_tile) {
-                const u32 block_0 = block_of(column_tile, 0), block_1 = block_of(column_tile, 1);
+                const u32 column = min(column_tile, column_tiles - 1), block_0 = block_of(column, 0), block_1 = block_of(column, 1);
                 for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(NUM_STAGES)) {
-                    const u32 s = ring.stage, bar = full + 8 * s, stage = base + s * kStageBytes;
+                    const u32 s = ring.stage, bar = full + 8 * s;
                     if (fetched > 0) {  // not waited for: the others may have filled this stage, and the math warps emptied it, a phase ago
                         --fetched;
                         continue;
                     }
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (producer == 0) {
-                        fetch_weight(weight, group * k_blocks + kb, block_0, block_1, n_aligned, bar, stage + kBytesRows);
+                        fetch_weights(column_tile, kb, s);
                     } else if (producer == 1) {
-                        const bool few = rows <= kExtraRows, extended = EXTENDED && rows > kTileRows;
-                        barrier_expect(bar, (few ? kExtraRows : ceil_div(rows, kNarrowRows) * kNarrowRows - (extended ? kNarrowRows - kExtraRows : 0)) * kBlockK);
-                        tensor_copy(stage, few ? &map_extra : &map_a, 0, row, kb, bar);
-                        if (rows > kNarrowRows) tensor_copy(stage + kNarrowRows * kBlockK, &map_a, 0, row + kNarrowRows, kb, bar);
-                        if (extended) tensor_copy(stage + kTileRows * kBlockK, &map_extra, 0, row + kTileRows, kb, bar);
+                        copy_rows(kb, s);
                     } else {
                         const u32 target = base + kOffsetScales + s * kStageScaleBytes;
                         const float* const of_weight = scale_b + static_cast<i64>(group * k_blocks + kb) * scale_b_stride;
-                        *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(row, rows, column_tile, 0);
+                        *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = make_int4(row, column_tile < column_tiles ? rows : rows | kUnwritten, column, 0);
                         barrier_expect(bar, (scales + 8) * 4);
-                        bulk_copy(target, scale_a + static_cast<i64>(kb) * scale_a_stride + first_scale, scales * 4, bar);
-                        bulk_copy(target + kScaleRows * 4, of_weight + (block_0 & ~3u), 16, bar);
-                        bulk_copy(target + kScaleRows * 4 + 16, of_weight + (block_1 & ~3u), 16, bar);
+                        copy_scales(target, scale_a + static_cast<i64>(kb) * scale_a_stride + first_scale, scales * 4, kb, bar, !same_columns);
+                        copy_scales(target + kScaleRows * 4, of_weight + (block_0 & ~3u), 16, kb, bar, same_columns);
+                        copy_scales(target + kScaleRows * 4 + 16, of_weight + (block_1 & ~3u), 16, kb, bar, same_columns);
                     }
                 }
             }
             barrier_wait(ticket_bar, at_ticket.parity);
-            t = __float_as_uint(load_shared(tickets + 16 * at_ticket.stage));
-            barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, 1);
+            t = __float_as_uint(load_shared(slot));
+            if (CLUSTER > 1) barrier_arrive_remote_after_words(ticket_read, __uint_as_float(t), 0.f, 1);
+            else barrier_arrive_after_words(ticket_read, __uint_as_float(t), 0.f, 1);
         }
         barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
         if (producer == 2) *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
         barrier_arrive(full + 8 * ring.stage);
+        // This CTA is there until nobody arrives at its barriers any more.
+        if (CLUSTER > 1 && producer == 0) {
+            for (u32 i = 0; i < NUM_STAGES; ++i, ring.advance(NUM_STAGES)) barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            for (u32 i = 0; rank == 0 && i < kTickets; ++i, at_ticket.advance(kTickets)) barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
+        }
+    };
+    if (warpgroup == 0) {
+        give_registers<24>();
+        const u32 warp = threadIdx.x / 32;
+        if (warp >= kProducers || !elect_lane()) return;
+        if (CLUSTER == 1) produce(warp);
+        else if (warp == 0) produce(0);
+        else if (warp == 1) produce(1);
+        else produce(2);
         return;
     }
     take_registers<240>();
@@ -224,7 +293,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     while (true) {
         barrier_wait(full + 8 * ring.stage, ring.parity);
         const int4 tile = *reinterpret_cast<const int4*>(shared + kOffsetInfo + ring.stage * 16);
-        const u32 rows = __shfl_sync(0xffffffffu, tile.y, 0);  // branches on it are the whole warp's
+        const u32 said = __shfl_sync(0xffffffffu, tile.y, 0), rows = said & ~kUnwritten;  // branches on it are the whole warp's
         if (rows == 0) break;
         const bool narrow = rows <= kNarrowRows, extended = EXTENDED && rows > kTileRows;
         const u32 row_in_tile = (narrow ? 0 : math * 64) + warp * 16 + lane / 4;  // and 8 further down
@@ -257,7 +326,8 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
             if (narrow) multiply_tile<GATED ? 2 : 1, GATED ? 64 : 128, false>(sum, extra, at, ring, k_blocks, lane);
             else multiply_tile<2, 128, false>(sum, extra, at, ring, k_blocks, lane);
         }
-        const bool valid_low = row_in_tile < rows, valid_high = row_in_tile + 8 < rows;
+        const u32 own_rows = CLUSTER > 1 && (said & kUnwritten) ? 0 : rows;
+        const bool valid_low = row_in_tile < own_rows, valid_high = row_in_tile + 8 < own_rows;
 #if GATED
         const i64 row = tile.x + row_in_tile;
         u8* const codes = static_cast<u8*>(out) + row * n + tile.z * kHalf;
@@ -310,7 +380,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
             }
             __syncwarp();
             const i64 extra_at = static_cast<i64>(tile.x) + kTileRows + lane;
-            if (lane < 16 && kTileRows + lane < rows) {
+            if (lane < 16 && kTileRows + lane < own_rows) {
                 *reinterpret_cast<uint4*>(static_cast<u8*>(out) + extra_at * n + tile.z * kHalf + first_part) = *reinterpret_cast<const uint4*>(room + lane * 16);
                 if (first_part == 0) out_scale[static_cast<i64>(tile.z) * out_scale_stride + extra_at] = group_scale(of_row);
             }
@@ -333,7 +403,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
 #pragma unroll
                 for (u32 i = 0; i < 8; ++i) turned[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kRoomRow + i % 4 / 2 * 8 + lane / 4] = extra[slice][i];
                 __syncwarp();
-                if (kTileRows + extra_row < rows) write_eight(turned + extra_row * kRoomRow + lane % 2 * 8, target, first + slice * kHalf, n, type, vectorised);
+                if (kTileRows + extra_row < own_rows) write_eight(turned + extra_row * kRoomRow + lane % 2 * 8, target, first + slice * kHalf, n, type, vectorised);
             }
         }
 #endif

@@ -86,6 +86,14 @@ DEVICE void barrier_arrive_after_words(u32 barrier, float first, float second, u
         " @p mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(barrier),
         "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(arrives) : "memory");
 }
+// The same, at a barrier of any CTA of the cluster (map_to_rank). Not .release.cluster: that compiles to MEMBAR.ALL.GPU (measured: half the speed), and what is
+// released are reads that have been waited for.
+DEVICE void barrier_arrive_remote_after_words(u32 barrier, float first, float second, u32 arrives) {
+    asm volatile(
+        "{ .reg .pred p, q; .reg .b32 both; and.b32 both, %1, %2; setp.ne.u32 q, %3, 0; setp.ne.and.u32 p, both, 0xfff0dead, q;"
+        " @p mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier),
+        "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(arrives) : "memory");
+}
 DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 // Orders what was written before; does not wait for loads under way, as no arrival does.
 DEVICE void named_barrier_arrive(u32 id, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -149,6 +157,12 @@ DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
+// Into the shared memory of several CTAs of the cluster, as tensor_copy_multicast.
+DEVICE void bulk_copy_multicast(u32 target, const void* source, u32 bytes, u32 barrier, u16 ranks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(target),
+        "l"(source), "r"(bytes), "r"(barrier), "h"(ranks) : "memory");
+}
 DEVICE void prefetch_l2(const void* source, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
@@ -156,6 +170,13 @@ DEVICE void tensor_copy(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier) : "memory");
+}
+// The same into the shared memory of several CTAs of the cluster, those whose ranks are bits of `ranks`: at the same offset, and on the barrier at the same offset.
+DEVICE void tensor_copy_multicast(u32 target, const TensorMap* map, u32 x, u32 y, u32 z, u32 barrier, u16 ranks) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(ranks) : "memory");
 }
 // Writes a box to global memory, what lies outside of the tensor left out; what this thread has issued ends together, at its bulk_commit.
 DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {

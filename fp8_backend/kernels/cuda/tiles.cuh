@@ -14,16 +14,34 @@ DEVICE Item item_at(u32 index, const int4* tiles, u32 runs) {
     return {__ldcg(tiles + band.w + local % width), local / width};
 }
 
-// Fetches two blocks of 128 rows of a grouped weight, as far as there are so many, from a k-block counted over all groups.
+// What a cluster of two CTAs takes: two tiles of a band in the same column, or the last tile of a band that has an odd number of them in two neighbouring
+// columns. per_tile: items a tile counts, half of the columns, rounded up.
+struct PairItem {
+    int4 tile;
+    u32 column;
+    bool same_columns;  // the two CTAs multiply by the same weights, else the same rows
+};
+DEVICE PairItem pair_at(u32 index, const int4* tiles, u32 per_tile, u32 rank) {
+    const int4 band = __ldcg(tiles + index / per_tile);
+    const u32 width = static_cast<u32>(band.z) >> 16, pairs = width / 2, local = index - band.w * per_tile, paired = pairs * per_tile * 2;
+    if (local < paired) return {__ldcg(tiles + band.w + local % pairs * 2 + rank), local / pairs, true};
+    return {__ldcg(tiles + band.w + width - 1), (local - paired) * 2 + rank, false};
+}
+
+// Fetches two blocks of 128 rows of a grouped weight, as far as there are so many, from a k-block counted over all groups. kRanks: 0, or to which CTAs of the
+// cluster, where `fetches`; the bytes are expected in any case.
 constexpr u32 kHalf = 128, kBytesHalf = kHalf * kBlockK;
-DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1, u32 n_aligned, u32 bar, u32 target) {
+template <u16 kRanks = 0>
+DEVICE void fetch_weight(const u8* weight, u32 k_block, u32 block_0, u32 block_1, u32 n_aligned, u32 bar, u32 target, bool fetches = true) {
     auto bytes_of = [&](u32 block) { return block * kHalf < n_aligned ? min(kHalf, n_aligned - block * kHalf) * kBlockK : 0; };
     barrier_expect(bar, bytes_of(block_0) + bytes_of(block_1));
     const u8* const source = weight + static_cast<i64>(k_block) * n_aligned * kBlockK;
 #pragma unroll
     for (u32 half = 0; half < 2; ++half) {
         const u32 block = half ? block_1 : block_0, bytes = bytes_of(block);
-        if (bytes) bulk_copy(target + half * kBytesHalf, source + block * (kHalf * kBlockK), bytes, bar);
+        if (!bytes || !fetches) continue;
+        if (kRanks) bulk_copy_multicast(target + half * kBytesHalf, source + block * (kHalf * kBlockK), bytes, bar, kRanks);
+        else bulk_copy(target + half * kBytesHalf, source + block * (kHalf * kBlockK), bytes, bar);
     }
 }
 
