@@ -39,13 +39,19 @@ THREADS = 256
 GEMMS = ((4096, 5120, 25600), (8192, 7168, 16384), (8192, 4096, 7168))  # m, n, k; the first: the fastest of dense.json
 GROUPED = ((256, 256, 4096, 7168), (4, 8192, 4096, 7168))  # groups, rows of each, n, k
 TOKENS = 8192
+# Of the tensor core by itself: PROMOTE and TURNS of tensor_core.cuh.
+SCHEDULES = {
+    "added up by the tensor core": (False, False),
+    "promoted": (True, False),
+    "promoted in turns": (True, True),
+}
 Arm = tuple[str, Callable[[], object], float]  # name, a call, its floating-point operations
 
 
-def tensor_core_spec(promote: bool) -> KernelSpec:
+def tensor_core_spec(promote: bool, turns: bool) -> KernelSpec:
     """Return what to compile of tensor_core.cuh, which lies here and includes the package's device code."""
     file = os.path.relpath(Path(__file__).with_name("tensor_core.cuh"), CUDA_FOLDER)
-    return KernelSpec(file, "tensor_core", (("PROMOTE", int(promote)),))
+    return KernelSpec(file, "tensor_core", (("PROMOTE", int(promote)), ("TURNS", int(turns))))
 
 
 def measure(arm: Arm, seconds: float, samples: list[Sample]) -> dict[str, Any]:
@@ -57,13 +63,13 @@ def measure(arm: Arm, seconds: float, samples: list[Sample]) -> dict[str, Any]:
 
 
 def tensor_core_arms() -> Iterator[Arm]:
-    """Yield the products of random codes and of zeros, added up by the tensor core and promoted."""
+    """Yield the products of random codes and of zeros in every schedule."""
     device = torch.cuda.current_device()
     (rows, columns, k), sms = TILE, num_sms(device)
     size = STAGES * (rows + columns) * k
     out = torch.empty(sms * THREADS, device="cuda")
-    for promote in (False, True):
-        kernel = launcher.load(tensor_core_spec(promote), LAYOUT)
+    for how, schedule in SCHEDULES.items():
+        kernel = launcher.load(tensor_core_spec(*schedule), LAYOUT)
         for values in ("random", "zero"):
             codes = (torch.randn(size, device="cuda") * 60 * (values == "random")).to(torch.float8_e4m3fn)
 
@@ -71,7 +77,6 @@ def tensor_core_arms() -> Iterator[Arm]:
                 params = codes.data_ptr(), out.data_ptr(), 1e-3, K_BLOCKS
                 kernel.launch((sms, 1, 1), THREADS, size, params, launcher.current_stream(device), pdl=False)
 
-            how = "promoted" if promote else "added up by the tensor core"
             yield f"products of {values} codes, {how}", call, 2.0 * sms * rows * columns * k * K_BLOCKS
 
 

@@ -2,6 +2,7 @@
 // warpgroups own 64 rows of each half of the tile; nothing is fetched and nothing written.
 //
 // PROMOTE = 1: a k-block's products are scaled into sums in registers, as block scales want it. 0: the tensor core adds up, and is never waited for to the end.
+// TURNS = 1: a warpgroup issues a product behind that of the other, so that one promotes while the other multiplies; left to themselves they fall into step.
 #include "wgmma.cuh"
 
 constexpr u32 kRows = 256, kColumns = 128, kStages = 4, kStageBytes = (kRows + kColumns) * kBlockK;
@@ -17,11 +18,13 @@ extern "C" __global__ void __launch_bounds__(256, 1) tensor_core(const uint4* co
     float sum[2][64];
 #pragma unroll
     for (u32 i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0.f;
+    if (TURNS && math == 1) named_barrier_arrive(1, 256);  // the first turn is that of warpgroup 0, which waits at barrier 1
     for (u32 block = 0; block < k_blocks; ++block) {
         const u32 stage = block % kStages * (kStageBytes / 16);
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const u32 a = rows + stage + half * (kRows / 2 * kBlockK / 16), b = columns + stage;
+            if (TURNS) named_barrier(1 + math, 256);
 #if PROMOTE
             float partial[64];
             fence_registers(partial);
@@ -33,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) tensor_core(const uint4* co
             for (u32 i = 0; i < kBlockK / 32; ++i)
                 Wgmma<kColumns>::multiply(partial, matrix_descriptor_at(a + 2 * i), matrix_descriptor_at(b + 2 * i), !PROMOTE || i > 0);
             wgmma_commit();
+            if (TURNS) named_barrier_arrive(2 - math, 256);
 #if PROMOTE
             wgmma_wait<0>();
             fence_registers(partial);

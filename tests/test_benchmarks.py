@@ -150,11 +150,11 @@ def test_variants_are_timed_on_problems_and_compiled_from_their_folder(tmp_path)
 
 
 def test_the_tensor_core_by_itself_compiles_without_spills_or_serialised_products():
-    from benchmarks.power import tensor_core_spec
+    from benchmarks.power import SCHEDULES, tensor_core_spec
     from fp8_backend.kernels.compiler import compile_kernel
 
-    for promote in (False, True):
-        compiled = compile_kernel(tensor_core_spec(promote))
+    for schedule in SCHEDULES.values():
+        compiled = compile_kernel(tensor_core_spec(*schedule))
         assert compiled.spill_bytes == 0 and not compiled.warnings
 
 
