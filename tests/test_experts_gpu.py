@@ -29,6 +29,9 @@ SHAPES = (
 )
 # Codes of the second quantisation are the next ones where a sum differs in its last bits; 0.0165 measured of Triton.
 LIMIT = 0.02
+# Of a few rows: with 7 of 128 columns of h, whose gates and ups are 0.03 % off, 5 of 1500 draws of a model were above
+# 0.02, none above 0.03.
+LIMIT_OF_FEW = 0.04
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
@@ -70,7 +73,7 @@ def test_every_form(layer: RandomExperts, m: int, form: experts.Form, monkeypatc
     monkeypatch.setattr(experts, "select_form", lambda *_: form)
     x, routed = given(layer, m)
     # In a token whose experts are one and the same nothing averages over a code that is the next one (0.029 seen).
-    limit = LIMIT if m > 1 else 2 * LIMIT
+    limit = LIMIT if m > 1 else LIMIT_OF_FEW
     assert relative_error(call(layer, x, routed), expected(layer, x, routed)) < limit
     routed[1][-1] = routed[1][-1, 0].clone()
     routed[1][0, 1:2] = routed[1][0, 0].clone()
@@ -94,7 +97,7 @@ def test_padding_maps_and_router_weights_on_input(layer: RandomExperts, m: int) 
         y = call(layer, x, (topk_weights, topk_ids), expert_map=expert_map, router_weight_on_input=on_input)
         weights = plain.w13, plain.scale_13, plain.w2, plain.scale_2
         truth = reference.fp8_experts(x, topk_weights, topk_ids, *weights, expert_map, on_input, torch.float64)
-        assert not y[0].any() and relative_error(y, truth) < LIMIT
+        assert not y[0].any() and relative_error(y, truth) < (LIMIT if m > 3 else LIMIT_OF_FEW)
     assert packed.w13.is_cuda
 
 

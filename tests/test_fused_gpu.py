@@ -266,7 +266,8 @@ def test_qk_norm_rope(m, query_heads, key_heads, head, behind, dtype):
     found = norm_rope.qk_norm_rope(*arguments)
     for one, expected in zip(found, truth_of_heads(*arguments), strict=True):
         assert one.shape == expected.shape and one.is_contiguous()
-        assert reference.relative_error(one, expected) < (0.002 if dtype == torch.bfloat16 else 0.0003)
+        # Rounding alone: 0.0017 and 0.0002 on average, 0.0021 of one key of 128 elements.
+        assert reference.relative_error(one, expected) < (0.0025 if dtype == torch.bfloat16 else 0.0003)
     for _ in range(3):
         assert all(map(torch.equal, norm_rope.qk_norm_rope(*arguments), found))
 
