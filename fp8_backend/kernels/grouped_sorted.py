@@ -116,11 +116,11 @@ def launch(
     """
     device, columns = out.device.index, ceil_div(n, config.tile_columns)
     row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device)
-    run = 1 if config.cluster > 1 else select_run(row_tiles, columns, weight.shape[1], sms)
-    most_items = row_tiles * ceil_div(columns, run if config.cluster == 1 else config.cluster)
+    # What a ticket of a cluster covers is as much, whether that is one tile of rows in two columns or two in one.
+    run = config.cluster if config.cluster > 1 else select_run(row_tiles, columns, weight.shape[1], sms)
     maps = (row_major_map(a.stride(0), a.shape[0], weight.shape[1], rows) for rows in (_BOX_ROWS, EXTRA_ROWS))
     kernel(config, device).launch(
-        (min(sms // config.cluster, most_items) * config.cluster, 1, 1),
+        (min(sms // config.cluster, row_tiles * ceil_div(columns, run)) * config.cluster, 1, 1),
         _THREADS,
         config.shared_bytes,
         (

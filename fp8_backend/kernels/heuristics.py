@@ -27,8 +27,8 @@ PREFETCH_BYTES = 48 * 1024
 # Of each of two CTAs on a multiprocessor that quantise by themselves (docs/kernel-notes.md, sweep of 2026-11-26).
 PREFETCH_BYTES_OF_TWO = 32 * 1024
 # Rows of tiles up to which the CTAs beside each other share a tile of b, which comes from memory, and columns in a
-# strip where there are more: 16 read half as much from memory as 4 (8192 x 7168x16384: 1.15 and 2.15 GB) and are 0 to
-# 7 % faster on end (one H100, docs/kernel-notes-power.md, 2026-11-28).
+# strip where there are more: 16 read half as much from memory as 4 (8192 x 7168x16384: 1.15 and 2.15 GB) and on end
+# are from 1 % slower to 7 % faster (one H100, leads; docs/kernel-notes-power.md, 2026-11-28).
 FEW_TILES_M, STRIP = 8, 16
 # Rows of the lowest tiles: up to these a GEMM has one tile of rows, and takes as long as the weights from memory.
 FEW_ROWS = 64

@@ -1,9 +1,19 @@
-// Who releases a stage of a ring once its warp has read it: one lane for all, behind __syncwarp().
+// Who waits for whom: when barriers are initialised, and who releases a stage of a ring once its warp has read it, one lane for all, behind __syncwarp().
 //
 // compute-sanitizer's racecheck counts an arrival for the lane that makes it, and not what others have done before that: for it
 // (benchmarks/sanitize.py) all lanes arrive.
 #pragma once
 #include "ptx.cuh"
+
+// Barriers are initialised: for the threads of this CTA, or for all CTAs of its cluster.
+DEVICE void meet(u32 cluster) {
+    if (cluster > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+}
 
 #ifdef EVERY_LANE_ARRIVES
 constexpr u32 kArrivalsOfWarp = 32;

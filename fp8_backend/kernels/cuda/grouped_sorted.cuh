@@ -151,12 +151,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         }
         barrier_init_fence();
     }
-    if (CLUSTER > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
+    meet(CLUSTER);
     launch_next_kernel();
     Ring ring;
 

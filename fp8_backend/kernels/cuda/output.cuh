@@ -76,16 +76,6 @@ struct Output {
     }
 };
 
-// Barriers are initialised: for the threads of this CTA, or for all CTAs of its cluster, whose sums they will count.
-DEVICE void meet(u32 split) {
-    if (split > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
-}
-
 // The exchange is in shares: 16 columns of the first or the second 8 of every 16 rows, so 4 sums a thread of a math warpgroup. That many bytes of all of them:
 template <u32 kWarpgroups> constexpr u32 kExchangedBytes = kWarpgroups * 128 * 16;
 
