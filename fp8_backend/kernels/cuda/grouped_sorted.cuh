@@ -161,7 +161,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         const u32 first_item = blockIdx.x / CLUSTER, walkers = gridDim.x / CLUSTER;
         auto block_of = [&](u32 column_tile, u32 half) { return GATED ? half * (n / kHalf) + column_tile : 2 * column_tile + half; };
         // What this CTA has of an item: a tile of rows, its first column and the one past its last; with a cluster one, which may lie past the last column of
-        // all: then it is multiplied by the last one's weights, and not written.
+        // all: then it is multiplied by the last one's weights, and not written. None where both CTAs would have that one.
         int4 tile;
         u32 first_column, past_column;
         bool same_columns = false;
@@ -170,8 +170,8 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
                 const PairItem item = pair_at(index, tile_list, runs, rank);
                 tile = item.tile;
                 first_column = item.column;
-                past_column = first_column + 1;
                 same_columns = item.same_columns;
+                past_column = first_column + !(same_columns && first_column == column_tiles);
             } else {
                 const Item item = item_at(index, tile_list, runs);
                 tile = item.tile;
@@ -192,7 +192,7 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
         u32 fetched = 0;  // k-blocks of weights that have been asked for ahead
         if (early && producer == 0 && first_item < __ldcg(num_row_tiles) * runs) {
             find_item(first_item);
-            fetched = min(k_blocks, u32(NUM_STAGES));
+            if (first_column < past_column) fetched = min(k_blocks, u32(NUM_STAGES));
             for (u32 s = 0; s < fetched; ++s) fetch_weights(first_column, s, s);
         }
         wait_for_previous_kernel();
