@@ -84,10 +84,21 @@ def launch(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.T
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
-    if m and k:
-        stream = launcher.current_stream(x.device.index)
-        prepare(x, beside=beside)(stream, x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+    if m and k:  # not prepared: that takes 30 us of the host, which pay where a shape comes again
+        rows = _rows(m, k, 0)
+        kernel(rows, x.device.index).launch(
+            (*_grid(m, k, rows), 1),
+            _THREADS,
+            0,
+            (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *_shape(x, 0, beside)),
+            launcher.current_stream(x.device.index),
+            pdl=True,
+        )
     return codes, scale.t()[:m]
+
+
+def _rows(m: int, k: int, tile_rows: int) -> int:
+    return 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
 
 
 def _grid(m: int, k: int, rows: int) -> tuple[int, int]:
@@ -105,14 +116,12 @@ def early(m: int, k: int) -> int:
     return int(m * k < _LATE_ELEMENTS)
 
 
-def prepare(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> launcher.PreparedLaunch:
+def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
     """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
     (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
-    beside: see `launch`.
     """
     m, k = x.shape
-    rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
-    shape = _shape(x, tile_rows, beside)
+    rows, shape = _rows(m, k, tile_rows), _shape(x, tile_rows, False)
     return launcher.PreparedLaunch(kernel(rows, x.device.index), _grid(m, k, rows), _THREADS, 0, 3, shape)
