@@ -117,6 +117,11 @@ def test_rows_are_sorted_where_that_pays(tokens, intermediate, on_input, sorts):
     assert experts_prefill.sorts_rows(tokens * 8, 256, intermediate, on_input) == sorts
 
 
+def test_many_rows_take_the_extended_form_of_the_plain_gemm():
+    plain = grouped_sorted.select_plain
+    assert (plain(8 * 95, 8), plain(8 * 96, 8)) == (grouped_sorted.PLAIN_FEW, grouped_sorted.PLAIN)
+
+
 def test_the_set_is_bounded():
     assert len(set(SPECS)) == len(SPECS) <= 14
 

@@ -58,6 +58,8 @@ def _routing(kind, m, top_k, num_ids):
         (300, 2, 272, 128, 5, "skipped"),
         (1000, 4, 1024, 384, 8, "one"),
         (777, 3, 640, 256, 6, "few"),
+        # Three columns of the second GEMM: a pair of tiles has an item of no column, with which some walks begin.
+        (2048, 4, 640, 256, 32, "even"),
         (1500, 10, 2048, 768, 32, "even"),
         (2100, 2, 7168, 256, 8, "skipped"),
     ],

@@ -142,8 +142,7 @@ def experts_prefill(
         grid = grouped_gathered.launch(codes, scale.t(), *gated, routed, divisor, likely)
         # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it
         # had waited for the routing. Elsewhere they may start before the tiles are listed.
-        many = entries >= grouped_sorted.EXTENDED_ROWS * num_groups
-        plain = grouped_sorted.PLAIN if many else grouped_sorted.PLAIN_FEW
+        plain = grouped_sorted.select_plain(entries, num_groups)
         listed = int(grid == num_sms(device.index))
         rows = torch.empty((entries, hidden), dtype=x.dtype, device=device)
     second = between, between_scale[:, :entries], w2, scale_2, rows, None, hidden

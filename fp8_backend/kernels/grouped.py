@@ -56,7 +56,6 @@ def launch_contiguous(
         routed = routing.route_in_order(m_indices, groups, routing.TALL_TILE_ROWS)
         grouped_tall.launch(codes, scales, weight, scale_b, out, routed)
         return
-    extended = len(m_indices) >= grouped_sorted.EXTENDED_ROWS * groups
-    routed = routing.route_in_order(m_indices, groups, extra_rows=routing.EXTRA_ROWS if extended else 0)
-    config = grouped_sorted.PLAIN if extended else grouped_sorted.PLAIN_FEW
+    config = grouped_sorted.select_plain(len(m_indices), groups)
+    routed = routing.route_in_order(m_indices, groups, extra_rows=routing.EXTRA_ROWS if config.extended else 0)
     grouped_sorted.launch(config, codes, scales, weight, scale_b, out, None, out.shape[1], routed)

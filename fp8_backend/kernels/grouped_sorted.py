@@ -65,6 +65,11 @@ GATED, PLAIN, PLAIN_FEW = SortedConfig(True), SortedConfig(False), SortedConfig(
 EXTENDED_ROWS = 96
 
 
+def select_plain(rows: int, num_groups: int) -> SortedConfig:
+    """Return the plain form for so many rows of all groups."""
+    return PLAIN if rows >= EXTENDED_ROWS * num_groups else PLAIN_FEW
+
+
 @cache
 def kernel(config: SortedConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a form on the current device, whose index is part of the key only."""

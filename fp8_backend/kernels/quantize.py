@@ -84,31 +84,24 @@ def launch(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.T
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
-    if m and k:  # not prepared: that takes 30 us of the host, which pay where a shape comes again
-        rows = _rows(m, k, 0)
-        kernel(rows, x.device.index).launch(
-            (*_grid(m, k, rows), 1),
-            _THREADS,
-            0,
-            (x.data_ptr(), codes.data_ptr(), scale.data_ptr(), *_shape(x, 0, beside)),
-            launcher.current_stream(x.device.index),
-            pdl=True,
-        )
+    if m and k:  # not prepared, which costs more than it saves one call (docs/kernel-notes-moe.md, 2026-11-28)
+        quantise, grid, shape = _launch_like(x, 0, beside)
+        pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+        stream = launcher.current_stream(x.device.index)
+        quantise.launch((*grid, 1), _THREADS, 0, (*pointers, *shape), stream, pdl=True)
     return codes, scale.t()[:m]
 
 
-def _rows(m: int, k: int, tile_rows: int) -> int:
-    return 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
-
-
-def _grid(m: int, k: int, rows: int) -> tuple[int, int]:
-    return ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(ceil_div(k, BLOCK), _GROUPS_PER_CTA)
-
-
-def _shape(x: torch.Tensor, tile_rows: int, beside: bool) -> tuple[int, ...]:
+def _launch_like(
+    x: torch.Tensor, tile_rows: int, beside: bool
+) -> tuple[launcher.Kernel, tuple[int, int], tuple[int, ...]]:
+    """Return the kernel for x, its grid, and its parameters behind the pointers."""
     m, k = x.shape
+    rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
     k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
-    return (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside))
+    grid = ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(k_blocks, _GROUPS_PER_CTA)
+    shape = (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside))
+    return kernel(rows, x.device.index), grid, shape
 
 
 def early(m: int, k: int) -> int:
@@ -122,6 +115,5 @@ def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
     (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
     """
-    m, k = x.shape
-    rows, shape = _rows(m, k, tile_rows), _shape(x, tile_rows, False)
-    return launcher.PreparedLaunch(kernel(rows, x.device.index), _grid(m, k, rows), _THREADS, 0, 3, shape)
+    quantise, grid, shape = _launch_like(x, tile_rows, False)
+    return launcher.PreparedLaunch(quantise, grid, _THREADS, 0, 3, shape)
