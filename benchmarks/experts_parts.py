@@ -25,7 +25,7 @@ from fp8_backend.bench.moe_operands import RandomExperts, copies_for
 from fp8_backend.bench.moe_shapes import MoeShape, parse_models
 from fp8_backend.bench.shapes import parse_ms
 from fp8_backend.bench.stream import read_bytes_per_us
-from fp8_backend.kernels import experts, experts_prefill, launcher
+from fp8_backend.kernels import experts, experts_prefill_plan, launcher
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
 
@@ -57,7 +57,7 @@ def cut(call: Callable[[], object], most: int) -> None:
 @contextmanager
 def sorting(rows: bool) -> Iterator[None]:
     """Have the form for many rows sort its rows before the first GEMM, or gather them in it, wherever that can be."""
-    with patch.multiple(experts_prefill, SORTED_ROWS=0 if rows else 10**9, SORTED_INTERMEDIATE=0):
+    with patch.multiple(experts_prefill_plan, SORTED_ROWS=0 if rows else 10**9, SORTED_INTERMEDIATE=0):
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fp8_backend.bench.moe_operands import RandomExperts
 from fp8_backend.bench.moe_shapes import MoeShape, route
-from fp8_backend.kernels import experts, experts_prefill, masked, reference
+from fp8_backend.kernels import experts, experts_prefill_plan, masked, reference
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.expert_weights import pack_expert_scales, pack_experts
 from fp8_backend.kernels.grouped import TALL_ROWS
@@ -34,7 +34,7 @@ def launches() -> Iterator[str]:
         for tokens in numbers:
             for on_input in (False,) if form == "single" else (False, True):
                 yield _experts(layer, form, tokens, on_input)
-    with patch.multiple(experts_prefill, SORTED_ROWS=0, SORTED_INTERMEDIATE=0):
+    with patch.multiple(experts_prefill_plan, SORTED_ROWS=0, SORTED_INTERMEDIATE=0):
         for tokens in (*TOKENS["prefill"], 340):  # of 130 to 140 rows an expert, some are extended tiles
             yield f"{_experts(layer, 'prefill', tokens, False)}, rows sorted"
     codes = (torch.randn(4, N, K) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)

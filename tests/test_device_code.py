@@ -17,7 +17,7 @@ from benchmarks import sanitize
 from benchmarks.experts_parts import launches_up_to
 from fp8_backend.kernels import (
     experts,
-    experts_prefill,
+    experts_prefill_plan,
     gemm,
     grouped,
     grouped_sorted,
@@ -167,8 +167,8 @@ def test_experts(form, on_input, folder):
 # Tiles of all forms, rings of stages that are gone around, entries that are left out, a hidden size of no whole block.
 @pytest.mark.parametrize("sorted_rows", [1, 1000])
 def test_experts_of_many_rows(sorted_rows, folder, monkeypatch):
-    monkeypatch.setattr(experts_prefill, "SORTED_ROWS", sorted_rows)
-    monkeypatch.setattr(experts_prefill, "SORTED_INTERMEDIATE", 128)
+    monkeypatch.setattr(experts_prefill_plan, "SORTED_ROWS", sorted_rows)
+    monkeypatch.setattr(experts_prefill_plan, "SORTED_INTERMEDIATE", 128)
     torch.manual_seed(9)
     counts, hidden, intermediate, num_groups, top_k = [141, 40, 100, 272], 656, 256, 4, 1
     w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)

@@ -135,7 +135,7 @@ def test_packing_is_that_of_dense_weights(n: int, k: int, shares: bool) -> None:
     ("change", "words"),
     [
         ({"w13": torch.zeros(6, 2, 200, 128)}, "intermediate a multiple of 128; pad it with zero rows"),
-        ({"topk_ids": torch.zeros(3, 2, dtype=torch.int32)}, "topk_weights: got"),
+        ({"topk_ids": torch.zeros(3, 2, dtype=torch.int32)}, "topk_ids: got"),
         ({"scale_2": torch.zeros(6, 2, 4)}, "scale_2: got"),
         ({"out": torch.zeros(9, 192, dtype=torch.float16)}, "out: got torch.float16"),
         ({"x": torch.zeros(9, 192, dtype=torch.int32)}, "x: got"),

@@ -9,6 +9,7 @@ import torch
 
 from fp8_backend.kernels import (
     experts_prefill,
+    experts_prefill_plan,
     grouped_gathered,
     grouped_sorted,
     grouped_tall,
@@ -17,7 +18,7 @@ from fp8_backend.kernels import (
 )
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
-from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.device_source import constants, parameter_kinds
 
 SPECS = experts_prefill.all_specs()
@@ -41,7 +42,7 @@ def test_no_spills_no_stack_no_warnings(spec):
         ("grouped_sorted.cuh", grouped_sorted.LAYOUT),
         ("grouped_tall.cuh", grouped_tall.LAYOUT),
         ("counts.cuh", grouped_tall.COUNTS_LAYOUT),
-        ("combine.cuh", experts_prefill._COMBINE_LAYOUT),
+        ("combine.cuh", experts_prefill_plan.COMBINE_LAYOUT),
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
@@ -61,7 +62,7 @@ def test_constants_shared_with_the_device_code():
     sort = constants("sort_scales.cuh")
     assert sort["kThreads"] == quantize_sorted._SORT_THREADS
     assert sort["kThreadBlocks"] == quantize_sorted._THREAD_BLOCKS
-    assert combine["kThreads"] == experts_prefill._COMBINE_THREADS
+    assert combine["kThreads"] == experts_prefill_plan.COMBINE_THREADS
 
 
 def test_routing_lets_the_quantisation_start_when_tokens_are_there():
@@ -105,7 +106,8 @@ def test_workspace_is_m_times_top_k_rows():
     ):
         size = experts_prefill.experts_prefill_workspace_bytes(m, *widths)
         rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
-        assert size == rows + tokens + routing.routing_bytes(m * top_k, num_groups, bool(places))
+        listed = align(routing.routing_bytes(m * top_k, num_groups, bool(places)), 128)  # a part starts in a line of L2
+        assert size == rows + tokens + listed
         assert routing.routing_bytes(m * top_k, num_groups) < 300_000
 
 
@@ -114,7 +116,7 @@ def test_workspace_is_m_times_top_k_rows():
     [(4096, 2048, False, True), (4096, 2048, True, False), (2048, 2048, False, False), (8192, 768, False, False)],
 )
 def test_rows_are_sorted_where_that_pays(tokens, intermediate, on_input, sorts):
-    assert experts_prefill.sorts_rows(tokens * 8, 256, intermediate, on_input) == sorts
+    assert experts_prefill_plan.sorts_rows(tokens * 8, 256, intermediate, on_input) == sorts
 
 
 def test_many_rows_take_the_extended_form_of_the_plain_gemm():

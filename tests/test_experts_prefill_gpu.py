@@ -24,8 +24,8 @@ LIMIT = 0.008
 def first_gemm(request, monkeypatch):
     """Have the first GEMM gather its rows, or sort them before it, wherever that can be."""
     least = 0 if request.param == "sorted" else 10**9
-    monkeypatch.setattr("fp8_backend.kernels.experts_prefill.SORTED_ROWS", least)
-    monkeypatch.setattr("fp8_backend.kernels.experts_prefill.SORTED_INTERMEDIATE", 0)
+    monkeypatch.setattr("fp8_backend.kernels.experts_prefill_plan.SORTED_ROWS", least)
+    monkeypatch.setattr("fp8_backend.kernels.experts_prefill_plan.SORTED_INTERMEDIATE", 0)
 
 
 def _weights(num_groups, n, k):

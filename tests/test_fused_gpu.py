@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp8_backend.kernels import fused_linear, gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
+from fp8_backend.kernels.prepared import Prepared
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -171,7 +172,7 @@ def test_batch_invariant(monkeypatch):
     *_, packed = make_weight(n, k)
     x, weight = make_x(300, k), torch.rand(k, device="cuda").bfloat16()
     monkeypatch.setattr(fused_linear.backend, "batch_invariant", lambda: True)
-    monkeypatch.setattr(fused_linear, "_plans", gemm.Prepared())
+    monkeypatch.setattr(fused_linear, "_plans", Prepared())
     whole, *_ = fused_linear.rms_norm_linear(x, None, weight, EPSILON, *packed, n)
     for m in (1, 8, 30, 64, 65, 200):
         part, *_ = fused_linear.rms_norm_linear(x[:m], None, weight, EPSILON, *packed, n)

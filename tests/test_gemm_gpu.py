@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp8_backend.kernels import gemm, heuristics, launcher, layout, quantize, reference
+from fp8_backend.kernels import gemm, heuristics, launcher, layout, prepared, quantize, reference
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -266,7 +266,7 @@ def test_batch_invariant_rows_do_not_depend_on_m(n, k, monkeypatch):
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(gemm, "MAX_PLANS", 3)
+    monkeypatch.setattr(prepared, "MAX_PLANS", 3)
     gemm._plans.by_key.clear()
     codes, scale = make_weight(256, 256)
     weight = layout.pack_weight(codes), layout.pack_scale(scale, 256, 256)

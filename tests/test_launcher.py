@@ -13,7 +13,8 @@ import pytest
 from fp8_backend.errors import ArgumentError, DriverError, UnsupportedError
 from fp8_backend.kernels import driver, launcher, tensor_map
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.launcher import Kernel, ParamLayout, PreparedLaunch
+from fp8_backend.kernels.launcher import Kernel, ParamLayout
+from fp8_backend.kernels.prepared import Launch
 from fp8_backend.kernels.tensor_map import encode_tiled
 
 SAXPY = KernelSpec("saxpy.cuh", "saxpy", (("OFFSET", 3),), Path(__file__).parent)
@@ -85,7 +86,7 @@ class Driver:
 
 def test_structures_have_the_sizes_of_cuda_h() -> None:
     assert ctypes.sizeof(LaunchAttribute) == launcher._ATTRIBUTE.size == 72
-    assert ctypes.sizeof(LaunchConfig) == launcher._CONFIG.size == 56
+    assert ctypes.sizeof(LaunchConfig) == launcher.CONFIG.size == 56
 
 
 def test_params_are_aligned_as_c_aligns_them() -> None:
@@ -118,7 +119,7 @@ def test_launch_hands_over_every_argument() -> None:
 def test_prepared_launch_changes_its_first_parameters_alone() -> None:
     fake = Driver((128, 8, 4))
     kernel = Kernel("test", FUNCTION, ParamLayout(("map", "u64", "i32")), launch=fake.function)
-    prepared = PreparedLaunch(kernel, (8, 2), 384, 1000, 2, (-7,), cluster=2)
+    prepared = Launch(kernel, (8, 2), 384, 1000, (-7,), cluster=2).prepared()
     kernel.launch((1, 1, 1), 32, 0, (bytes(128), 1, 1), 0)  # another launch of the kernel leaves the prepared one alone
     description = bytes(range(128))
     prepared(STREAM, description, 2**63 + 5)

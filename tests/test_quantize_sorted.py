@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fp8_backend.kernels import quantize_sorted, reference, routing
+from fp8_backend.kernels import launcher, quantize_sorted, reference, routing
 from fp8_backend.kernels.problem import Machine
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.emulation import emulated
@@ -49,8 +49,10 @@ def check(x, ids, here, num_groups, extra_rows=0):
     token_scale = surroundings[1:-1]
     assert token_scale.shape == quantize_sorted.token_scales(m, x.shape[1])
     routed = routing.route(ids, here, num_groups, extra_rows, with_places=True)
-    quantize_sorted.quantize_sorted(x, routed, top_k, codes, token_scale)
-    quantize_sorted.sort_scales(token_scale, routed, top_k, scale)
+    stream, tokens = launcher.current_stream(x.device.index), token_scale.data_ptr()
+    quantize_sorted.launch_like(x, top_k)(stream, x.data_ptr(), routed.places, codes.data_ptr(), tokens)
+    of_routing = routed.sorted_entries, routed.tiles, routed.num_tiles
+    quantize_sorted.sort_like(x, top_k)(stream, tokens, *of_routing, scale.data_ptr())
     start = (routed.places - routed.storage.data_ptr()) // 4
     places = routed.storage.view(torch.int32)[start:].long().cpu()
     placed = placed_entries(ids.cpu(), torch.arange(num_groups) if here is None else here.cpu())

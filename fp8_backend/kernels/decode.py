@@ -9,12 +9,12 @@ import torch
 
 from fp8_backend.kernels import launcher, layout, quantize
 from fp8_backend.kernels.heuristics import DecodeChoice
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 # x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 15 numbers.
 _LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
-_POINTERS = 6
 _SCALE_ALIGNMENT = 16  # bytes, of what a bulk copy reads
 
 
@@ -33,7 +33,7 @@ class DecodePlan:
         x: torch.Tensor,
         out: torch.Tensor,
         bias: torch.Tensor | None,
-        prepare: Callable[[torch.Tensor, int], launcher.PreparedLaunch] = quantize.prepare,
+        prepare: Callable[[torch.Tensor, int], PreparedLaunch] = quantize.prepare,
     ) -> None:
         """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked.
 
@@ -55,9 +55,8 @@ class DecodePlan:
             *(types[out.dtype], 0 if bias is None else types[bias.dtype], aligned),
         )
         shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)
-        self._multiply = launcher.PreparedLaunch(
-            kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, _POINTERS, params, config.split
-        )
+        decode = Launch(kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, params, config.split)
+        self._multiply = decode.prepared()
         self._quantise = None if config.fused else prepare(x, config.tokens)
         self._code_bytes = k_blocks * config.tokens * BLOCK
         assert self._code_bytes % _SCALE_ALIGNMENT == 0

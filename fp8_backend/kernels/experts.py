@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -55,6 +55,7 @@ def form_limits(device: int) -> FormLimits:
     return HBM3E if memory_bytes_per_us(device) > _FAST_MEMORY else HBM3
 
 
+@lru_cache(maxsize=65536)
 def select_form(
     m: int,
     top_k: int,
@@ -182,21 +183,29 @@ def check_experts(
             f"w13, w2: got {tuple(w13.shape)} and {tuple(w2.shape)}; expected weights packed by pack_experts, w13 of "
             f"2 * intermediate rows, intermediate a multiple of {BLOCK}; pad it with zero rows, and w2's columns"
         )
-    (m, hidden), num_groups, n = x.shape, w13.shape[0], w13.shape[2]
-    expected = {
-        "topk_weights": (topk_weights, tuple(topk_ids.shape)),
-        "topk_ids": (topk_ids, (m, topk_ids.shape[-1])),
-        "w13": (w13, (num_groups, *layout.packed_weight_shape(n, hidden))),
-        "scale_13": (scale_13, (num_groups, *layout.packed_scale_shape(n, hidden))),
-        "w2": (w2, (num_groups, *layout.packed_weight_shape(hidden, n // 2))),
-        "scale_2": (scale_2, (num_groups, *layout.packed_scale_shape(hidden, n // 2))),
-        "out": (out, (m, hidden)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.device != x.device:
-            raise ArgumentError(f"{name}: got {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {x.device}")
+    operands, device = (topk_weights, topk_ids, w13, scale_13, w2, scale_2, out), x.device
+    shapes = _operand_shapes(*x.shape, topk_ids.shape[-1], w13.shape[0], w13.shape[2])
+    for tensor, (name, shape) in zip(operands, shapes, strict=True):
+        if tensor.shape != shape or tensor.device != device:
+            raise ArgumentError(f"{name}: got {tuple(tensor.shape)} on {tensor.device}; expected {shape} on {device}")
     if out.dtype != x.dtype or not out.is_contiguous():
         raise ArgumentError(f"out: got {out.dtype} of strides {out.stride()}; expected contiguous {x.dtype}, as x is")
+
+
+@lru_cache(maxsize=4096)
+def _operand_shapes(
+    m: int, hidden: int, top_k: int, num_groups: int, n: int
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the names and shapes of what is given beside x; n: 2 * intermediate."""
+    return (
+        ("topk_weights", (m, top_k)),
+        ("topk_ids", (m, top_k)),
+        ("w13", (num_groups, *layout.packed_weight_shape(n, hidden))),
+        ("scale_13", (num_groups, *layout.packed_scale_shape(n, hidden))),
+        ("w2", (num_groups, *layout.packed_weight_shape(hidden, n // 2))),
+        ("scale_2", (num_groups, *layout.packed_scale_shape(hidden, n // 2))),
+        ("out", (m, hidden)),
+    )
 
 
 def can_serve(form: Form, m: int, top_k: int, hidden: int, intermediate: int) -> bool:

@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 import torch
 
-from fp8_backend.kernels import backend, gemm, launcher, norm, reference, silu
+from fp8_backend.kernels import backend, gemm, norm, reference, silu
 from fp8_backend.kernels.arguments import check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmPlan
 from fp8_backend.kernels.heuristics import QuantizingGemmChoice
+from fp8_backend.kernels.prepared import Prepared, PreparedLaunch
 
-Prepare = Callable[[torch.Tensor, int], launcher.PreparedLaunch]
-_plans: gemm.Prepared[DecodePlan | GemmPlan] = gemm.Prepared()
+Prepare = Callable[[torch.Tensor, int], PreparedLaunch]
+_plans: Prepared[DecodePlan | GemmPlan] = Prepared()
 
 
 def rms_norm_linear(

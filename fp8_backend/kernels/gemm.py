@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Generic, TypeVar
 
 import torch
 
@@ -18,7 +16,7 @@ from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
 from fp8_backend.kernels.heuristics import Choice, DecodeChoice, GemmChoice, QuantizingGemmChoice
-from fp8_backend.kernels.launcher import PreparedLaunch
+from fp8_backend.kernels.prepared import Prepared, PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
     MAX_SHARED_BYTES,
@@ -28,9 +26,6 @@ from fp8_backend.kernels.problem import (
 )
 from fp8_backend.kernels.quantize import per_token_group_quant, rows_of
 from fp8_backend.kernels.reference import BLOCK, ceil_div
-
-Plan = TypeVar("Plan")
-MAX_PLANS = 4096  # of a thread, 10 KB each: a prefill may have any m
 
 
 @dataclass(frozen=True)
@@ -73,19 +68,6 @@ def machine(device: int) -> Machine:
 def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool, mappable: bool = True) -> Choice:
     """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant, mappable)
-
-
-class Prepared(threading.local, Generic[Plan]):
-    """What each thread has prepared, by what distinguishes the tensors of its calls; the oldest make room."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[object, Plan] = {}
-
-    def add(self, key: object, plan: Plan) -> None:
-        """Keep a plan, in place of the oldest one where there are MAX_PLANS."""
-        if len(self.by_key) >= MAX_PLANS:
-            del self.by_key[next(iter(self.by_key))]
-        self.by_key[key] = plan
 
 
 _plans: Prepared[DecodePlan | GemmPlan | QuantizingGemmPlan] = Prepared()

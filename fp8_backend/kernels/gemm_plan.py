@@ -10,6 +10,7 @@ import torch
 from fp8_backend.kernels import launcher, layout, quantize
 from fp8_backend.kernels.heuristics import GemmChoice
 from fp8_backend.kernels.layout import ROW_ALIGNMENT
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.problem import GemmConfig
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
@@ -17,7 +18,6 @@ from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle, row_major
 
 # Maps of a, b and out; packed b, scale_a, scale_b, out, bias; then the row stride of out and 11 numbers.
 _LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 11)
-_CHANGING = 8
 _NO_MAP = bytes(BYTES)
 
 
@@ -62,15 +62,14 @@ class GemmLaunch:
             *(ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype], int(mapped)),
             *(0 if rows is not None else layout.packed_weight_shape(n, k)[1], rows_a * BLOCK),
         )
-        self._launch = launcher.PreparedLaunch(
+        self._launch = Launch(
             kernel(config, out.device.index),
             (choice.grid, 1),
             config.threads,
             config.shared_bytes,
-            _CHANGING,
             params,
             choice.split,
-        )
+        ).prepared()
 
     def __call__(
         self,
@@ -116,7 +115,7 @@ class GemmPlan:
         x: torch.Tensor,
         out: torch.Tensor,
         bias: torch.Tensor | None,
-        prepare: Callable[[torch.Tensor, int], launcher.PreparedLaunch] = quantize.prepare,
+        prepare: Callable[[torch.Tensor, int], PreparedLaunch] = quantize.prepare,
     ) -> None:
         """Prepare for tensors like x [m, k] and out [m, n], both with contiguous rows, and bias; nothing is checked.
 

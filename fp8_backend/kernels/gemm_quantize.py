@@ -8,6 +8,7 @@ import torch
 
 from fp8_backend.kernels import launcher, layout
 from fp8_backend.kernels.heuristics import QuantizingGemmChoice
+from fp8_backend.kernels.prepared import Launch
 from fp8_backend.kernels.problem import QuantizingGemmConfig
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
@@ -15,7 +16,6 @@ from fp8_backend.kernels.tensor_map import MovableMap
 
 # The map of x; packed b, scale_b, out, bias; then the row stride of out and 11 numbers.
 _LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 4 + ("i64",) + ("u32",) * 11)
-_CHANGING = 5
 
 
 @cache
@@ -54,15 +54,14 @@ class QuantizingGemmPlan:
             *(ELEMENT_TYPES[x.dtype], ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype]),
             *(int(vectorised), int(aligned)),
         )
-        self._launch = launcher.PreparedLaunch(
+        self._launch = Launch(
             kernel(config, out.device.index),
             (choice.grid, 1),
             config.threads,
             config.shared_bytes,
-            _CHANGING,
             params,
             choice.split,
-        )
+        ).prepared()
 
     def __call__(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8_backend.kernels import grouped_gathered, grouped_sorted, grouped_tall, routing
+from fp8_backend.kernels import grouped_gathered, grouped_sorted, grouped_tall, launcher, routing
 from fp8_backend.kernels.compiler import KernelSpec
 
 # Rows a group on average from which on contiguous rows go to grouped_tall.cuh (one H100, 4096x7168, us in tiles of 128
@@ -58,4 +58,8 @@ def launch_contiguous(
         return
     config = grouped_sorted.select_plain(len(m_indices), groups)
     routed = routing.route_in_order(m_indices, groups, extra_rows=routing.EXTRA_ROWS if config.extended else 0)
-    grouped_sorted.launch(config, codes, scales, weight, scale_b, out, None, out.shape[1], routed)
+    operands = codes, scales, weight, scale_b, out
+    launch = grouped_sorted.launch_like(config, *operands, None, out.shape[1], routed)
+    of_routing = routed.sorted_entries, routed.tiles, routed.num_tiles, routed.ticket(1)
+    stream = launcher.current_stream(weight.device.index)
+    launch(stream, *(operand.data_ptr() for operand in operands), 0, *of_routing)

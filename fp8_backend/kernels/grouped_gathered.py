@@ -10,6 +10,7 @@ from fp8_backend.kernels import launcher, routing
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.grouped_sorted import select_run
+from fp8_backend.kernels.prepared import Launch
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import TILE_ROWS, Routing
 
@@ -28,7 +29,7 @@ def kernel(device: int) -> launcher.Kernel:
     return launcher.load(SPEC, LAYOUT)
 
 
-def launch(
+def launch_like(
     a: torch.Tensor,
     scale_a: torch.Tensor,
     weight: torch.Tensor,
@@ -38,52 +39,29 @@ def launch(
     routed: Routing,
     divisor: int,
     likely: int,
-) -> int:
-    """Launch grouped_gathered.cuh and return the number of CTAs; nothing is checked.
+) -> Launch:
+    """Return the launch of grouped_gathered.cuh for tensors like these; nothing is checked.
+
+    Its pointers: the six tensors; sorted entries, tiles, number of tiles and first ticket of the routing.
 
     Args:
         a: codes [rows, k_blocks * 128] with 16-byte aligned rows.
         scale_a: [k_blocks, at least rows] float32, contiguous rows.
-        weight: [num_groups, k_blocks, 2 * n, 128] packed, gate and up.
+        weight: [num_groups, k_blocks, 2 * n, 128] packed, gate and up; on the device, as no other has to be.
         scale_b: [num_groups, k_blocks, scales] packed.
         out: codes [entries, n] in sorted order.
         out_scale: [n / 128, at least entries] float32, contiguous rows.
-        routed: the sorted rows, of whose tickets the first is used.
+        routed: like the sorted rows.
         divisor: entry e reads row e // divisor of a.
         likely: groups that are likely to have rows: the first weights of so many are asked for before the previous
             kernel has ended.
     """
-    device, n = out.device.index, out.shape[1]
+    device, n = weight.device.index, out.shape[1]
     row_tiles, sms, columns = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device), n // BLOCK
     run = select_run(row_tiles, columns, weight.shape[1], sms)
     grid = min(sms, row_tiles * ceil_div(columns, run))
-    kernel(device).launch(
-        (grid, 1, 1),
-        _THREADS,
-        SHARED_BYTES,
-        (
-            a.data_ptr(),
-            scale_a.data_ptr(),
-            weight.data_ptr(),
-            scale_b.data_ptr(),
-            out.data_ptr(),
-            out_scale.data_ptr(),
-            routed.sorted_entries,
-            routed.tiles,
-            routed.num_tiles,
-            routed.ticket(0),
-            a.stride(0),
-            divisor,
-            n,
-            weight.shape[2],
-            weight.shape[1],
-            scale_a.stride(0),
-            scale_b.stride(1),
-            out_scale.stride(0),
-            run,
-            likely,
-        ),
-        launcher.current_stream(device),
-        pdl=True,
+    params = (
+        *(a.stride(0), divisor, n, weight.shape[2], weight.shape[1], scale_a.stride(0), scale_b.stride(1)),
+        *(out_scale.stride(0), run, likely),
     )
-    return grid
+    return Launch(kernel(device), (grid, 1), _THREADS, SHARED_BYTES, params)

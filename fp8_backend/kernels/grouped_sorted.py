@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,10 +11,11 @@ import torch
 from fp8_backend.kernels import grouped_tall, launcher, routing
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import EXTRA_ROWS, TILE_ROWS, Routing
-from fp8_backend.kernels.tensor_map import row_major_map
+from fp8_backend.kernels.tensor_map import MovableMap, row_major_map
 
 LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 9 + ("i64",) + ("u32",) * 10)
 _BOX_ROWS = TILE_ROWS // 2  # kNarrowRows of grouped_sorted.cuh
@@ -92,7 +94,32 @@ def select_run(row_tiles: int, columns: int, k_blocks: int, sms: int) -> int:
     return ceil_div(columns, ceil_div(columns, run))
 
 
-def launch(
+class SortedLaunch:
+    """A launch of grouped_sorted.cuh, and the maps by which it fetches rows; used by one thread at a time."""
+
+    def __init__(self, launch: Launch | PreparedLaunch, maps: Sequence[MovableMap]) -> None:
+        """Take a launch and its maps of whole tiles' rows and of those past them."""
+        self._launch, self._maps = launch, maps
+
+    def prepared(self) -> SortedLaunch:
+        """Return the same, of a prepared launch."""
+        assert isinstance(self._launch, Launch)
+        return SortedLaunch(self._launch.prepared(), self._maps)
+
+    def __call__(self, stream: int, a: int, *others: int) -> None:
+        """Launch on a raw stream of the current device.
+
+        Args:
+            stream: from `launcher.current_stream`.
+            a: address of the rows.
+            others: addresses of scale_a, weight, scale_b, out, out_scale or 0; of the routing's sorted entries, tiles,
+                number of tiles and ticket, the first of the gated form, the second of a plain one.
+        """
+        rows, extra = self._maps
+        self._launch(stream, rows.at(a), extra.at(a), *others)
+
+
+def launch_like(
     config: SortedConfig,
     a: torch.Tensor,
     scale_a: torch.Tensor,
@@ -103,55 +130,31 @@ def launch(
     n: int,
     routed: Routing,
     early: int = 0,
-) -> None:
-    """Launch grouped_sorted.cuh; nothing is checked.
+) -> SortedLaunch:
+    """Return the launch of grouped_sorted.cuh for tensors like these; nothing is checked.
 
     Args:
         config: the form.
         a: codes [rows, k_blocks * 128] in sorted order, 16-byte aligned rows.
         scale_a: [k_blocks, rows] float32, as `grouped_tall.takes` wants it.
-        weight: [num_groups, k_blocks, n_aligned, 128] packed.
+        weight: [num_groups, k_blocks, n_aligned, 128] packed; on the device, as no other has to be.
         scale_b: [num_groups, k_blocks, scales] packed.
         out: plain form: [entries, n], contiguous columns; gated form: codes [entries, n] in sorted order.
         out_scale: gated form: [n / 128, at least entries] float32, contiguous rows.
         n: columns of out.
-        routed: the sorted rows, in tiles of at most 128 rows unless the form is extended; the gated form uses its first
-            ticket, a plain one its second.
+        routed: like the sorted rows, in tiles of at most 128 rows unless the form is extended.
         early: 1 if weights may be asked for before the previous kernel has ended: the tiles must be listed by then.
     """
-    device, columns = out.device.index, ceil_div(n, config.tile_columns)
+    device, columns = weight.device.index, ceil_div(n, config.tile_columns)
     row_tiles, sms = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device)
     # What a ticket of a cluster covers is as much, whether that is one tile of rows in two columns or two in one.
     run = config.cluster if config.cluster > 1 else select_run(row_tiles, columns, weight.shape[1], sms)
-    maps = (row_major_map(a.stride(0), a.shape[0], weight.shape[1], rows) for rows in (_BOX_ROWS, EXTRA_ROWS))
-    kernel(config, device).launch(
-        (min(sms // config.cluster, row_tiles * ceil_div(columns, run)) * config.cluster, 1, 1),
-        _THREADS,
-        config.shared_bytes,
-        (
-            *(each.at(a.data_ptr()) for each in maps),
-            scale_a.data_ptr(),
-            weight.data_ptr(),
-            scale_b.data_ptr(),
-            out.data_ptr(),
-            0 if out_scale is None else out_scale.data_ptr(),
-            routed.sorted_entries,
-            routed.tiles,
-            routed.num_tiles,
-            routed.ticket(0 if config.gated else 1),
-            out.stride(0),
-            n,
-            weight.shape[2],
-            weight.shape[1],
-            scale_a.stride(0),
-            scale_b.stride(1),
-            0 if out_scale is None else out_scale.stride(0),
-            run,
-            early,
-            ELEMENT_TYPES.get(out.dtype, 0),
-            int(grouped_tall.is_vectorised(out)),
-        ),
-        launcher.current_stream(device),
-        pdl=True,
-        cluster=config.cluster,
+    params = (
+        *(out.stride(0), n, weight.shape[2], weight.shape[1], scale_a.stride(0), scale_b.stride(1)),
+        *(0 if out_scale is None else out_scale.stride(0), run, early, ELEMENT_TYPES.get(out.dtype, 0)),
+        int(grouped_tall.is_vectorised(out)),
     )
+    grid = min(sms // config.cluster, row_tiles * ceil_div(columns, run)) * config.cluster, 1
+    launch = Launch(kernel(config, device), grid, _THREADS, config.shared_bytes, params, config.cluster)
+    boxes = _BOX_ROWS, EXTRA_ROWS
+    return SortedLaunch(launch, [row_major_map(a.stride(0), a.shape[0], weight.shape[1], rows) for rows in boxes])

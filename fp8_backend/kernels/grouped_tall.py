@@ -79,7 +79,7 @@ def list_counts(masked_m: torch.Tensor, max_m: int) -> Routing:
     assert num_groups <= MAX_GROUPS
     listed = COUNTER_BYTES + num_groups * ceil_div(max_m, TALL_TILE_ROWS) * TILE_BYTES
     storage = torch.empty(listed, dtype=torch.uint8, device=masked_m.device)
-    routed = Routing(storage, num_groups * max_m, num_groups, in_order=True)
+    routed = Routing(storage.data_ptr(), num_groups * max_m, num_groups, in_order=True, storage=storage)
     _counts_kernel(masked_m.device.index).launch(
         (1, 1, 1),
         _COUNTS_THREADS,

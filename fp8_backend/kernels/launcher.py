@@ -27,15 +27,15 @@ _KINDS: dict[str, tuple[str, int, int]] = {
 }
 
 # CUlaunchConfig: grid x y z, block x y z, dynamic shared bytes, stream, attributes, number of attributes.
-_CONFIG = struct.Struct("<7I4xQQI4x")
-_CONFIG_STREAM, _CONFIG_STREAM_OFFSET = struct.Struct("<Q"), struct.calcsize("<7I4x")
+CONFIG = struct.Struct("<7I4xQQI4x")
+CONFIG_STREAM, CONFIG_STREAM_OFFSET = struct.Struct("<Q"), struct.calcsize("<7I4x")
 # CUlaunchAttribute: id, then a union of 64 bytes, of which the kinds used here take at most three 32-bit words.
 _ATTRIBUTE = struct.Struct("<I4x3I52x")
 _COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
 _MAX_PORTABLE_CLUSTER = 8
 
 # A CUlaunchConfig, its address, the address and number of its attributes, and the attributes' memory.
-Prepared = tuple["ctypes.Array[ctypes.c_char]", int, int, int, "ctypes.Array[ctypes.c_char]"]
+Configuration = tuple["ctypes.Array[ctypes.c_char]", int, int, int, "ctypes.Array[ctypes.c_char]"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ParamLayout:
         object.__setattr__(self, "offsets", tuple(offsets))
 
 
-class _Buffers(threading.local):
+class Buffers(threading.local):
     """One thread's memory for the arguments of one kernel, so that two threads cannot mix theirs."""
 
     def __init__(self, layout: ParamLayout) -> None:
@@ -74,7 +74,7 @@ class _Buffers(threading.local):
         self.pointers = (ctypes.c_void_p * max(1, len(layout.offsets)))(*(base + offset for offset in layout.offsets))
         self.pointers_address = ctypes.addressof(self.pointers)
         # by (cluster, pdl, cooperative)
-        self.configs: dict[tuple[int, bool, bool], Prepared] = {}
+        self.configs: dict[tuple[int, bool, bool], Configuration] = {}
 
 
 class Kernel:
@@ -89,7 +89,7 @@ class Kernel:
         self._function = function
         self._launch = launch if launch is not None else driver.load().cuLaunchKernelEx
         self._pack = layout.packer.pack_into
-        self._buffers = _Buffers(layout)
+        self._buffers = Buffers(layout)
 
     def launch(
         self,
@@ -127,7 +127,7 @@ class Kernel:
             raise TypeError(
                 f"kernel {self.name}: parameters {params!r} do not fit {self.layout.kinds}: {error}"
             ) from None
-        _CONFIG.pack_into(config, 0, *grid, block, 1, 1, shared_bytes, stream, attributes, attribute_count)
+        CONFIG.pack_into(config, 0, *grid, block, 1, 1, shared_bytes, stream, attributes, attribute_count)
         self.submit(
             config_address,
             buffers.pointers_address,
@@ -149,7 +149,7 @@ class Kernel:
                 "the cause may be an earlier kernel: rerun with CUDA_LAUNCH_BLOCKING=1"
             )
 
-    def configuration(self, cluster: int, pdl: bool, cooperative: bool = False) -> Prepared:
+    def configuration(self, cluster: int, pdl: bool, cooperative: bool = False) -> Configuration:
         """Return a CUlaunchConfig, its address, its attributes' address and number, and the attributes' memory."""
         key = (cluster, pdl, cooperative)
         return self._buffers.configs.get(key) or self._prepare(*key)
@@ -161,7 +161,7 @@ class Kernel:
             DriverError: the device cannot run such a cluster.
         """
         config, address, attributes, attribute_count, _ = self.configuration(cluster, False)
-        _CONFIG.pack_into(config, 0, cluster, 1, 1, block, 1, 1, shared_bytes, 0, attributes, attribute_count)
+        CONFIG.pack_into(config, 0, cluster, 1, 1, block, 1, 1, shared_bytes, 0, attributes, attribute_count)
         clusters = ctypes.c_int()
         driver.call(
             "cuOccupancyMaxActiveClusters",
@@ -172,7 +172,7 @@ class Kernel:
         )
         return clusters.value
 
-    def _prepare(self, cluster: int, pdl: bool, cooperative: bool) -> Prepared:
+    def _prepare(self, cluster: int, pdl: bool, cooperative: bool) -> Configuration:
         attributes = []
         if cooperative:
             attributes.append((_COOPERATIVE, 1, 0, 0))
@@ -191,60 +191,10 @@ class Kernel:
         memory = ctypes.create_string_buffer(_ATTRIBUTE.size * max(1, len(attributes)))
         for index, attribute in enumerate(attributes):
             _ATTRIBUTE.pack_into(memory, index * _ATTRIBUTE.size, *attribute)
-        config = ctypes.create_string_buffer(_CONFIG.size)
+        config = ctypes.create_string_buffer(CONFIG.size)
         prepared = (config, ctypes.addressof(config), ctypes.addressof(memory), len(attributes), memory)
         self._buffers.configs[cluster, pdl, cooperative] = prepared
         return prepared
-
-
-class PreparedLaunch:
-    """One launch of a kernel, repeated with other tensors: grid, cluster and all but the first parameters stay.
-
-    One thread at a time may use it.
-    """
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int],
-        block: int,
-        shared_bytes: int,
-        changing: int,
-        params: Sequence[int | float],
-        cluster: int = 1,
-    ) -> None:
-        """Prepare a dependent launch of a grid in x and y; `params` are those behind the `changing` first ones."""
-        kinds = kernel.layout.kinds[:changing]
-        assert set(kinds) <= {"map", "u64"}
-        self._kernel = kernel
-        self._described = (
-            f"grid {grid}, block {block}, {shared_bytes} shared bytes, cluster {cluster}, pdl True, prepared"
-        )
-        self._buffers = _Buffers(kernel.layout)
-        self._params = self._buffers.params
-        empty: list[int | bytes] = [bytes(128) if kind == "map" else 0 for kind in kinds]
-        kernel.layout.packer.pack_into(self._params, 0, *empty, *params)
-        self._pack = ParamLayout(kinds).packer.pack_into
-        self._attributes = kernel.configuration(cluster, True)  # kept: the configuration points into its memory
-        self._config = ctypes.create_string_buffer(_CONFIG.size)
-        self._config_address = ctypes.addressof(self._config)
-        _CONFIG.pack_into(self._config, 0, *grid, 1, block, 1, 1, shared_bytes, 0, *self._attributes[2:4])
-        self._stream = 0
-
-    def __call__(self, stream: int, *params: int | bytes) -> None:
-        """Launch on a raw stream of the kernel's device, with the parameters that change.
-
-        Raises:
-            DriverError: the driver refused the launch, or an earlier kernel failed.
-        """
-        self._pack(self._params, 0, *params)
-        if stream != self._stream:
-            _CONFIG_STREAM.pack_into(self._config, _CONFIG_STREAM_OFFSET, stream)
-            self._stream = stream
-        self._kernel.submit(self._config_address, self._buffers.pointers_address, self._describe)
-
-    def _describe(self) -> str:
-        return self._described
 
 
 _loaded: dict[tuple[KernelSpec, ParamLayout, int], Kernel] = {}

@@ -11,13 +11,13 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, quantize, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 # By parts of a row a thread has.
 SPECS = {chunks: KernelSpec("rms_norm_quantize.cuh", "rms_norm_quantize", (("CHUNKS", chunks),)) for chunks in (1, 2)}
 DTYPES = (torch.bfloat16, torch.float16)
 _LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 7 + ("f32",))
-_POINTERS = 7
 _ELEMENTS = 8  # neighbouring ones, a thread and part
 _MAX_THREADS, _WARP = 1024, 32
 MAX_K = _ELEMENTS * _MAX_THREADS * max(SPECS)  # the longest row that a CTA holds
@@ -122,7 +122,7 @@ class Rows:
         tensors = (self.x, self.residual, self.norm_weight, self.summed, self.normed)
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
-    def prepare(self, epsilon: float) -> partial[launcher.PreparedLaunch]:
+    def prepare(self, epsilon: float) -> partial[PreparedLaunch]:
         """Return `prepare` for operands like these."""
         inputs = [tensor for tensor in (self.x, self.residual) if tensor is not None]
         vectorised = all(map(quantize.vectorised, inputs)) and self.norm_weight.data_ptr() % 16 == 0
@@ -132,7 +132,7 @@ class Rows:
 
 def prepare(
     x: torch.Tensor, tile_rows: int = 0, *, residual_stride: int, epsilon: float, vectorised: bool
-) -> launcher.PreparedLaunch:
+) -> PreparedLaunch:
     """Return the launch that normalises and quantises a tensor like x [m, k]; nothing is checked.
 
     Its pointers: x; the residual or 0; the norm's weight; the sums, or 0; the normalised rows, or 0; codes; scales
@@ -148,4 +148,4 @@ def prepare(
         *(x.stride(0), residual_stride, k, k_blocks, align(m, 4)),
         *(quantize.ELEMENT_TYPES[x.dtype], int(vectorised), tile_rows, quantize.early(m, k), epsilon),
     )
-    return launcher.PreparedLaunch(kernel(chunks, x.device.index), (m, 1), threads, 0, _POINTERS, params)
+    return Launch(kernel(chunks, x.device.index), (m, 1), threads, 0, params).prepared()

@@ -10,6 +10,7 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
@@ -84,36 +85,32 @@ def launch(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.T
     k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
-    if m and k:  # not prepared, which costs more than it saves one call (docs/kernel-notes-moe.md, 2026-11-28)
-        quantise, grid, shape = _launch_like(x, 0, beside)
-        pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+    if m and k:
         stream = launcher.current_stream(x.device.index)
-        quantise.launch((*grid, 1), _THREADS, 0, (*pointers, *shape), stream, pdl=True)
+        launch_like(x, beside=beside)(stream, x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     return codes, scale.t()[:m]
 
 
-def _launch_like(
-    x: torch.Tensor, tile_rows: int, beside: bool
-) -> tuple[launcher.Kernel, tuple[int, int], tuple[int, ...]]:
-    """Return the kernel for x, its grid, and its parameters behind the pointers."""
+def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> Launch:
+    """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
+
+    Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
+    (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
+    beside: as of `launch`.
+    """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
     k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
     grid = ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(k_blocks, _GROUPS_PER_CTA)
     shape = (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside))
-    return kernel(rows, x.device.index), grid, shape
+    return Launch(kernel(rows, x.device.index), grid, _THREADS, 0, shape)
+
+
+def prepare(x: torch.Tensor, tile_rows: int = 0) -> PreparedLaunch:
+    """Return `launch_like` prepared."""
+    return launch_like(x, tile_rows).prepared()
 
 
 def early(m: int, k: int) -> int:
     """Return 1 if the kernel behind one that makes codes [m, k] should start before that has ended, else 0."""
     return int(m * k < _LATE_ELEMENTS)
-
-
-def prepare(x: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
-    """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
-
-    Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
-    (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
-    """
-    quantise, grid, shape = _launch_like(x, tile_rows, False)
-    return launcher.PreparedLaunch(quantise, grid, _THREADS, 0, 3, shape)

@@ -10,6 +10,7 @@ import torch
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.prepared import Launch
 from fp8_backend.kernels.reference import ceil_div
 
 SPEC = KernelSpec("route.cuh", "route")
@@ -52,31 +53,34 @@ def routing_bytes(entries: int, num_groups: int, with_places: bool = False) -> i
 class Routing:
     """Rows sorted by expert, on the device.
 
-    storage: uint8: two tickets and the number of tiles, uint32; tiles of 16 bytes; unless in_order, entries, uint32;
-        with places, the position of each entry among them, uint32.
+    address: of two tickets and the number of tiles, uint32; tiles of 16 bytes; unless in_order, entries, uint32; with
+        places, the position of each entry among them, uint32. Or where in other memory all this begins: then what
+        follows are not addresses either.
     in_order: the rows lie as their groups want them, and entries are rows.
     with_places: whether there are places; not if in_order.
+    storage: holds the memory, if it is the routing's own.
     """
 
-    storage: torch.Tensor
+    address: int
     entries: int
     num_groups: int
     in_order: bool = False
     with_places: bool = False
+    storage: torch.Tensor | None = None
 
     def ticket(self, index: int) -> int:
         """Return the address of the counter of the first (0) or second (1) GEMM."""
-        return self.storage.data_ptr() + 4 * index
+        return self.address + 4 * index
 
     @property
     def num_tiles(self) -> int:
         """Address of the number of tiles."""
-        return self.storage.data_ptr() + 8
+        return self.address + 8
 
     @property
     def tiles(self) -> int:
         """Address of the tiles."""
-        return self.storage.data_ptr() + COUNTER_BYTES
+        return self.address + COUNTER_BYTES
 
     @property
     def sorted_entries(self) -> int:
@@ -111,37 +115,39 @@ def route(
     Raises:
         ArgumentError: more than 1024 experts.
     """
+    entries = ids.numel()
+    assert ids.dtype == torch.int32 and ids.is_contiguous()
+    storage = torch.empty(routing_bytes(entries, num_groups, with_places), dtype=torch.uint8, device=ids.device)
+    routing = Routing(storage.data_ptr(), entries, num_groups, with_places=with_places, storage=storage)
+    length = 0 if expert_map is None else expert_map.numel()
+    launch_like(entries, length, num_groups, ids.device.index, extra_rows)(
+        launcher.current_stream(ids.device.index),
+        ids.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
+        routing.sorted_entries,
+        routing.places,
+        routing.tiles,
+        routing.num_tiles,
+        routing.ticket(0),
+    )
+    return routing
+
+
+def launch_like(entries: int, map_length: int, num_groups: int, device: int, extra_rows: int = 0) -> Launch:
+    """Return the launch that sorts so many entries, at least one, as `route` does.
+
+    Its pointers: ids; the map, or 0; sorted entries; places, or 0; tiles; the number of tiles; tickets.
+
+    Raises:
+        ArgumentError: more than 1024 experts.
+    """
     if num_groups > MAX_GROUPS:
         raise ArgumentError(
             f"{num_groups} experts; the routing kernel takes at most {MAX_GROUPS}; use expert parallelism"
         )
-    entries = ids.numel()
-    assert ids.dtype == torch.int32 and ids.is_contiguous() and entries and 0 <= extra_rows < TILE_ROWS
-    storage = torch.empty(routing_bytes(entries, num_groups, with_places), dtype=torch.uint8, device=ids.device)
-    routing = Routing(storage, entries, num_groups, with_places=with_places)
+    assert entries and 0 <= extra_rows < TILE_ROWS
     cluster = 1 if entries <= _CLUSTER_ENTRIES else min(_CLUSTER, ceil_div(entries, _THREADS))
-    kernel(ids.device.index).launch(
-        (cluster, 1, 1),
-        _THREADS,
-        0,
-        (
-            ids.data_ptr(),
-            0 if expert_map is None else expert_map.data_ptr(),
-            routing.sorted_entries,
-            routing.places,
-            routing.tiles,
-            routing.num_tiles,
-            routing.ticket(0),
-            entries,
-            0 if expert_map is None else expert_map.numel(),
-            num_groups,
-            extra_rows,
-        ),
-        launcher.current_stream(ids.device.index),
-        cluster,
-        True,
-    )
-    return routing
+    return Launch(kernel(device), (cluster, 1), _THREADS, 0, (entries, map_length, num_groups, extra_rows), cluster)
 
 
 def route_in_order(
@@ -161,7 +167,7 @@ def route_in_order(
     assert m_indices.dtype == torch.int32 and m_indices.is_contiguous() and rows
     listed = COUNTER_BYTES + rows * TILE_BYTES
     storage = torch.empty(listed + ceil_div(rows, 32) * 4, dtype=torch.uint8, device=m_indices.device)
-    routing = Routing(storage, rows, num_groups, in_order=True)
+    routing = Routing(storage.data_ptr(), rows, num_groups, in_order=True, storage=storage)
     runs_kernel(m_indices.device.index).launch(
         (1, 1, 1),
         _THREADS,

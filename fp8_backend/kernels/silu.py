@@ -10,12 +10,12 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, quantize, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPEC = KernelSpec("silu_mul_quantize.cuh", "silu_mul_quantize")
 DTYPES = (torch.bfloat16, torch.float16)
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 8)
-_POINTERS = 3
 _ROWS_PER_CTA, _GROUPS_PER_CTA, _THREADS = 4, 2, 128
 
 
@@ -77,7 +77,7 @@ def halved(x: torch.Tensor) -> torch.Tensor:
     return quantize.rows_of(x, "x")[:, : x.shape[1] // 2]
 
 
-def prepare(gate: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
+def prepare(gate: torch.Tensor, tile_rows: int = 0) -> PreparedLaunch:
     """Return the launch for a tensor of which `gate` [m, k] is like the first half; nothing is checked.
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. tile_rows: as of `quantize.prepare`.
@@ -89,4 +89,4 @@ def prepare(gate: torch.Tensor, tile_rows: int = 0) -> launcher.PreparedLaunch:
         *(quantize.ELEMENT_TYPES[gate.dtype], quantize.vectorised(gate), tile_rows, quantize.early(m, k)),
     )
     grid = ceil_div(m, _ROWS_PER_CTA), ceil_div(k_blocks, _GROUPS_PER_CTA)
-    return launcher.PreparedLaunch(kernel(gate.device.index), grid, _THREADS, 0, _POINTERS, params)
+    return Launch(kernel(gate.device.index), grid, _THREADS, 0, params).prepared()
