@@ -25,6 +25,7 @@ from fp8_backend.kernels import (
     launcher,
     layout,
     m_grouped,
+    masked,
     reference,
     routing,
 )
@@ -106,7 +107,8 @@ def test_every_lane_may_arrive(folder, monkeypatch):
         for m in (1, 70):
             assert reference.relative_error(gemm.fp8_linear(x[:m], *weight, n), expected[:m]) < BF16_ERROR
         call_of_pairs(monkeypatch)
-        files = {"quantize.cuh", "decode.cuh", "gemm.cuh", "runs.cuh", "grouped_sorted.cuh"}
+        call_of_guess("an empty group")
+        files = {"quantize.cuh", "decode.cuh", "gemm.cuh", "runs.cuh", "grouped_sorted.cuh", "masked.cuh"}
         assert {spec.file for spec, _ in machine.loaded} == files
         assert all(("EVERY_LANE_ARRIVES", 1) in spec.defines for spec, _ in machine.loaded)
 
@@ -379,23 +381,60 @@ def test_contiguous_grouped_gemm(tall_rows, extended_rows, n, dtype, folder, mon
     assert out[indices < 0].isnan().all()
 
 
-# Groups of no row, of a few, of more than a narrow tile holds, of more than a tile.
-@pytest.mark.parametrize("expected_m", [8, 256])
-def test_masked_grouped_gemm(expected_m, folder):
+def call_of_blocks(counts, max_m, n, k, expected_m):
+    """Multiply so many of max_m rows of each group; return the output, which has been compared with the truth."""
     torch.manual_seed(3)
-    counts, max_m, n, k = [0, 3, 100] if expected_m == 8 else [3, 0, 300], 104 if expected_m == 8 else 301, 264, 256
-    codes, scale, packed, packed_scale = make_experts(len(counts), n, k)
+    codes, scale, *packed = make_experts(len(counts), n, k)
     x = torch.randn(len(counts), max_m, k, dtype=torch.bfloat16)
     q, s = (torch.stack(each) for each in zip(*(reference.per_token_group_quant(rows) for rows in x), strict=True))
     out = torch.full((len(counts), max_m, n), float("nan"), dtype=torch.bfloat16)
-    with emulated(folder, MACHINE):
-        b, masked_m = (packed, packed_scale), torch.tensor(counts).int()
-        m_grouped.m_grouped_fp8_gemm_nt_masked((q, s), b, out, masked_m, expected_m)
+    m_grouped.m_grouped_fp8_gemm_nt_masked((q, s), packed, out, torch.tensor(counts).int(), expected_m)
     for group, rows in enumerate(counts):
         if rows:
             expected = truth(x[group, :rows], codes[group], scale[group])
             assert reference.relative_error(out[group, :rows], expected) < BF16_ERROR
         assert out[group, rows:].isnan().all()
+    return out
+
+
+# Groups of no row, of a few, of more than a narrow tile holds, of more than a tile.
+@pytest.mark.parametrize("expected_m", [8, 256])
+def test_masked_grouped_gemm(expected_m, folder):
+    counts, max_m = ([0, 3, 100], 104) if expected_m == 8 else ([3, 0, 300], 301)
+    with emulated(folder, MACHINE):
+        call_of_blocks(counts, max_m, 264, 256, expected_m)
+
+
+# Rows of the groups, columns of the output, k-blocks (a ring has four stages), CTAs. Tiles have 256 columns.
+GUESSES = {
+    "right": ([3, 100, 64], 264, 6, 2),
+    "right, for few k-blocks": ([3, 100, 64], 264, 2, 2),
+    "right, the last round cut": ([5, 9, 100], 264, 6, 5),
+    "right, all tiles cut": ([5, 100], 256, 6, 4),
+    "right, halves of no column": ([5, 100], 128, 5, 4),
+    "right, tiles for three CTAs of four": ([3, 7, 9], 256, 5, 4),
+    "an empty group": ([0, 3, 100], 264, 6, 2),
+    "an empty group, few k-blocks": ([0, 3, 100], 264, 2, 2),
+    "a group of two units": ([130, 3, 7], 256, 5, 4),
+    "whole tiles are cut": ([3, 7, 0], 256, 5, 4),
+    "cut tiles are whole": ([5, 130], 256, 6, 4),
+    "no rows": ([0, 0, 0], 264, 6, 2),
+}
+
+
+def call_of_guess(name):
+    """Run the masked GEMM as GUESSES has it."""
+    counts, n, k_blocks, _ = GUESSES[name]
+    return call_of_blocks(counts, max(*counts, 2), n, k_blocks * BLOCK, 64)
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_masked_weights_are_guessed(name, folder, monkeypatch):
+    with emulated(folder, Machine(GUESSES[name][-1], (1, 1, 1))) as machine:
+        guessed = [call_of_guess(name) for machine.seed in (0, 1)]
+        monkeypatch.setattr(masked, "_GUESSED_ROWS", range(0))
+        out = call_of_guess(name)
+    assert all(torch.equal(each.view(torch.int16), out.view(torch.int16)) for each in guessed)
 
 
 BEHIND = "barrier_wait(full + 8 * ring.stage, ring.parity);\n" + 24 * " "
@@ -432,6 +471,36 @@ def test_planted_faults_are_found(fault, folder, tmp_path):
         for machine.seed in range(4):
             gemm.launch_gemm(choices[which], *a, weight, out, None)
             assert reference.relative_error(out, expected) < BF16_ERROR
+
+
+DRAINED = "for (; fetched > 0; --fetched, ring.advance(stages.number)) {"
+# What is planted, and in which of the calls it shows.
+GUESS_FAULTS = {
+    "a guess is of other weights": (
+        "fetch_weights(guessed.unit, guessed, s, s)",
+        "fetch_weights(guessed.unit, guessed, 0, s)",
+        "right",
+    ),
+    "a wrong guess is not waited for": (DRAINED, "for (fetched = 0; fetched > 0;) {", "an empty group"),
+    "nor is it without rows": (DRAINED, "for (fetched = 0; fetched > 0;) {", "no rows"),
+    "its stages are not released": ("barrier_arrive(stages.empty + 8 * ring.stage);", "", "an empty group"),
+    "every guess is right": ("const bool right = ", "const bool right = true || ", "a group of two units"),
+    "a half is as good as all": (" && first.half == guessed.half;", ";", "cut tiles are whole"),
+    "what is over is waited for": (
+        "--fetched;\n",
+        "--fetched; barrier_wait(stages.empty + 8 * ring.stage, ring.parity ^ 1);\n",
+        "right, tiles for three CTAs of four",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", GUESS_FAULTS)
+def test_planted_faults_of_masked_guesses_are_found(fault, folder, tmp_path):
+    right, wrong, name = GUESS_FAULTS[fault]
+    sources = planted(tmp_path, "masked.cuh", right, wrong)
+    with emulated(folder, Machine(GUESSES[name][-1], (1, 1, 1)), sources) as machine, pytest.raises(AssertionError):
+        for machine.seed in range(16):
+            call_of_guess(name)
 
 
 MEETING = "if (thread == 0) meet_grid(&grid_arrivals, round, blockIdx.x == 0, gridDim.x);\n"

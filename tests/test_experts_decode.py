@@ -209,6 +209,7 @@ def test_experts_against_the_reference(case, on_input, monkeypatch):
         (4, 16, 1000, 384, 16),
         (4, 64, 512, 2048, 64),
         (3, 100, 136, 128, 8),
+        (4, 300, 512, 1024, 64),  # groups of several units, where one was guessed
         (2, 300, 512, 7168, 256),
     ],
     ids=str,

@@ -17,12 +17,15 @@ from fp8_backend.kernels.routing import MAX_GROUPS
 from fp8_backend.kernels.tensor_map import encode_tiled
 
 SPEC = KernelSpec("masked.cuh", "masked")
-LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 5 + ("i64",) * 4 + ("u32",) * 11)
+LAYOUT = launcher.ParamLayout(("map",) + ("u64",) * 5 + ("i64",) * 4 + ("u32",) * 12)
 MAX_UNITS = 8192  # pieces of up to 128 rows that a CTA can list in its shared memory
 _UNIT_ROWS = 128
 # Rows a group that are expected from which on grouped_tall.cuh is the faster one (8 groups of 256, 7168x2048, one H100:
 # 73 us in masked.cuh, 67 there).
 TALL_ROWS = 256
+# Expected rows a group for which masked.cuh asks for weights on the guess that every group has 1 to 128: with so many a
+# group is hardly ever empty, nor above 128. Not measured yet.
+_GUESSED_ROWS = range(4, 97)
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
@@ -60,7 +63,7 @@ def launch_masked(
         scale_b: [num_groups, k / 128, align(ceil(n / 128), 4) + 4] float32, packed.
         out: [num_groups, max_m, n] bfloat16, float16 or float32, contiguous; rows past masked_m are not written.
         masked_m: [num_groups] int32, on the device.
-        expected_m: likely rows a group, which decides between the kernels.
+        expected_m: likely rows a group, which decides between the kernels, and what masked.cuh asks for on a guess.
     """
     scales = scale_a.transpose(1, 2)
     if expected_m >= TALL_ROWS and a.shape[0] <= MAX_GROUPS and grouped_tall.takes(scales):
@@ -80,5 +83,6 @@ def launch_masked(
     ring_bytes = (MAX_SHARED_BYTES - taken) // 1024 * 1024
     store_16_bytes = out.element_size() == 2 and n % 8 == 0 and out.data_ptr() % 16 == 0
     params += (scale_b.stride(1), box_rows, ring_bytes, ELEMENT_TYPES[out.dtype], int(store_16_bytes))
+    params += (int(expected_m in _GUESSED_ROWS),)
     stream = launcher.current_stream(device)
     _kernel(device).launch((num_sms(device), 1, 1), THREADS, MAX_SHARED_BYTES, params, stream, pdl=True)

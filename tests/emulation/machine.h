@@ -1,8 +1,9 @@
 // A multiprocessor cluster in plain C++, as far as the kernels of this package see it: every thread of the CTAs of a cluster is a fiber, and the
 // copy engine, barriers, shuffles and wgmma are what fibers wait for. ptx.cuh and wgmma.cuh beside this file put the device code on top.
 //
-// One run is one interleaving, drawn from a seed: which fiber goes on, which warp is late, when a copy lands, whether a product reads its operands early. What no
-// interleaving may do is an error: to read shared memory that a copy is still writing, to reach a CTA that has ended, to wait for what nobody brings.
+// One run is one interleaving, drawn from a seed: which fiber goes on, which warp is late, when a copy lands, whether all land late, whether a product
+// reads its operands early. What no interleaving may do is an error: to read shared memory that a copy is still writing, or to end before that, to reach
+// a CTA that has ended, to wait for what nobody brings.
 // A product may read rows that nobody needs; of what is being written, or was written between its issue and its end, it gets NaN. Orders that only
 // hardware knows (a load that overtakes a barrier's answer) are not here.
 #pragma once
@@ -110,7 +111,7 @@ struct Machine {
     Fiber* current = nullptr;
     std::function<void()> body;
     std::string error;
-    bool early_products = false;
+    bool early_products = false, late_copies = false;
     u64 clock = 0;
     std::unordered_map<int, u32> static_arrays;  // where each lies
     u32 static_bytes = 0;
@@ -183,6 +184,8 @@ inline void fiber_main() {
     Cta& of = *fiber.cta;
     --of.live;
     of.exited[fiber.thread.x / 32] |= 1u << fiber.thread.x % 32;
+    if (!of.live && machine->error.empty() && std::any_of(of.in_flight.begin(), of.in_flight.end(), [](u32 count) { return count != 0; }))
+        machine->error = who(fiber) + ": ends while a copy is still writing shared memory";
     if (of.live && of.whole.arrived == of.live) {
         of.whole.arrived = 0;
         ++of.whole.generation;
@@ -293,7 +296,7 @@ inline void run_fibers(const std::vector<Fiber*>& order) {
             swapcontext(&machine->scheduler, &fiber.context);
             moved = true;
         }
-        moved = step_engine() || moved;
+        if (!moved || !machine->late_copies) moved = step_engine() || moved;
         idle = moved ? 0 : idle + 1;
         if (idle > 64 && machine->engine.empty()) {
             machine->error = "nothing moves any more";
@@ -309,7 +312,9 @@ inline void run_fibers(const std::vector<Fiber*>& order) {
 
 inline void run_cluster(u32 seed, Dim3 first, u32 cluster, u32 threads, u32 shared_bytes) {
     machine->random.seed(seed);
-    machine->early_products = machine->random() % 2;
+    const u32 drawn = machine->random();
+    machine->early_products = drawn % 2;
+    machine->late_copies = drawn / 2 % 4 == 0;
     machine->ctas.clear();
     machine->fibers.clear();
     machine->engine.clear();
