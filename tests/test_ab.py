@@ -69,7 +69,7 @@ class Scripted(worker.Engine):
     """An engine whose batches take the given times."""
 
     def __init__(self, times: list[float]) -> None:
-        self.times, self.asked = times, 0
+        self.times, self.asked, self.samples = times, 0, {}
 
     def seconds(self, batch: int, input_len: int, output_len: int) -> float:
         """Return the next of the times; the last one from then on."""
@@ -99,6 +99,7 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
     engine = Scripted(times)
     assert engine.settled_s(8, 1024, 1) == median
     assert engine.asked == untimed + worker.TIMED
+    assert list(engine.samples) == ["8 x 1024 + 1"] and len(engine.samples["8 x 1024 + 1"]) == worker.TIMED
 
 
 def test_conditions_say_what_they_leave_out_and_reach_the_run(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ class Engine:
         self.llm = LLM(**request.engine)
         self.start_up_s = time.monotonic() - start
         self.request, self._random = request, random.Random(0)
+        self.samples: dict[str, list[float]] = {}
 
     def seconds(self, batch: int, input_len: int, output_len: int) -> float:
         """Return how long one batch of random prompts takes."""
@@ -82,7 +83,7 @@ class Engine:
         return time.perf_counter() - start
 
     def settled_s(self, batch: int, input_len: int, output_len: int) -> float:
-        """Return the median of `seconds` once it has settled."""
+        """Return the median of `seconds` once it has settled; keep all that counted in `samples`."""
         last = self.seconds(batch, input_len, output_len)
         for _ in range(MOST_UNTIMED):
             before, last = last, self.seconds(batch, input_len, output_len)
@@ -91,6 +92,7 @@ class Engine:
         taken: list[float] = []
         while len(taken) < TIMED or (sum(taken) < TIMED_S and len(taken) < MOST_TIMED):
             taken.append(self.seconds(batch, input_len, output_len))
+        self.samples[f"{batch} x {input_len} + {output_len}"] = [round(seconds, 6) for seconds in taken]
         return statistics.median(taken)
 
     def tpot_ms(self, batch: int) -> float:
@@ -137,7 +139,8 @@ def main() -> None:
     answer: dict[str, Any] = {"tpot_ms": {}, "prefill_ms": {}}
 
     def write(**found: Any) -> None:
-        answer.update(found)
+        # Every run that counted, in order: whether an arm grew faster while it was timed shows there.
+        answer.update(found, samples_s=engine.samples)
         partial = out.with_name(out.name + ".part")
         partial.write_text(json.dumps(answer))
         partial.replace(out)
