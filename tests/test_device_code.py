@@ -166,6 +166,20 @@ def test_experts(form, on_input, folder):
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
 
 
+# Rows that have been weighted are float32 whatever the tokens are, so they do not tell what the outputs are.
+def test_weighted_rows_of_both_dtypes(folder):
+    torch.manual_seed(10)
+    w13, scale_13, *packed_13 = make_experts(2, 256, 128)
+    w2, scale_2, *packed_2 = make_experts(2, 128, 128)
+    weights, ids = torch.rand(3, 1), torch.tensor([[0], [1], [0]], dtype=torch.int32)
+    with emulated(folder, MACHINE):
+        for dtype in (torch.float16, torch.bfloat16):
+            x = torch.randn(3, 128, dtype=dtype)
+            expected, out = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, None, True), x * 0
+            experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, None, True)
+            assert reference.relative_error(out, expected) < EXPERTS_ERROR, dtype
+
+
 # Tiles of all forms, rings of stages that are gone around, entries that are left out, a hidden size of no whole block.
 @pytest.mark.parametrize("sorted_rows", [1, 1000])
 def test_experts_of_many_rows(sorted_rows, folder, monkeypatch):

@@ -30,8 +30,12 @@ SHAPES = (
 # Codes of the second quantisation are the next ones where a sum differs in its last bits; 0.0165 measured of Triton.
 LIMIT = 0.02
 # Of a few rows: with 7 of 128 columns of h, whose gates and ups are 0.03 % off, 5 of 1500 draws of a model were above
-# 0.02, none above 0.03.
-LIMIT_OF_FEW = 0.04
+# 0.02, none above 0.03. In a token whose experts are one and the same nothing averages over such a code (0.029 seen).
+LIMIT_OF_FEW, FEW = 0.04, 8
+
+
+def right(y: torch.Tensor, truth: torch.Tensor) -> bool:
+    return relative_error(y, truth) < (LIMIT_OF_FEW if len(y) <= FEW else LIMIT)
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
@@ -60,8 +64,7 @@ def expected(layer: RandomExperts, x: torch.Tensor, routed: tuple) -> torch.Tens
 def test_right_and_the_same_bits_again(layer: RandomExperts, m: int, routing: str) -> None:
     x, routed = given(layer, m, routing)
     y = call(layer, x, routed)
-    # Of one token, 0.0211 was seen where two of its four experts have 9 tenths of its weight.
-    assert relative_error(y, expected(layer, x, routed)) < (LIMIT if m > 1 else LIMIT_OF_FEW)
+    assert right(y, expected(layer, x, routed))
     assert torch.equal(y, call(layer, x, routed))
 
 
@@ -73,18 +76,16 @@ def test_every_form(layer: RandomExperts, m: int, form: experts.Form, monkeypatc
     """Also with a token without experts, and with tokens that name one expert twice or in all of their places."""
     monkeypatch.setattr(experts, "select_form", lambda *_: form)
     x, routed = given(layer, m)
-    # In a token whose experts are one and the same nothing averages over a code that is the next one (0.029 seen).
-    limit = LIMIT if m > 1 else LIMIT_OF_FEW
-    assert relative_error(call(layer, x, routed), expected(layer, x, routed)) < limit
+    assert right(call(layer, x, routed), expected(layer, x, routed))
     routed[1][-1] = routed[1][-1, 0].clone()
     routed[1][0, 1:2] = routed[1][0, 0].clone()
     y = call(layer, x, routed)
-    assert relative_error(y, expected(layer, x, routed)) < limit
+    assert right(y, expected(layer, x, routed))
     assert torch.equal(y, call(layer, x, routed))
     routed[1][m // 2] = -1
     y = call(layer, x, routed)
     assert not y[m // 2].any()
-    assert relative_error(y, expected(layer, x, routed)) < limit or m == 1
+    assert right(y, expected(layer, x, routed)) or m == 1
 
 
 @pytest.mark.parametrize("m", [3, 200])
@@ -98,7 +99,7 @@ def test_padding_maps_and_router_weights_on_input(layer: RandomExperts, m: int) 
         y = call(layer, x, (topk_weights, topk_ids), expert_map=expert_map, router_weight_on_input=on_input)
         weights = plain.w13, plain.scale_13, plain.w2, plain.scale_2
         truth = reference.fp8_experts(x, topk_weights, topk_ids, *weights, expert_map, on_input, torch.float64)
-        assert not y[0].any() and relative_error(y, truth) < (LIMIT if m > 3 else LIMIT_OF_FEW)
+        assert not y[0].any() and right(y, truth)
     assert packed.w13.is_cuda
 
 
@@ -137,7 +138,7 @@ def test_captured_calls_follow_their_inputs(layer: RandomExperts, m: int) -> Non
             target.copy_(source)
         graph.replay()
         torch.cuda.synchronize()
-        assert relative_error(y, expected(layer, x, routed)) < LIMIT
+        assert right(y, expected(layer, x, routed))
 
 
 def test_nan_stays_with_its_token(layer: RandomExperts) -> None:
@@ -181,7 +182,7 @@ def test_one_launch(m: int, top_k: int, hidden: int, intermediate: int, num_expe
     outs = [torch.full_like(x, float("nan")) for _ in range(3)]
     for out in outs:
         experts.launch("single", x, weights, ids, *packed, out, here, False)
-    assert relative_error(outs[0], truth) < LIMIT if truth.any() else not outs[0].any()
+    assert right(outs[0], truth) if truth.any() else not outs[0].any()
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -198,7 +199,7 @@ def test_one_launch_behind_the_other(layer: RandomExperts) -> None:
 
     launch_all()
     first = [out.clone() for out in outs[:2]]
-    assert all(relative_error(out, expected(layer, *each)) < LIMIT for out, each in zip(first, two, strict=True))
+    assert all(right(out, expected(layer, *each)) for out, each in zip(first, two, strict=True))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -231,7 +232,7 @@ def test_launches_of_two_streams_end(layer: RandomExperts, beside: experts.Form)
         assert time.monotonic() < deadline, "two streams wait for each other"
         time.sleep(0.01)
     for _, x, routed, outs, _ in calls:
-        assert relative_error(outs[0], expected(layer, x, routed)) < LIMIT
+        assert right(outs[0], expected(layer, x, routed))
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
