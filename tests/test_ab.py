@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,16 +68,18 @@ def test_verdicts(default: list[float], ours: list[float], verdict: str) -> None
 
 
 class Scripted(worker.Engine):
-    """An engine whose batches take the given times."""
+    """An engine whose batches take the given seconds, and each further token a tenth of them."""
 
     def __init__(self, times: list[float]) -> None:
         self.times, self.asked, self.samples = times, 0, {}
+        self.request = worker.Request({}, [8], [], 1024, 1, 100, [])
 
-    def seconds(self, batch: int, input_len: int, output_len: int) -> float:
+    def run(self, batch: int, input_len: int, output_len: int) -> tuple[float, float]:
         """Return the next of the times; the last one from then on."""
         assert (batch, input_len, output_len) == (8, 1024, 1)
         self.asked += 1
-        return self.times[min(self.asked, len(self.times)) - 1]
+        taken = self.times[min(self.asked, len(self.times)) - 1]
+        return taken, taken / 10
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,7 @@ class Scripted(worker.Engine):
 )
 def test_short_runs_are_repeated_more_often(seconds: float, timed: int) -> None:
     engine = Scripted([seconds])
-    engine.settled_s(8, 1024, 1)
+    engine.prefill_ms(8, 1024)
     assert engine.asked == 2 + timed
 
 
@@ -97,9 +101,26 @@ def test_short_runs_are_repeated_more_often(seconds: float, timed: int) -> None:
 )
 def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, median: float) -> None:
     engine = Scripted(times)
-    assert engine.settled_s(8, 1024, 1) == median
+    assert engine.prefill_ms(8, 1024) == median * 1e3
     assert engine.asked == untimed + worker.TIMED
     assert list(engine.samples) == ["8 x 1024 + 1"] and len(engine.samples["8 x 1024 + 1"]) == worker.TIMED
+    assert Scripted(times).tpot_ms(8) == pytest.approx(median * 100)
+
+
+def outputs_of(*stamps: tuple[float, float]) -> list[SimpleNamespace]:
+    """Return what vLLM gives of requests whose first and last tokens came so."""
+    return [SimpleNamespace(metrics=SimpleNamespace(first_token_ts=a, last_token_ts=b)) for a, b in stamps]
+
+
+def test_a_token_is_timed_by_the_request_that_joined_last() -> None:
+    """The others' first tokens came in steps of fewer sequences, or waited for another prompt."""
+    engine = Scripted([])
+    engine.request, engine._random = worker.Request({}, [3], [], 4, 5, 100, []), random.Random(0)
+    answers = [outputs_of((1.0, 9.5), (2.0, 10.0), (1.5, 9.9)), [SimpleNamespace(metrics=None)]]
+    engine.llm = SimpleNamespace(generate=lambda *_, **__: answers.pop(0))
+    assert worker.Engine.run(engine, 3, 4, 5)[1] == 2.0
+    with pytest.raises(RuntimeError, match="when tokens came"):
+        worker.Engine.run(engine, 1, 4, 5)
 
 
 def test_conditions_say_what_they_leave_out_and_reach_the_run(tmp_path: Path) -> None:

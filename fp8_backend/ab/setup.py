@@ -86,7 +86,7 @@ def engine_arguments(setup: Setup, arm: str, request: Request) -> dict[str, Any]
         "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "max_num_seqs": max(MAX_SEQS, *request.batches),
         "enable_prefix_caching": False,
-        "disable_log_stats": True,
+        "disable_log_stats": False,  # when each token came is known only so
         "max_logprobs": -1,
         "seed": 0,
         # The same for both and given: peak memory then shows what an arm needs beside it.

@@ -66,9 +66,17 @@ class Engine:
         self.request, self._random = request, random.Random(0)
         self.samples: dict[str, list[float]] = {}
 
-    def seconds(self, batch: int, input_len: int, output_len: int) -> float:
-        """Return how long one batch of random prompts takes."""
-        from vllm import SamplingParams
+    def run(self, batch: int, input_len: int, output_len: int) -> tuple[float, float]:
+        """Return the seconds one batch of random prompts takes, and those of each token behind the first.
+
+        The latter of the request that was the last to get its first token: requests reach the engine one by one, and
+        whether their prompts come in one step or in two moves the whole by more than a token takes. By the engine's own
+        clock.
+
+        Raises:
+            RuntimeError: this vLLM does not say when tokens came.
+        """
+        from vllm import SamplingParams, __version__
 
         # Ids below 10 are special tokens in most vocabularies.
         prompts = [
@@ -79,31 +87,36 @@ class Engine:
             temperature=0, max_tokens=output_len, min_tokens=output_len, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
-        self.llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        taken = time.perf_counter() - start
+        if any(output.metrics is None for output in outputs):
+            raise RuntimeError(
+                f"vLLM {__version__} does not say when tokens came; use one of docs/serving.md's versions"
+            )
+        last = max((output.metrics for output in outputs), key=lambda metrics: metrics.first_token_ts)
+        return taken, (last.last_token_ts - last.first_token_ts) / max(1, output_len - 1)
 
-    def settled_s(self, batch: int, input_len: int, output_len: int) -> float:
-        """Return the median of `seconds` once it has settled; keep all that counted in `samples`."""
-        last = self.seconds(batch, input_len, output_len)
+    def settled(self, batch: int, input_len: int, output_len: int) -> list[tuple[float, float]]:
+        """Return what `run` does of each run once they have settled; keep the seconds of these in `samples`."""
+        last, _ = self.run(batch, input_len, output_len)
         for _ in range(MOST_UNTIMED):
-            before, last = last, self.seconds(batch, input_len, output_len)
+            before, (last, _) = last, self.run(batch, input_len, output_len)
             if abs(last - before) <= SETTLED * before:
                 break
-        taken: list[float] = []
-        while len(taken) < TIMED or (sum(taken) < TIMED_S and len(taken) < MOST_TIMED):
-            taken.append(self.seconds(batch, input_len, output_len))
-        self.samples[f"{batch} x {input_len} + {output_len}"] = [round(seconds, 6) for seconds in taken]
-        return statistics.median(taken)
+        runs: list[tuple[float, float]] = []
+        while len(runs) < TIMED or (sum(whole for whole, _ in runs) < TIMED_S and len(runs) < MOST_TIMED):
+            runs.append(self.run(batch, input_len, output_len))
+        self.samples[f"{batch} x {input_len} + {output_len}"] = [round(whole, 6) for whole, _ in runs]
+        return runs
 
     def tpot_ms(self, batch: int) -> float:
-        """Return milliseconds for one more token of every sequence: (t(all tokens) - t(1 token)) / (tokens - 1)."""
-        input_len, output_len = self.request.input_len, self.request.output_len
-        one, many = (self.settled_s(batch, input_len, length) for length in (1, output_len))
-        return (many - one) / (output_len - 1) * 1e3
+        """Return the median milliseconds of one more token of every sequence."""
+        runs = self.settled(batch, self.request.input_len, self.request.output_len)
+        return statistics.median(token for _, token in runs) * 1e3
 
     def prefill_ms(self, batch: int, tokens: int) -> float:
-        """Return milliseconds from a batch of prompts to their first tokens."""
-        return self.settled_s(batch, tokens, 1) * 1e3
+        """Return the median milliseconds from a batch of prompts to their first tokens."""
+        return statistics.median(whole for whole, _ in self.settled(batch, tokens, 1)) * 1e3
 
     def distributions(self) -> list[dict[str, float]]:
         """Return the log-probabilities of tokens, by id, after every token of the scored prompts."""
