@@ -20,7 +20,6 @@ from fp8_backend.kernels import (
     experts_prefill_plan,
     gemm,
     grouped,
-    grouped_gathered,
     grouped_sorted,
     heuristics,
     launcher,
@@ -165,31 +164,6 @@ def test_experts(form, on_input, folder):
             out = torch.full_like(x, float("nan"))
             experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, here, on_input)
             assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[0] == 0).all()
-
-
-# Of 40 experts, more than a word has bits, few are named; one is another rank's, one entry is left out.
-@pytest.mark.parametrize("mapped", [False, True])
-def test_few_entries_tell_which_weights_come_first(mapped, folder):
-    torch.manual_seed(11)
-    num_groups, hidden, intermediate = 40, 640, 128
-    w13, scale_13, *packed_13 = make_experts(num_groups, 2 * intermediate, hidden)
-    w2, scale_2, *packed_2 = make_experts(num_groups, hidden, intermediate)
-    ids = torch.tensor([[39, 3], [33, 3], [-1, 7], [41, 33]], dtype=torch.int32)
-    here = torch.arange(42, dtype=torch.int32).roll(1) if mapped else None
-    if mapped:
-        here[here >= num_groups] = -1
-    x, weights = torch.randn(4, hidden, dtype=torch.bfloat16), torch.rand(4, 2)
-    known = ids if mapped else torch.where(ids < num_groups, ids, -1)
-    expected = reference.fp8_experts(x, weights, known, w13, scale_13, w2, scale_2, here)
-    with emulated(folder, Machine(8, (4, 2, 1))) as machine:
-        out = torch.full_like(x, float("nan"))
-        experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, here, False)
-        found = machine.copies_asked_for()
-    assert reference.relative_error(out, expected) < EXPERTS_ERROR
-    hit = len(
-        {int(here[i]) if mapped else i for i in ids.flatten().tolist() if i >= 0 and (mapped or i < num_groups)} - {-1}
-    )
-    assert found == hit * 2 * grouped_gathered._STAGES  # gate and up of each stage, for each expert's only tile
 
 
 # Rows that have been weighted are float32 whatever the tokens are, so they do not tell what the outputs are.

@@ -29,7 +29,6 @@ COMBINE_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("i64",) + ("u32",) * 5)
 COMBINE_THREADS, _COMBINE_COLUMNS = 256, 256 * 8
 _PART_ALIGNMENT = 128  # of each part of the workspace: a line of L2
 _LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
-_FEW_ENTRIES = 512  # that a warp looks through, 32 at a time
 # Rows an expert on average, and columns of h, from which on rows are sorted before the first GEMM and not gathered in
 # it: the more tiles of columns that has, the more it gains, while the quantisation has all the rows to write
 # (experts_sorted.json in benchmarks/results/h100 and h200).
@@ -152,7 +151,7 @@ class PrefillPlan:
             plain, listed = self._prepare_sorted(x, top_k, w13, scale_13, between, between_scale)
         else:
             of_tokens = None if weighted else top_k
-            plain, listed = self._prepare_gathered(x, of_tokens, map_length, w13, scale_13, between, between_scale)
+            plain, listed = self._prepare_gathered(x, of_tokens, w13, scale_13, between, between_scale)
         self._second = grouped_sorted.launch_like(plain, *second, self._routing, listed).prepared()
         params = out.stride(0), top_k, hidden, map_length, num_groups, ELEMENT_TYPES[out.dtype]
         grid = m, ceil_div(hidden, _COMBINE_COLUMNS)
@@ -181,7 +180,6 @@ class PrefillPlan:
         self,
         x: torch.Tensor,
         top_k: int | None,
-        map_length: int,
         w13: torch.Tensor,
         scale_13: torch.Tensor,
         between: torch.Tensor,
@@ -193,11 +191,9 @@ class PrefillPlan:
         scale = torch.empty((k_blocks, align(rows, 4)), device="meta")
         # Beside the routing, which does not need codes, but not beside what weights the rows: that may still run.
         self._quantise = quantize.launch_like(x, beside=top_k is not None).prepared()
-        # Many entries name most experts; few are looked through.
-        likely, few = _LIKELY_ENTRIES * num_groups <= entries, entries if entries <= _FEW_ENTRIES else 0
-        guessed, few = (num_groups, 0) if likely else (num_groups if few else 0, few)
+        likely = num_groups if _LIKELY_ENTRIES * num_groups <= entries else 0
         first = codes, scale, w13, scale_13, between, between_scale
-        launch = grouped_gathered.launch_like(*first, self._routing, top_k or 1, guessed, few, map_length)
+        launch = grouped_gathered.launch_like(*first, self._routing, top_k or 1, likely)
         self._first = launch.prepared()
         # A CTA fills its multiprocessor: where there are so many, the next kernel's start when one has ended, and it
         # had waited for the routing. Elsewhere they may start before the tiles are listed.
@@ -245,8 +241,7 @@ class PrefillPlan:
             self._route(stream, ids, here, entries, 0, *listed[1:], tickets)
             self._quantise(stream, x.data_ptr(), codes, scale)
         weight = w13.data_ptr(), scale_13.data_ptr()
-        first = codes, scale, *weight, between, between_scale, *listed, tickets
-        self._first(stream, *first, *(() if self._sorts else (ids, here)))
+        self._first(stream, codes, scale, *weight, between, between_scale, *listed, tickets)
         weight = w2.data_ptr(), scale_2.data_ptr()
         self._second(stream, between, between_scale, *weight, rows, 0, *listed, start + routed.ticket(1))
         weights = 0 if topk_weights is None else topk_weights.data_ptr()

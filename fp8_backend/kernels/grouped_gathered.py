@@ -16,7 +16,7 @@ from fp8_backend.kernels.routing import TILE_ROWS, Routing
 
 _STAGES = 4
 SPEC = KernelSpec("grouped_gathered.cuh", "grouped_gathered", (("NUM_STAGES", _STAGES),))
-LAYOUT = launcher.ParamLayout(("u64",) * 12 + ("i64",) + ("u32",) * 11)
+LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) + ("u32",) * 9)
 _THREADS = 384
 _STAGE_BYTES = (TILE_ROWS + 2 * BLOCK) * BLOCK + TILE_ROWS * 4 + 32 + 16 + 2 * 8
 _TICKET_BYTES, _EXCHANGE_BYTES, _ROW_TABLE_BYTES = 64, 64 * BLOCK * 4 + 16, TILE_ROWS * 4
@@ -38,14 +38,11 @@ def launch_like(
     out_scale: torch.Tensor,
     routed: Routing,
     divisor: int,
-    guessed: int,
-    few: int,
-    map_length: int,
+    likely: int,
 ) -> Launch:
     """Return the launch of grouped_gathered.cuh for tensors like these; nothing is checked.
 
-    Its pointers: the six tensors; sorted entries, tiles, number of tiles and first ticket of the routing; ids of the
-    entries and the map, or 0, as of `routing.launch_like`.
+    Its pointers: the six tensors; sorted entries, tiles, number of tiles and first ticket of the routing.
 
     Args:
         a: codes [rows, k_blocks * 128] with 16-byte aligned rows.
@@ -56,10 +53,8 @@ def launch_like(
         out_scale: [n / 128, at least entries] float32, contiguous rows.
         routed: like the sorted rows.
         divisor: entry e reads row e // divisor of a.
-        guessed: groups whose first weights are asked for before the previous kernel has ended, as if each had rows.
-        few: how many entries there are, if they are few: then they tell which groups have rows, and must have been
-            complete before the kernel just ahead of this one started; 0 if not.
-        map_length: of the map, 0 without one.
+        likely: groups that are likely to have rows: the first weights of so many are asked for before the previous
+            kernel has ended.
     """
     device, n = weight.device.index, out.shape[1]
     row_tiles, sms, columns = routing.max_tiles(routed.entries, routed.num_groups), num_sms(device), n // BLOCK
@@ -67,6 +62,6 @@ def launch_like(
     grid = min(sms, row_tiles * ceil_div(columns, run))
     params = (
         *(a.stride(0), divisor, n, weight.shape[2], weight.shape[1], scale_a.stride(0), scale_b.stride(1)),
-        *(out_scale.stride(0), run, guessed, few, map_length),
+        *(out_scale.stride(0), run, likely),
     )
     return Launch(kernel(device), (grid, 1), _THREADS, SHARED_BYTES, params)

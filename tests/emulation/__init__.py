@@ -112,8 +112,7 @@ class Emulated:
         if key not in self.loaded:
             library = ctypes.CDLL(str(build(replace(spec, folder=self.sources or spec.folder), self.folder)))
             self._libraries.append(library)
-            for name in ("filled_rows", "copies_asked_for"):  # a library stays loaded, and has counted for others
-                ctypes.c_uint.in_dll(library, name).value = 0
+            ctypes.c_uint.in_dll(library, "filled_rows").value = 0  # a library stays loaded, and has counted for others
             library.run.restype = ctypes.c_char_p
             library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7)
             self.loaded[key] = launcher.Kernel(spec.name, 0, layout, launch=self._launch(spec.name, library.run))
@@ -121,14 +120,7 @@ class Emulated:
 
     def filled_rows(self) -> int:
         """Return how many rows that no tensor has were filled with zeros, by all launches so far."""
-        return self._count("filled_rows")
-
-    def copies_asked_for(self) -> int:
-        """Return how many bulk copies, by all launches so far, were of what L2 had been asked for."""
-        return self._count("copies_asked_for")
-
-    def _count(self, name: str) -> int:
-        return sum(ctypes.c_uint.in_dll(library, name).value for library in self._libraries)
+        return sum(ctypes.c_uint.in_dll(library, "filled_rows").value for library in self._libraries)
 
     def _launch(self, name: str, run: Callable[..., bytes]) -> Callable[..., int]:
         def launch(config: int, _function: int, parameters: int, _extra: None) -> int:

@@ -18,7 +18,6 @@
 #include <functional>
 #include <memory>
 #include <random>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>

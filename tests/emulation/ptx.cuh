@@ -139,11 +139,8 @@ DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
 
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
-std::set<const void*> asked_for;  // of L2
-u32 copies_asked_for = 0;
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
     emulation::Cta& of = emulation::cta();
-    copies_asked_for += asked_for.count(source);
     if (bytes == 0 || bytes % 16 || target % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk copy that is not in units of 16 bytes");
     emulation::begin_write(of, target, bytes);
     emulation::machine->engine.push_back([=, &of] {
@@ -168,7 +165,6 @@ DEVICE void bulk_copy_multicast(u32 target, const void* source, u32 bytes, u32 b
 
 DEVICE void prefetch_l2(const void* source, u32 bytes) {
     if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16) emulation::fail("bulk prefetch that is not in units of 16 bytes");
-    asked_for.insert(source);
 }
 
 // Where the byte for an address lies, swizzled as the engine and wgmma do it, in rows of 128 or 64 bytes.
@@ -271,11 +267,6 @@ template <class T> DEVICE T __ldcg(const T* source) {
 DEVICE u32 atomicAdd(u32* counter, u32 more) {
     const u32 before = *counter;
     *counter += more;
-    return before;
-}
-DEVICE u32 atomicOr(u32* word, u32 bits) {
-    const u32 before = *word;
-    *word |= bits;
     return before;
 }
 

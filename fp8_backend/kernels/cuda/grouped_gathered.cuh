@@ -23,39 +23,14 @@ struct StageLayout {
     static constexpr u32 kRows = kStageBytes, kWeight = kStageBytes, kScaleA = kTileRows * 4, kScaleB = 32;
 };
 
-// Returns the group that is nth, in order, of those below num_groups that so many entries name, or -1: by a whole warp, with 32 words of shared memory. At most 1024
-// groups.
-DEVICE int nth_named(u32 nth, const int* ids, u32 entries, const int* map, u32 num_ids, u32 num_groups, u32* words, u32 lane) {
-    words[lane] = 0;
-    __syncwarp();
-#pragma unroll 1
-    for (u32 i = lane; i < entries; i += 32) {
-        int group = __ldcg(ids + i);
-        if (map != nullptr) group = group >= 0 && static_cast<u32>(group) < num_ids ? __ldcg(map + group) : -1;
-        if (group >= 0 && static_cast<u32>(group) < num_groups) atomicOr(words + group / 32, 1u << group % 32);
-    }
-    __syncwarp();
-    u32 named = words[lane], past = __popc(named);
-#pragma unroll
-    for (u32 distance = 1; distance < 32; distance *= 2) {
-        const u32 left = __shfl_up_sync(0xffffffffu, past, distance);
-        if (lane >= distance) past += left;
-    }
-    const u32 holder = __ffs(__ballot_sync(0xffffffffu, past > nth));  // one more than the lane, or none
-    if (holder == 0) return -1;
-    for (u32 skip = nth - (past - __popc(named)); lane == holder - 1 && skip > 0; --skip) named &= named - 1;
-    return __shfl_sync(0xffffffffu, static_cast<int>(lane * 32 + __ffs(named) - 1), holder - 1);
-}
-
 // a: codes, a row every a_stride bytes, and scale_a [k_blocks][scale_a_stride]; the row of entry e is e / divisor. sorted: entries in sorted order. weight:
 // [group][k_blocks][n_aligned][128] packed, scale_b [group][k_blocks][scale_b_stride]. n: columns of the output, half the rows of the weight. run: neighbouring
-// column tiles a ticket covers. early: of how many groups, of which each is likely to have rows, weights are asked for before the previous kernel has ended. few: how many
-// entries there are, if they are few: then they tell which of these groups have rows; ids, map, num_ids as of route.cuh, complete before the previous kernel
-// started. out: codes [rows][n].
+// column tiles a ticket covers. early: of how many groups, which are likely to have rows, weights are asked for before the previous kernel has ended. out:
+// codes [rows][n].
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped_gathered(const u8* a, const float* scale_a, const u8* weight, const float* scale_b, u8* out, float* out_scale, const u32* sorted, const int4* tile_list,
-                 const u32* num_row_tiles, u32* ticket, const int* ids, const int* map, i64 a_stride, u32 divisor, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride,
-                 u32 out_scale_stride, u32 run, u32 early, u32 few, u32 num_ids) {
+                 const u32* num_row_tiles, u32* ticket, i64 a_stride, u32 divisor, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride,
+                 u32 out_scale_stride, u32 run, u32 early) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetExchange = NUM_STAGES * kStageBytes, kOffsetScaleA = kOffsetExchange + kExchangeBytes;
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
@@ -83,22 +58,22 @@ grouped_gathered(const u8* a, const float* scale_a, const u8* weight, const floa
     Ring ring;
 
     if (warpgroup == 0) {
+        give_registers<40>();
         const u32 warp = threadIdx.x / 32;
         const u32 column_tiles = n / kHalf, runs = ceil_div(column_tiles, run);
-        u32* row_table = reinterpret_cast<u32*>(shared + kOffsetRows);  // in units of 16 bytes
-        if (warp == 0 && early) {  // the first tile of this CTA, had every expert one tile, or every expert that an entry names
-            const u32 nth = blockIdx.x / runs;
-            const int group = few ? nth_named(nth, ids, few, map, num_ids, early, row_table, lane) : nth < early ? static_cast<int>(nth) : -1;
-            if (group >= 0 && lane < 2 * min(k_blocks, u32(NUM_STAGES))) {
-                const i64 row = (static_cast<i64>(group) * k_blocks + lane / 2) * n_aligned + blockIdx.x % runs * run * kHalf + lane % 2 * n;
-                prefetch_l2(weight + row * kBlockK, kBytesHalf);
-            }
+        if (threadIdx.x == 0 && blockIdx.x / runs < early) {  // the first tile of this CTA, had every expert one tile
+            const u32 column = blockIdx.x % runs * run;
+            for (u32 kb = 0; kb < min(k_blocks, u32(NUM_STAGES)); ++kb)
+                for (u32 half = 0; half < 2; ++half) {
+                    const i64 row = (static_cast<i64>(blockIdx.x / runs) * k_blocks + kb) * n_aligned + column * kHalf + half * n;
+                    prefetch_l2(weight + row * kBlockK, kBytesHalf);
+                }
         }
-        give_registers<40>();
         wait_for_previous_kernel();
         const u32 num_items = __ldcg(num_row_tiles) * runs;
         const u32 chunk = threadIdx.x % 8, first = threadIdx.x / 8;
         const u32 row_chunks = static_cast<u32>(a_stride / 16), target = first * kBlockK + (chunk ^ first % 8) * 16;  // all of its rows have the same row % 8
+        u32* row_table = reinterpret_cast<u32*>(shared + kOffsetRows);  // in units of 16 bytes
         Ring at_ticket;
         for (u32 t = blockIdx.x; t < num_items; at_ticket.advance(kTickets)) {
             const u32 ticket_bar = ticket_full + 8 * at_ticket.stage;
