@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from fp8_backend.kernels import launcher
 
 Plan = TypeVar("Plan")
-MAX_PLANS = 4096  # of a thread, 10 KB each: a prefill may have any m
+MAX_PLANS = 4096  # of a thread, 10 to 20 KB each: a prefill may have any m
 
 
 @dataclass(frozen=True)
