@@ -17,10 +17,8 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle, row_major_map
 
 # Maps of a, b and out; packed b, scale_a, scale_b, out, bias; then the row stride of out and 11 numbers.
-_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 12)
+_LAYOUT = launcher.ParamLayout(("map", "map", "map") + ("u64",) * 5 + ("i64",) + ("u32",) * 11)
 _NO_MAP = bytes(BYTES)
-# Of the second math warpgroup where a CTA has so many tiles: not timed yet.
-LATE_CLOCKS, LATE_TILES = 2000, 4
 
 
 @cache
@@ -59,12 +57,10 @@ class GemmLaunch:
             columns = config.stored_columns
             swizzle: Swizzle = "128B" if columns == 64 else "64B"
             self._out = MovableMap((n, m), (out.stride(0) * 2,), (columns, 16), 2, swizzle)
-        tiles = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
         params = (
             *(out.stride(0), m, n, k_blocks, align(m, 4), layout.packed_scale_shape(n, k)[1], choice.strip),
             *(ELEMENT_TYPES[out.dtype], 0 if bias is None else ELEMENT_TYPES[bias.dtype], int(mapped)),
             *(0 if rows is not None else layout.packed_weight_shape(n, k)[1], rows_a * BLOCK),
-            LATE_CLOCKS if tiles >= LATE_TILES * choice.grid and choice.split == 1 else 0,
         )
         self._launch = Launch(
             kernel(config, out.device.index),

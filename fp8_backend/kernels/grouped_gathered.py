@@ -9,14 +9,14 @@ import torch
 from fp8_backend.kernels import launcher, routing
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.grouped_sorted import EXTENDED_ROWS, LATE_CLOCKS, select_run
+from fp8_backend.kernels.grouped_sorted import select_run
 from fp8_backend.kernels.prepared import Launch
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import TILE_ROWS, Routing
 
 _STAGES = 4
 SPEC = KernelSpec("grouped_gathered.cuh", "grouped_gathered", (("NUM_STAGES", _STAGES),))
-LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) + ("u32",) * 10)
+LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) + ("u32",) * 9)
 _THREADS = 384
 _STAGE_BYTES = (TILE_ROWS + 2 * BLOCK) * BLOCK + TILE_ROWS * 4 + 32 + 16 + 2 * 8
 _TICKET_BYTES, _EXCHANGE_BYTES, _ROW_TABLE_BYTES = 64, 64 * BLOCK * 4 + 16, TILE_ROWS * 4
@@ -63,6 +63,5 @@ def launch_like(
     params = (
         *(a.stride(0), divisor, n, weight.shape[2], weight.shape[1], scale_a.stride(0), scale_b.stride(1)),
         *(out_scale.stride(0), run, likely),
-        LATE_CLOCKS if routed.entries >= EXTENDED_ROWS * routed.num_groups else 0,
     )
     return Launch(kernel(device), (grid, 1), _THREADS, SHARED_BYTES, params)

@@ -17,12 +17,11 @@ from fp8_backend.kernels.reference import BLOCK, ceil_div
 from fp8_backend.kernels.routing import EXTRA_ROWS, TILE_ROWS, Routing
 from fp8_backend.kernels.tensor_map import MovableMap, row_major_map
 
-LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 9 + ("i64",) + ("u32",) * 11)
+LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 9 + ("i64",) + ("u32",) * 10)
 _BOX_ROWS = TILE_ROWS // 2  # kNarrowRows of grouped_sorted.cuh
 _THREADS = 384
 _TICKET_BYTES, _ROOM_BYTES, _LARGEST_BYTES = 64, 8 * EXTRA_ROWS * 20 * 4, 2 * 2 * _BOX_ROWS * 4
 _K_BLOCKS_AT_ONCE = 16
-LATE_CLOCKS = 2000  # of the second math warpgroup, where CTAs have many tiles: not timed yet
 _WAVES = 6  # items a CTA takes, so that the last ones end together
 
 
@@ -154,7 +153,6 @@ def launch_like(
         *(out.stride(0), n, weight.shape[2], weight.shape[1], scale_a.stride(0), scale_b.stride(1)),
         *(0 if out_scale is None else out_scale.stride(0), run, early, ELEMENT_TYPES.get(out.dtype, 0)),
         int(grouped_tall.is_vectorised(out)),
-        LATE_CLOCKS if config.extended else 0,
     )
     grid = min(sms // config.cluster, row_tiles * ceil_div(columns, run)) * config.cluster, 1
     launch = Launch(kernel(config, device), grid, _THREADS, config.shared_bytes, params, config.cluster)

@@ -17,12 +17,11 @@ from fp8_backend.kernels.tensor_map import BYTES, MovableMap, row_major_map
 _STAGES = 3
 SPEC = KernelSpec("grouped_tall.cuh", "grouped_tall", (("NUM_STAGES", _STAGES),))
 COUNTS_SPEC = KernelSpec("counts.cuh", "counts")
-LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 7 + ("i64",) * 2 + ("u32",) * 10)
+LAYOUT = launcher.ParamLayout(("map",) * 2 + ("u64",) * 7 + ("i64",) * 2 + ("u32",) * 9)
 COUNTS_LAYOUT = launcher.ParamLayout(("u64",) * 3 + ("u32",) * 2)
 _BOX_ROWS = TALL_TILE_ROWS // 2  # kHalfRows of grouped_tall.cuh
 _OUT_BOX = (64, 16)  # what a warp hands to the copy engine at a time
 _THREADS, _COUNTS_THREADS = 384, 1024
-LATE_CLOCKS = 2000  # of the second math warpgroup: not timed yet
 _STAGE_BYTES = (TALL_TILE_ROWS + BLOCK) * BLOCK + (TALL_TILE_ROWS + 8) * 4 + 16 + 2 * 8
 SHARED_BYTES = _STAGES * _STAGE_BYTES + TALL_TILE_ROWS * BLOCK * 2
 
@@ -141,7 +140,6 @@ def launch(
             ELEMENT_TYPES[out.dtype],
             int(vectorised),
             int(mapped_out),
-            LATE_CLOCKS,
         ),
         launcher.current_stream(device),
         pdl=True,

@@ -270,11 +270,6 @@ DEVICE u32 atomicAdd(u32* counter, u32 more) {
     return before;
 }
 
-DEVICE u32 clock_now() {
-    static u32 clocks = 0;
-    return clocks += 100;
-}
-
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
 constexpr u32 kWholeWarp = 0xffffffffu;

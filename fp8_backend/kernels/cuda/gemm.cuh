@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MATH_WARPGROUPS), CTAS_P
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
      const u8* __restrict__ packed_b, const float* __restrict__ scale_a, const float* __restrict__ scale_b, void* __restrict__ out,
      const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 strip, u32 out_type, u32 bias_type, u32 mapped_out,
-     u32 n_aligned, u32 bytes_a, u32 late) {
+     u32 n_aligned, u32 bytes_a) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 room = tiles + NUM_STAGES * kStageBytes, scales = room + kRoomBytes;
@@ -137,7 +137,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         const bool stores_by_copy = mapped_out && split == 1;
-        if (MATH_WARPGROUPS == 2) start_late(warpgroup == 2, late, full);
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
         // From a shuffle, for ptxas would compute it anew in every block.
         const u32 row_scales = __shfl_sync(0xffffffffu, scales + (row_in_tile + warp * 16 + lane / 4) * 4, lane);

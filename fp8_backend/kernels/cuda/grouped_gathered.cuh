@@ -30,7 +30,7 @@ struct StageLayout {
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped_gathered(const u8* a, const float* scale_a, const u8* weight, const float* scale_b, u8* out, float* out_scale, const u32* sorted, const int4* tile_list,
                  const u32* num_row_tiles, u32* ticket, i64 a_stride, u32 divisor, u32 n, u32 n_aligned, u32 k_blocks, u32 scale_a_stride, u32 scale_b_stride,
-                 u32 out_scale_stride, u32 run, u32 early, u32 late) {
+                 u32 out_scale_stride, u32 run, u32 early) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetExchange = NUM_STAGES * kStageBytes, kOffsetScaleA = kOffsetExchange + kExchangeBytes;
     constexpr u32 kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
@@ -145,7 +145,6 @@ grouped_gathered(const u8* a, const float* scale_a, const u8* weight, const floa
         float* const exchange = reinterpret_cast<float*>(shared + kOffsetExchange) + threadIdx.x % 128;
         const u32 exchange_read = base + kOffsetExchangeRead;
         u32 exchange_parity = 1;  // nothing is there to be read yet
-        start_late(math == 1, late, full);
 
         while (true) {
             barrier_wait(full + 8 * ring.stage, ring.parity);

@@ -126,7 +126,7 @@ DEVICE void write_eight(const float* value, u8* row, u32 column, u32 n, u32 type
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_extra, const float* scale_a, const u8* weight, const float* scale_b, void* out,
                float* out_scale, const u32* sorted, const int4* tile_list, const u32* num_row_tiles, u32* ticket, i64 out_stride, u32 n, u32 n_aligned, u32 k_blocks,
-               u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 early, u32 type, u32 vectorised, u32 late) {
+               u32 scale_a_stride, u32 scale_b_stride, u32 out_scale_stride, u32 run, u32 early, u32 type, u32 vectorised) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetScales = NUM_STAGES * kStageBytes, kOffsetInfo = kOffsetScales + NUM_STAGES * kStageScaleBytes;
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
@@ -285,7 +285,6 @@ grouped_sorted(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     float* const largest_at = reinterpret_cast<float*>(shared + kOffsetLargest);
     u32 largest_turn = 0;
 #endif
-    start_late(math == 1, late, full);
     while (true) {
         barrier_wait(full + 8 * ring.stage, ring.parity);
         const int4 tile = *reinterpret_cast<const int4*>(shared + kOffsetInfo + ring.stage * 16);

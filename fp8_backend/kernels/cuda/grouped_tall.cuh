@@ -67,7 +67,7 @@ template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Plac
 extern "C" __global__ void __launch_bounds__(384, 1)
 grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_out, const float* __restrict__ scale_a, const u8* __restrict__ weight, const float* __restrict__ scale_b,
              void* __restrict__ out, const u32* sorted, const int4* tiles, const u32* num_tiles, i64 out_stride, i64 scale_group_stride, u32 n, u32 n_aligned,
-             u32 k_blocks, u32 group_rows, u32 scale_a_stride, u32 scale_b_stride, u32 type, u32 vectorised, u32 mapped_out, u32 late) {
+             u32 k_blocks, u32 group_rows, u32 scale_a_stride, u32 scale_b_stride, u32 type, u32 vectorised, u32 mapped_out) {
     extern __shared__ __align__(1024) u8 shared[];
     constexpr u32 kOffsetRoom = NUM_STAGES * kStageBytes, kOffsetScales = kOffsetRoom + kTileRows * kTileColumns * 2, kOffsetInfo = kOffsetScales + NUM_STAGES * kStageScaleBytes;
     constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8;
@@ -133,7 +133,6 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
     const u32 math = warpgroup - 1, warp = threadIdx.x % 128 / 32, first_row = math * 64 + warp * 16 + lane / 4;
     const u32 element = type == kF32 ? 4 : 2;
     bool waited = false;
-    start_late(math == 1, late, full);
     while (true) {
         barrier_wait(full + 8 * ring.stage, ring.parity);
         int4 tile = *reinterpret_cast<const int4*>(shared + kOffsetInfo + ring.stage * 16);

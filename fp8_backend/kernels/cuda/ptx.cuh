@@ -206,12 +206,6 @@ DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
 // Brings a line into L2, of which no kernel can read an old state.
 DEVICE void prefetch_line(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
 
-DEVICE u32 clock_now() {
-    u32 clocks;
-    asm volatile("mov.u32 %0, %%clock;" : "=r"(clocks));
-    return clocks;
-}
-
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
 DEVICE bool elect_lane() {

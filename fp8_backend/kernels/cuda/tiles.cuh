@@ -78,15 +78,6 @@ template <bool kRounds, bool kPeeled, u32 kStages, class Block> DEVICE void mult
     }
 }
 
-// The second of two math warpgroups starts so many clocks after its first data are there, and stays that far behind: while one writes a tile, the tensor core works
-// for the other. Two that start together end every tile together, and it rests.
-DEVICE void start_late(bool second, u32 clocks, u32 full) {
-    if (!second || clocks == 0) return;
-    barrier_wait(full, 0);
-    const u32 start = clock_now();
-    while (clock_now() - start < clocks) {}
-}
-
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
