@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import correctness
+from benchmarks import correctness, trees
 from benchmarks.operands import row
 from benchmarks.serve import mean_kl, selection_lines
 from fp8_backend.measure.child import run_child
@@ -190,3 +190,39 @@ def test_merged_parts_keep_rows_and_commands_and_must_be_of_one_commit():
         merged([part("a", rows=[]), part("b", rows=[])])
     with pytest.raises(ValueError, match="the parts differ in GPU: .*H100"):
         merged([part("a", rows=[]), part("a", "NVIDIA H100", rows=[])])
+
+
+def tree_of(folder: Path, us: float, status: int = 0) -> Path:
+    """Write a package whose bench says what it was asked, and takes `us` for one cell, twice that for another."""
+    (folder / "fp8_backend").mkdir(parents=True)
+    (folder / "fp8_backend" / "__init__.py").touch()
+    program = f"""
+import json, sys
+rows = [{{"m": m, "n": 8, "k": len(sys.argv), "us": {us} * m}} for m in (1, 2)]
+open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({{"rows": rows}}))
+print(*sys.argv[1:3])
+sys.exit({status})
+"""
+    (folder / "fp8_backend" / "cli.py").write_text(program)
+    return folder
+
+
+def test_trees_take_turns_each_with_its_own_package(tmp_path: Path) -> None:
+    old, new = tree_of(tmp_path / "old", 4.0), tree_of(tmp_path / "new", 3.0)
+    command = [sys.executable, "-m", "benchmarks.trees", str(old), str(new), "--rounds", "2", "--", "--m", "1,2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    *cells, last = done.stdout.splitlines()
+    assert [line.partition(" | ")[0] for line in cells] == ["1 8 8", "2 8 8"], done.stderr
+    assert cells[1].endswith(f"{old} 8.00 us (1.000), {new} 6.00 us (0.750)")
+    assert last == f"2 cells, geometric mean of the ratios: {old} 1.0000, {new} 0.7500"
+
+
+def test_a_tree_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="old: status 3; its log ends: bench --m"):
+        trees.run_tree(tree_of(tmp_path / "old", 4.0, status=3), ["--m", "1"], 30, tmp_path)
+
+
+def test_cells_that_a_run_lacks_are_left_out() -> None:
+    rows = [[{"model": "a", "tokens": 1, "us": us}, {"model": "a", "tokens": 2, "us": 1.0}] for us in (1.0, 5.0, 2.0)]
+    lines = trees.compare({"old": rows, "new": [[{"model": "a", "tokens": 1, "us": 3.0}]]})
+    assert lines[0] == "a 1 | old 2.00 us (1.000), new 3.00 us (1.500)" and lines[1].startswith("1 cells")
