@@ -34,6 +34,7 @@ from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import DecodeConfig, GemmProblem, Machine
 from fp8_backend.kernels.reference import BLOCK, ceil_div
 from tests.emulation import EmulationError, emulated
+from tests.routed import route
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code for the CPU")
 BF16_ERROR = 0.002  # rounding of the output: 0.0017
@@ -330,7 +331,7 @@ def test_route(counts, extra_rows, with_places, folder, monkeypatch):
     ids, here = groups[torch.randperm(len(groups))].int(), sum(counts)
     with emulated(folder, MACHINE), monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
-        routed = routing.route(ids, None, len(counts), extra_rows, with_places)
+        routed = route(ids, None, len(counts), extra_rows, with_places)
     assert (routed.storage._base[len(routed.storage) :] == 0xA5).all()
     words, start = routed.storage.view(torch.int32), routed.storage.data_ptr()
     tiles = words[4 : 4 + 4 * int(words[2])].view(-1, 4).tolist()

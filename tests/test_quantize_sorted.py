@@ -11,6 +11,7 @@ from fp8_backend.kernels import launcher, quantize_sorted, reference, routing
 from fp8_backend.kernels.problem import Machine
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.emulation import emulated
+from tests.routed import route
 
 POISON = 0xA5
 
@@ -48,7 +49,7 @@ def check(x, ids, here, num_groups, extra_rows=0):
     surroundings = torch.full((m + 2, align(k_blocks, 4)), -1.0, device=x.device)
     token_scale = surroundings[1:-1]
     assert token_scale.shape == quantize_sorted.token_scales(m, x.shape[1])
-    routed = routing.route(ids, here, num_groups, extra_rows, with_places=True)
+    routed = route(ids, here, num_groups, extra_rows, with_places=True)
     stream, tokens = launcher.current_stream(x.device.index), token_scale.data_ptr()
     quantize_sorted.launch_like(x, top_k)(stream, x.data_ptr(), routed.places, codes.data_ptr(), tokens)
     of_routing = routed.sorted_entries, routed.tiles, routed.num_tiles

@@ -45,7 +45,7 @@ def max_tiles(entries: int, num_groups: int) -> int:
 
 
 def routing_bytes(entries: int, num_groups: int, with_places: bool = False) -> int:
-    """Return the bytes of a `Routing` that `route` makes."""
+    """Return the bytes of a `Routing` of sorted entries."""
     return COUNTER_BYTES + max_tiles(entries, num_groups) * TILE_BYTES + entries * (8 if with_places else 4)
 
 
@@ -95,48 +95,20 @@ class Routing:
         return self.sorted_entries + self.entries * 4 if self.with_places else 0
 
 
-def route(
-    ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    num_groups: int,
-    extra_rows: int = 0,
-    with_places: bool = False,
-) -> Routing:
-    """Sort entries by expert, by work queued on the current stream.
+def launch_like(entries: int, map_length: int, num_groups: int, device: int, extra_rows: int = 0) -> Launch:
+    """Return the launch that sorts entries by expert into a `Routing`.
+
+    Its pointers: ids [entries] int32, of which those that are negative or have no expert here are left out; the map
+    from ids to experts here or -1, int32, or 0 if ids are experts here; sorted entries; places, or 0 if they are not
+    kept; tiles; the number of tiles; tickets.
 
     Args:
-        ids: [...] int32, contiguous, at least one; ids that are negative or have no expert here are left out.
-        expert_map: [global experts] int32 from an id to an expert here or -1, or None if ids are experts here.
+        entries: at least one.
+        map_length: of the map; 0 without one.
         num_groups: experts here, at most 1024.
+        device: index of the current device.
         extra_rows: how many rows more each of an expert's full tiles of 128 takes, less than 128, if no tile is needed
             beside them then.
-        with_places: whether the position of each entry is kept, too.
-
-    Raises:
-        ArgumentError: more than 1024 experts.
-    """
-    entries = ids.numel()
-    assert ids.dtype == torch.int32 and ids.is_contiguous()
-    storage = torch.empty(routing_bytes(entries, num_groups, with_places), dtype=torch.uint8, device=ids.device)
-    routing = Routing(storage.data_ptr(), entries, num_groups, with_places=with_places, storage=storage)
-    length = 0 if expert_map is None else expert_map.numel()
-    launch_like(entries, length, num_groups, ids.device.index, extra_rows)(
-        launcher.current_stream(ids.device.index),
-        ids.data_ptr(),
-        0 if expert_map is None else expert_map.data_ptr(),
-        routing.sorted_entries,
-        routing.places,
-        routing.tiles,
-        routing.num_tiles,
-        routing.ticket(0),
-    )
-    return routing
-
-
-def launch_like(entries: int, map_length: int, num_groups: int, device: int, extra_rows: int = 0) -> Launch:
-    """Return the launch that sorts so many entries, at least one, as `route` does.
-
-    Its pointers: ids; the map, or 0; sorted entries; places, or 0; tiles; the number of tiles; tickets.
 
     Raises:
         ArgumentError: more than 1024 experts.
