@@ -11,8 +11,8 @@ from fp8_backend.kernels import experts, grouped, layout, reference
 from fp8_backend.kernels.experts_prefill import experts_prefill, experts_prefill_workspace_bytes
 from fp8_backend.kernels.grouped import launch_contiguous
 from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
-from fp8_backend.kernels.routing import route
 from tests.gpu_memory import requested_bytes
+from tests.routed import route
 
 pytestmark = pytest.mark.gpu
 # Rounding to bfloat16 of each row and of the sum: 0.0017 each. The tensor core keeps about 14 bits inside a k-block:
