@@ -69,17 +69,18 @@ def compare(runs: dict[str, list[Rows]]) -> list[str]:
 
 def main() -> int:
     """Run the trees in turns and print the comparison."""
-    own, _, behind = " ".join(sys.argv[1:]).partition(" -- ")
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trees", description="Time trees in turns.")
     parser.add_argument("trees", type=Path, nargs="+", help="folders; ratios are to the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="seconds of one run")
-    arguments = parser.parse_args(own.split())
+    arguments = parser.parse_args(given[:end])
     runs: dict[str, list[Rows]] = {str(tree): [] for tree in arguments.trees}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
             for tree in arguments.trees:
-                runs[str(tree)].append(run_tree(tree, behind.split(), arguments.limit, Path(folder)))
+                runs[str(tree)].append(run_tree(tree, given[end + 1 :], arguments.limit, Path(folder)))
     print(*compare(runs), sep="\n")
     return 0
 

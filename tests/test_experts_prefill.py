@@ -21,7 +21,7 @@ from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.device_source import constants, parameter_kinds
 
-SPECS = experts_prefill.all_specs()
+SPECS = experts_prefill_plan.all_specs()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

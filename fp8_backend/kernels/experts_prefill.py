@@ -9,7 +9,6 @@ from fp8_backend.kernels import experts_prefill_plan as plans
 from fp8_backend.kernels.experts_prefill_plan import PrefillPlan
 from fp8_backend.kernels.prepared import Prepared
 
-all_specs, load_all = plans.all_specs, plans.load_all
 _plans: Prepared[PrefillPlan] = Prepared()
 
 
@@ -74,6 +73,6 @@ def experts_prefill(
     of_x, of_out = (rows.shape, rows.stride(0), rows.dtype, rows.data_ptr() % 16), (stride, out.dtype, out.get_device())
     key = (*of_x, *of_out, top_k, w13.shape, w2.shape, length, router_weight_on_input, sorts)
     if (plan := _plans.by_key.get(key)) is None:
-        plan = PrefillPlan(rows, top_k, w13, scale_13, w2, scale_2, out, length, router_weight_on_input)
+        plan = PrefillPlan(rows, top_k, w13, scale_13, w2, scale_2, out, length, router_weight_on_input, sorts)
         _plans.add(key, plan)
     plan(rows, None if router_weight_on_input else weights, ids, w13, scale_13, w2, scale_2, out, here)

@@ -116,6 +116,7 @@ class PrefillPlan:
         out: torch.Tensor,
         map_length: int,
         weighted: bool,
+        sorts: bool,
     ) -> None:
         """Prepare for tensors like these.
 
@@ -129,13 +130,13 @@ class PrefillPlan:
             out: [m, hidden] in 16-bit elements, at least as the rows between are.
             map_length: of the map from global experts to those here; 0 without one.
             weighted: whether x's rows have been weighted.
+            sorts: as `sorts_rows` has it.
 
         Raises:
             ArgumentError: more than 1024 experts.
         """
         (m, hidden), num_groups, intermediate, device = out.shape, w13.shape[0], w13.shape[2] // 2, w13.device.index
-        entries, rows, self._device = m * top_k, x.shape[0], device
-        self._sorts = sorts_rows(entries, num_groups, intermediate, weighted)
+        entries, rows, self._device, self._sorts = m * top_k, x.shape[0], device, sorts
         self._first: grouped_sorted.SortedLaunch | PreparedLaunch
         parts = workspace_parts(rows, entries, hidden, intermediate, num_groups, self._sorts)
         self._elements = workspace_bytes(parts) // out.element_size()

@@ -39,10 +39,7 @@ class Launch:
         self.kernel.launch((*self.grid, 1), self.block, self.shared_bytes, params, stream, self.cluster, pdl=True)
 
     def prepared(self) -> PreparedLaunch:
-        """Return the same to be launched again and again by one thread; making it costs more than it saves one call.
-
-        43 and 17 us of the host for one quantisation (docs/kernel-notes-moe.md, 2026-11-28).
-        """
+        """Return the same to be launched again and again by one thread; making it costs more than it saves one call."""
         return PreparedLaunch(self)
 
     def __str__(self) -> str:

@@ -70,24 +70,13 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not is_current(x.device):
         with torch.cuda.device(x.device):
             return per_token_group_quant(x)
-    return launch(x)
-
-
-def launch(x: torch.Tensor, beside: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `per_token_group_quant` does, on the current GPU; nothing is checked.
-
-    Args:
-        x: [m, k] bfloat16, float16 or float32, contiguous columns.
-        beside: run at the same time as the kernel launched last, which must have waited for x before it let others
-            start; this one ends behind it.
-    """
     m, k = x.shape
-    k_blocks, m_aligned = ceil_div(k, BLOCK), align(m, 4)
+    k_blocks = ceil_div(k, BLOCK)
     codes = torch.empty((m, k_blocks * BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((k_blocks, m_aligned), dtype=torch.float32, device=x.device)
+    scale = torch.empty((k_blocks, align(m, 4)), dtype=torch.float32, device=x.device)
     if m and k:
         stream = launcher.current_stream(x.device.index)
-        launch_like(x, beside=beside)(stream, x.data_ptr(), codes.data_ptr(), scale.data_ptr())
+        launch_like(x)(stream, x.data_ptr(), codes.data_ptr(), scale.data_ptr())
     return codes, scale.t()[:m]
 
 
@@ -96,7 +85,12 @@ def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> La
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
     (at least m) what decode.cuh reads: [ceil(k / 128), tile_rows, 128], each tile swizzled, rows past m not written.
-    beside: as of `launch`.
+
+    Args:
+        x: like [m, k] bfloat16, float16 or float32, contiguous columns.
+        tile_rows: 0, or rows of a tile for decode.cuh.
+        beside: run at the same time as the kernel launched last, which must have waited for x before it let others
+            start; this one ends behind it.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
