@@ -21,6 +21,7 @@ SHAPE = MoeShape("odd", 5, 384, 128, 2)
 TOKENS: dict[experts.Form, tuple[int, ...]] = {
     "single": (1, 3, 8),
     "decode": (1, 3, 7, 13, 40),
+    "joint": (3, 40, 170),  # 68 rows an expert at the last: two tiles
     "prefill": (3, 70, 300),
 }
 LIMIT = 0.02  # as tests/test_experts_gpu.py has it

@@ -148,7 +148,7 @@ def test_linear(m, dtype, folder):
 
 
 # Ids that are skipped, experts of other ranks, a hidden size of no whole block; units of several rows.
-@pytest.mark.parametrize("form", ["decode", "prefill"])
+@pytest.mark.parametrize("form", ["decode", "joint", "prefill"])
 @pytest.mark.parametrize("on_input", [False, True])
 def test_experts(form, on_input, folder):
     torch.manual_seed(2)
@@ -168,7 +168,8 @@ def test_experts(form, on_input, folder):
 
 
 # Rows that have been weighted are float32 whatever the tokens are, so they do not tell what the outputs are.
-def test_weighted_rows_of_both_dtypes(folder):
+@pytest.mark.parametrize("form", ["joint", "prefill"])
+def test_weighted_rows_of_both_dtypes(form, folder):
     torch.manual_seed(10)
     w13, scale_13, *packed_13 = make_experts(2, 256, 128)
     w2, scale_2, *packed_2 = make_experts(2, 128, 128)
@@ -177,7 +178,7 @@ def test_weighted_rows_of_both_dtypes(folder):
         for dtype in (torch.float16, torch.bfloat16):
             x = torch.randn(3, 128, dtype=dtype)
             expected, out = reference.fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, None, True), x * 0
-            experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, None, True)
+            experts.launch(form, x, weights, ids, *packed_13, *packed_2, out, None, True)
             assert reference.relative_error(out, expected) < EXPERTS_ERROR, dtype
 
 
@@ -265,6 +266,7 @@ def test_experts_in_one_launch(call, folder):
     [
         ("single", ["experts_single"]),
         ("decode", ["experts_quantize", "experts_up", "experts_quantize", "experts_down"]),
+        ("joint", ["quantize", "experts_joint", "combine"]),
         ("prefill", ["route", "quantize", "grouped_gathered", "grouped_sorted", "combine"]),
     ],
 )

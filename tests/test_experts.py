@@ -165,16 +165,16 @@ LAYERS = {
 }
 SERVES = {
     HBM3: {
-        "Qwen3-30B": {"single": (1, 2, 4), "prefill": (5, 8, 64, 8192)},
-        "Qwen3-235B at TP4": {"single": (1, 2, 4), "decode": (5, 8), "prefill": (16, 8192)},
-        "DeepSeek-V3": {"decode": (1, 2), "prefill": (4, 8, 8192)},
+        "Qwen3-30B": {"single": (1, 2, 4), "joint": (5, 8, 64), "prefill": (65, 8192)},
+        "Qwen3-235B at TP4": {"single": (1, 2, 4), "decode": (5, 8), "joint": (16, 64), "prefill": (65, 8192)},
+        "DeepSeek-V3": {"decode": (1, 2), "joint": (4, 8, 64), "prefill": (65, 8192)},
         "DeepSeek-V3 at TP8": {"single": (1, 3), "decode": (4, 16), "prefill": (65, 8192)},
     },
     HBM3E: {
-        "Qwen3-30B": {"single": (1, 2), "prefill": (4, 8, 64, 8192)},
-        "Qwen3-235B at TP4": {"single": (1, 2), "prefill": (4, 8, 16, 8192)},
-        "DeepSeek-V3": {"decode": (1,), "prefill": (2, 4, 8, 8192)},
-        "DeepSeek-V3 at TP8": {"single": (1, 2), "decode": (3, 4), "prefill": (6, 16, 65, 8192)},
+        "Qwen3-30B": {"single": (1, 2), "joint": (4, 8, 64), "prefill": (65, 8192)},
+        "Qwen3-235B at TP4": {"single": (1, 2), "joint": (4, 8, 64), "prefill": (65, 8192)},
+        "DeepSeek-V3": {"decode": (1,), "joint": (2, 4, 64), "prefill": (65, 8192)},
+        "DeepSeek-V3 at TP8": {"single": (1, 2), "decode": (3, 4), "joint": (6, 16, 64), "prefill": (65, 8192)},
     },
 }
 
@@ -211,6 +211,7 @@ def test_form_can_serve_what_it_is_chosen_for() -> None:
         ("single", (8, 8, 2048, 768), (9, 8, 2048, 768)),  # tokens
         ("single", (8, 8, 7168, 2048), (8, 8, 7168, 4096)),  # shared memory for their codes
         ("decode", (64, 16, 2048, 128), (64, 17, 2048, 128)),
+        ("joint", (64, 16, 7168, 2048), (64, 17, 7168, 2048)),  # pairs
         ("prefill", (8192, 16, 7168, 2048), None),
     ],
 )

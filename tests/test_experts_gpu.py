@@ -70,7 +70,10 @@ def test_right_and_the_same_bits_again(layer: RandomExperts, m: int, routing: st
 
 @pytest.mark.parametrize(
     ("form", "m"),
-    [*((form, m) for form in get_args(experts.Form) for m in (1, 5, 8)), ("decode", 64), ("prefill", 64)],
+    [
+        *((form, m) for form in get_args(experts.Form) for m in (1, 5, 8)),
+        *((form, 64) for form in ("decode", "joint", "prefill")),
+    ],
 )
 def test_every_form(layer: RandomExperts, m: int, form: experts.Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with a token without experts, and with tokens that name one expert twice or in all of their places."""
@@ -309,6 +312,6 @@ def test_masked_activation(groups: int, max_m: int, k: int) -> None:
     expected_codes, expected_scale = activation._reference(hidden, masked_m)
     for group, rows in enumerate(masked_m.tolist()):
         got = dequantize(codes[group, :rows], scale[group, :rows], 1)
-        # exp differs in its last bits: a code here and there is the next one.
+        # exp differs in its last bits: a code here and there is the next one, of a few rows more than of many.
         truth = dequantize(expected_codes[group, :rows], expected_scale[group, :rows], 1)
-        assert not rows or relative_error(got, truth) < 0.002
+        assert not rows or relative_error(got, truth) < (0.004 if rows <= 8 else 0.002)

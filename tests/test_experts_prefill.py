@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8_backend.kernels import (
+    combine,
     experts_prefill,
     experts_prefill_plan,
     grouped_gathered,
@@ -42,7 +43,7 @@ def test_no_spills_no_stack_no_warnings(spec):
         ("grouped_sorted.cuh", grouped_sorted.LAYOUT),
         ("grouped_tall.cuh", grouped_tall.LAYOUT),
         ("counts.cuh", grouped_tall.COUNTS_LAYOUT),
-        ("combine.cuh", experts_prefill_plan.COMBINE_LAYOUT),
+        ("combine.cuh", combine.LAYOUT),
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
@@ -51,7 +52,7 @@ def test_launch_parameters_are_the_kernels(file, layout):
 
 def test_constants_shared_with_the_device_code():
     files = ("route", "scan", "counts", "grouped_gathered", "grouped_sorted", "grouped_tall", "combine")
-    route, scan, counts, gathered, in_order, tall, combine = (constants(f"{name}.cuh") for name in files)
+    route, scan, counts, gathered, in_order, tall, of_combine = (constants(f"{name}.cuh") for name in files)
     assert route["kThreads"] == scan["kThreads"] == routing.MAX_GROUPS == routing._THREADS
     assert counts["kTileRows"] == tall["kTileRows"] == 2 * tall["kHalfRows"] == routing.TALL_TILE_ROWS
     assert tall["kTileColumns"] == BLOCK
@@ -62,7 +63,7 @@ def test_constants_shared_with_the_device_code():
     sort = constants("sort_scales.cuh")
     assert sort["kThreads"] == quantize_sorted._SORT_THREADS
     assert sort["kThreadBlocks"] == quantize_sorted._THREAD_BLOCKS
-    assert combine["kThreads"] == experts_prefill_plan.COMBINE_THREADS
+    assert of_combine["kThreads"] == combine.THREADS
 
 
 def test_routing_lets_the_quantisation_start_when_tokens_are_there():

@@ -13,17 +13,21 @@ from fp8_backend.kernels import layout, reference
 from fp8_backend.kernels.backend import batch_invariant, is_current, memory_bytes_per_us, runs_cuda_kernels
 from fp8_backend.kernels.expert_weights import UnpackedCodes, UnpackedScales
 from fp8_backend.kernels.experts_decode import MAX_PAIRS, experts_decode
+from fp8_backend.kernels.experts_joint import MAX_ENTRIES, experts_joint
 from fp8_backend.kernels.experts_prefill import experts_prefill
 from fp8_backend.kernels.experts_single import experts_single, fits
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK
 
-Form = Literal["single", "decode", "prefill"]
+Form = Literal["single", "decode", "joint", "prefill"]
 
 # With more rows of an expert than this on average, tokens on wgmma's 64-row side waste less than weights there save.
 DECODE_ROWS_PER_EXPERT = 8
 # The decode form walks every (token, expert) pair; beyond this many tokens sorting them by expert is cheaper.
 MAX_DECODE_TOKENS = 64
+# Up to so many (token, expert) pairs, in all and an expert on average, both GEMMs are one launch: with more its gain is
+# none (docs/kernel-notes-moe-decode.md, 2026-11-28), and its tiles have 64 rows where those of two launches have 128.
+JOINT_ENTRIES, JOINT_ROWS_PER_EXPERT = 512, 32
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def select_form(
     router_weight_on_input: bool = False,
     limits: FormLimits = HBM3E,
 ) -> Form:
-    """Return which kernels serve m tokens: the one for very few, those for few rows an expert, or those for many.
+    """Return which kernels serve m tokens: for very few, for few or some rows an expert, or for many.
 
     Args:
         m: tokens.
@@ -86,7 +90,10 @@ def select_form(
     if small and not router_weight_on_input and fits(m, top_k, hidden, intermediate):
         return "single"
     filled = hit * intermediate > limits.prefill_columns * hidden
-    return "decode" if m == 1 or (few and not filled) else "prefill"
+    if m == 1 or (few and not filled):
+        return "decode"
+    some = m * top_k <= min(JOINT_ENTRIES, JOINT_ROWS_PER_EXPERT * num_groups)
+    return "joint" if some else "prefill"
 
 
 def fp8_experts(
@@ -218,10 +225,11 @@ def can_serve(form: Form, m: int, top_k: int, hidden: int, intermediate: int) ->
         hidden: columns of x.
         intermediate: columns of h, of one expert; a multiple of 128.
     """
-    return {"single": fits(m, top_k, hidden, intermediate), "decode": m * top_k <= MAX_PAIRS, "prefill": True}[form]
+    pairs, single = m * top_k, fits(m, top_k, hidden, intermediate)
+    return {"single": single, "decode": pairs <= MAX_PAIRS, "joint": pairs <= MAX_ENTRIES, "prefill": True}[form]
 
 
-_LAUNCH = {"single": experts_single, "decode": experts_decode, "prefill": experts_prefill}
+_LAUNCH = {"single": experts_single, "decode": experts_decode, "joint": experts_joint, "prefill": experts_prefill}
 
 
 def launch(form: Form, *arguments: Any) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import experts_prefill_plan as plans
+from fp8_backend.kernels import experts_plans
+from fp8_backend.kernels import experts_prefill_plan as prefill_plan
+from fp8_backend.kernels.experts_plans import ExpertsPlan
 from fp8_backend.kernels.experts_prefill_plan import PrefillPlan
 from fp8_backend.kernels.prepared import Prepared
 
-_plans: Prepared[PrefillPlan] = Prepared()
+plans: Prepared[ExpertsPlan] = Prepared()
 
 
 def experts_prefill_workspace_bytes(
@@ -18,9 +19,9 @@ def experts_prefill_workspace_bytes(
     """Return the bytes of all tensors that `experts_prefill` allocates for 16-bit activations and int32 ids."""
     entries = m * top_k
     rows, weighted = (entries, entries * hidden * 4) if router_weight_on_input else (m, 0)
-    sorts = plans.sorts_rows(entries, num_groups, intermediate, router_weight_on_input)
-    parts = plans.workspace_parts(rows, entries, hidden, intermediate, num_groups, sorts)
-    return weighted + plans.workspace_bytes(parts)
+    sorts = prefill_plan.sorts_rows(entries, num_groups, intermediate, router_weight_on_input)
+    parts = prefill_plan.workspace_parts(rows, entries, hidden, intermediate, num_groups, sorts)
+    return weighted + prefill_plan.workspace_bytes(parts)
 
 
 def experts_prefill(
@@ -55,24 +56,6 @@ def experts_prefill(
     Raises:
         ArgumentError: hidden % 8 != 0, rows of out that are not 16-byte aligned, or more than 1024 experts.
     """
-    (m, hidden), top_k, stride = x.shape, topk_ids.shape[1], out.stride(0)
-    if hidden % 8 or stride % 8 or out.data_ptr() % 16:
-        raise ArgumentError(
-            f"hidden={hidden}, out's row stride {stride} and address {out.data_ptr():#x}; the combining kernel "
-            "takes multiples of 8 and a 16-byte aligned out; pad hidden with zero columns"
-        )
-    if m == 0 or top_k == 0:
-        out.zero_()
-        return
-    ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
-    here = None if expert_map is None else expert_map.to(torch.int32).contiguous()
-    length, rows = 0 if here is None else here.numel(), x
-    if router_weight_on_input:
-        rows = (x.float()[:, None] * weights[:, :, None]).view(-1, hidden)
-    sorts = plans.sorts_rows(m * top_k, w13.shape[0], w13.shape[2] // 2, router_weight_on_input)
-    of_x, of_out = (rows.shape, rows.stride(0), rows.dtype, rows.data_ptr() % 16), (stride, out.dtype, out.get_device())
-    key = (*of_x, *of_out, top_k, w13.shape, w2.shape, length, router_weight_on_input, sorts)
-    if (plan := _plans.by_key.get(key)) is None:
-        plan = PrefillPlan(rows, top_k, w13, scale_13, w2, scale_2, out, length, router_weight_on_input, sorts)
-        _plans.add(key, plan)
-    plan(rows, None if router_weight_on_input else weights, ids, w13, scale_13, w2, scale_2, out, here)
+    sorts = prefill_plan.sorts_rows(topk_ids.numel(), w13.shape[0], w13.shape[2] // 2, router_weight_on_input)
+    tensors = x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map
+    experts_plans.run(plans, PrefillPlan, *tensors, router_weight_on_input, sorts)

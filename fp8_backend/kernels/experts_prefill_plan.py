@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import accumulate
 from math import prod
 
 import torch
 
 from fp8_backend.kernels import (
+    combine,
     grouped,
     grouped_gathered,
     grouped_sorted,
@@ -19,14 +19,10 @@ from fp8_backend.kernels import (
 )
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.prepared import Launch, PreparedLaunch
-from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.prepared import PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.routing import Routing
 
-COMBINE = KernelSpec("combine.cuh", "combine")
-COMBINE_LAYOUT = launcher.ParamLayout(("u64",) * 5 + ("i64",) + ("u32",) * 5)
-COMBINE_THREADS, _COMBINE_COLUMNS = 256, 256 * 8
 _PART_ALIGNMENT = 128  # of each part of the workspace: a line of L2
 _LIKELY_ENTRIES = 2  # entries an expert, from which on most experts have some
 # Rows an expert on average, and columns of h, from which on rows are sorted before the first GEMM and not gathered in
@@ -37,7 +33,7 @@ SORTED_ROWS, SORTED_INTERMEDIATE = 96, 1024
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel this form needs beside quantize.cuh."""
-    return (*grouped.all_specs(), quantize_sorted.SPEC, quantize_sorted.SORT_SPEC, COMBINE)
+    return (*grouped.all_specs(), quantize_sorted.SPEC, quantize_sorted.SORT_SPEC, combine.SPEC)
 
 
 def load_all() -> None:
@@ -46,12 +42,7 @@ def load_all() -> None:
     grouped.load_all()
     quantize_sorted.kernel(device)
     quantize_sorted.sort_kernel(device)
-    _combine_kernel(device)
-
-
-@cache
-def _combine_kernel(device: int) -> launcher.Kernel:
-    return launcher.load(COMBINE, COMBINE_LAYOUT)
+    combine.kernel(device)
 
 
 def sorts_rows(entries: int, num_groups: int, intermediate: int, router_weight_on_input: bool = False) -> bool:
@@ -98,6 +89,11 @@ def workspace_bytes(parts: list[int]) -> int:
     return sum(align(part, _PART_ALIGNMENT) for part in parts)
 
 
+def offsets_of(parts: list[int]) -> list[int]:
+    """Return where each part of a workspace of such parts begins, in bytes."""
+    return [0, *accumulate(align(part, _PART_ALIGNMENT) for part in parts)][: len(parts)]
+
+
 class PrefillPlan:
     """The launches for tensors of one shape and dtype; used by one thread at a time.
 
@@ -139,8 +135,7 @@ class PrefillPlan:
         entries, rows, self._device, self._sorts = m * top_k, x.shape[0], device, sorts
         self._first: grouped_sorted.SortedLaunch | PreparedLaunch
         parts = workspace_parts(rows, entries, hidden, intermediate, num_groups, self._sorts)
-        self._elements = workspace_bytes(parts) // out.element_size()
-        self._offsets = [0, *accumulate(align(part, _PART_ALIGNMENT) for part in parts)][: len(parts)]
+        self._elements, self._offsets = workspace_bytes(parts) // out.element_size(), offsets_of(parts)
         self._routing = Routing(0, entries, num_groups, with_places=self._sorts)
         extra_rows = routing.EXTRA_ROWS if self._sorts else 0
         self._route = routing.launch_like(entries, map_length, num_groups, device, extra_rows).prepared()
@@ -154,9 +149,7 @@ class PrefillPlan:
             of_tokens = None if weighted else top_k
             plain, listed = self._prepare_gathered(x, of_tokens, w13, scale_13, between, between_scale)
         self._second = grouped_sorted.launch_like(plain, *second, self._routing, listed).prepared()
-        params = out.stride(0), top_k, hidden, map_length, num_groups, ELEMENT_TYPES[out.dtype]
-        grid = m, ceil_div(hidden, _COMBINE_COLUMNS)
-        self._combine = Launch(_combine_kernel(device), grid, COMBINE_THREADS, 0, params).prepared()
+        self._combine = combine.launch_like(out, top_k, map_length, num_groups, device).prepared()
 
     def _prepare_sorted(
         self,
@@ -213,19 +206,7 @@ class PrefillPlan:
         out: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
-        """Launch on the current stream of the current device, on tensors like those prepared for.
-
-        Args:
-            x: also like the one prepared for in its alignment to 16 bytes.
-            topk_weights: [m, top_k] float32, contiguous; None if x has been weighted.
-            topk_ids: [m, top_k] int32, contiguous.
-            w13: packed weight of the first GEMM.
-            scale_13: its packed scales.
-            w2: packed weight of the second GEMM.
-            scale_2: its packed scales.
-            out: 16-byte aligned; overwritten.
-            expert_map: int32, contiguous, or None.
-        """
+        """As `ExpertsPlan` has it."""
         stream, routed = launcher.current_stream(self._device), self._routing
         workspace = out.new_empty(self._elements)
         base = workspace.data_ptr()

@@ -15,7 +15,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
 SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
 ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of elements.cuh
-_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 9)
+_LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 10)
 _ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
 _THREADS = 16 * _ROWS_PER_CTA * _GROUPS_PER_CTA
 # From here on the kernel is bound by the loads it has in flight (128 x 7168: 2.3 and 2.5 us with 1 and 2 rows a thread;
@@ -80,7 +80,9 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale.t()[:m]
 
 
-def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> Launch:
+def launch_like(
+    x: torch.Tensor, tile_rows: int = 0, beside: bool = False, lets_in: int | None = None, zeros: int = 0
+) -> Launch:
     """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
@@ -91,12 +93,16 @@ def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False) -> La
         tile_rows: 0, or rows of a tile for decode.cuh.
         beside: run at the same time as the kernel launched last, which must have waited for x before it let others
             start; this one ends behind it.
+        lets_in: when the kernel launched next may start: 0 when this one has ended, 1 at once, 2 as soon as what came
+            before has; by default 0 or 1, whichever is faster for a GEMM.
+        zeros: how many words of 4 bytes behind the scales become zero.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
     k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
     grid = ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(k_blocks, _GROUPS_PER_CTA)
-    shape = (x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside))
+    starts = early(m, k) if lets_in is None else lets_in
+    shape = x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, starts, int(beside), zeros
     return Launch(kernel(rows, x.device.index), grid, _THREADS, 0, shape)
 
 

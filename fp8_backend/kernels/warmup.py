@@ -14,6 +14,7 @@ from fp8_backend.kernels import (
     activation,
     cache,
     experts_decode,
+    experts_joint,
     experts_prefill_plan,
     experts_single,
     heuristics,
@@ -29,7 +30,7 @@ from fp8_backend.kernels.problem import GemmConfig, QuantizingGemmConfig
 # A kernel takes a core a second: whoever holds the lock this long without a new one is a process that hangs.
 PATIENCE_S = 120.0
 
-_EXPERTS = (experts_single, experts_decode, experts_prefill_plan, masked)
+_EXPERTS = (experts_single, experts_decode, experts_joint, experts_prefill_plan, masked)
 
 Progress = Callable[[int, int], None]
 

@@ -17,9 +17,11 @@ from unittest.mock import patch
 
 from fp8_backend.kernels import (
     activation,
+    combine,
     decode,
     experts,
     experts_decode,
+    experts_joint,
     experts_prefill,
     experts_prefill_plan,
     experts_single,
@@ -158,7 +160,17 @@ def encode_tiled(
 
 # Every module whose code launches kernels.
 MODULES = (
-    *(activation, decode, experts, experts_decode, experts_prefill, experts_prefill_plan, experts_single),
+    *(
+        activation,
+        combine,
+        decode,
+        experts,
+        experts_decode,
+        experts_joint,
+        experts_prefill,
+        experts_prefill_plan,
+        experts_single,
+    ),
     *(fused_linear, gemm, gemm_plan),
     *(gemm_quantize, grouped_gathered, grouped_sorted, grouped_tall, launcher, m_grouped, masked, norm, norm_rope),
     *(quantize, quantize_sorted, routing, silu, tensor_map),
@@ -194,6 +206,6 @@ def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: 
                     stack.callback(each.cache_clear)
             for name in stand_ins.keys() & vars(module).keys():
                 stack.enter_context(patch.object(module, name, stand_ins[name]))
-        for prepared in (gemm._plans, gemm._launches, fused_linear._plans, experts_prefill._plans):
+        for prepared in (gemm._plans, gemm._launches, fused_linear._plans, experts_joint.plans, experts_prefill.plans):
             stack.enter_context(patch.dict(prepared.by_key, clear=True))
         yield here

@@ -137,6 +137,11 @@ DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
     emulation::wait_until([=] { return (*arrivals & 0x80000000u) != round; }, "the other CTAs of the grid");
 }
 
+DEVICE void count_one(u32* counter) { ++*counter; }
+DEVICE void wait_for_count(const u32* counter, u32 count) {
+    emulation::wait_until([=] { return *counter >= count; }, "what others count");
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
@@ -267,6 +272,11 @@ template <class T> DEVICE T __ldcg(const T* source) {
 DEVICE u32 atomicAdd(u32* counter, u32 more) {
     const u32 before = *counter;
     *counter += more;
+    return before;
+}
+DEVICE u32 atomicOr(u32* word, u32 bits) {
+    const u32 before = *word;
+    *word |= bits;
     return before;
 }
 

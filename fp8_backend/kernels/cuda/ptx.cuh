@@ -150,6 +150,16 @@ DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
     while ((now & 0x80000000u) == round);
 }
 
+// count_one: what this thread has written, and what it has seen of others (__syncwarp), is there for whoever waits for a counter that has counted it.
+DEVICE void count_one(u32* counter) {
+    asm volatile("fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+DEVICE void wait_for_count(const u32* counter, u32 count) {
+    u32 now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    while (now < count);
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {

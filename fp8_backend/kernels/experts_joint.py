@@ -1,0 +1,182 @@
+"""The experts op for tens of tokens: quantisation, both GEMMs in one launch that sorts the rows itself, one sum."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fp8_backend.errors import ArgumentError
+from fp8_backend.kernels import combine, experts_plans, launcher, quantize
+from fp8_backend.kernels.backend import num_sms
+from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.experts_plans import ExpertsPlan
+from fp8_backend.kernels.experts_prefill_plan import offsets_of, workspace_bytes
+from fp8_backend.kernels.prepared import Launch, Prepared
+from fp8_backend.kernels.quantize import ELEMENT_TYPES
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+
+_STAGES = 4  # five are slower
+SPEC = KernelSpec("experts_joint.cuh", "experts_joint", (("NUM_STAGES", _STAGES),))
+LAYOUT = launcher.ParamLayout(("u64",) * 12 + ("u32",) * 13)
+THREADS, MAX_ENTRIES, TILE_ROWS, TICKETS = 384, 1024, 64, 4  # of experts_joint.cuh
+MAX_GROUPS = 1024  # for each a bit of every entry, where stages lie later
+_STAGE_BYTES = (TILE_ROWS + 2 * BLOCK) * BLOCK
+_SHARED_BYTES = _STAGES * (_STAGE_BYTES + TILE_ROWS * 4 + 32 + 16 + 2 * 8) + TICKETS * (2 * 8 + 16)
+
+
+def all_specs() -> tuple[KernelSpec, ...]:
+    """Return every kernel this form needs beside quantize.cuh and combine.cuh."""
+    return (SPEC,)
+
+
+def load_all() -> None:
+    """Load every kernel on torch's current device."""
+    _kernel(torch.cuda.current_device())
+
+
+@cache
+def _kernel(device: int) -> launcher.Kernel:
+    return launcher.load(SPEC, LAYOUT)
+
+
+def workspace_parts(rows: int, entries: int, hidden: int, intermediate: int) -> list[int]:
+    """Return the bytes of each part of the workspace, in order.
+
+    Args:
+        rows: of x that are quantised: tokens, or entries if each is weighted.
+        entries: tokens times experts a token.
+        hidden: columns of x.
+        intermediate: columns of h.
+
+    Returns:
+        Of codes of h, and their scales; what each entry gives in 16-bit elements; codes of x; their scales, and behind
+        these a ticket and a counter for each tile of rows.
+    """
+    k_blocks = ceil_div(hidden, BLOCK)
+    return [
+        entries * intermediate,
+        intermediate // BLOCK * align(entries, 4) * 4,
+        entries * hidden * 2,
+        rows * k_blocks * BLOCK,
+        k_blocks * align(rows, 4) * 4 + (1 + entries) * 4,
+    ]
+
+
+def experts_joint_workspace_bytes(
+    m: int, top_k: int, hidden: int, intermediate: int, router_weight_on_input: bool = False
+) -> int:
+    """Return the bytes of all tensors that `experts_joint` allocates for 16-bit activations and int32 ids."""
+    entries = m * top_k
+    rows, weighted = (entries, entries * hidden * 4) if router_weight_on_input else (m, 0)
+    return weighted + workspace_bytes(workspace_parts(rows, entries, hidden, intermediate))
+
+
+class JointPlan:
+    """The launches for tensors of one shape and dtype; used by one thread at a time."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        top_k: int,
+        w13: torch.Tensor,
+        scale_13: torch.Tensor,
+        w2: torch.Tensor,
+        scale_2: torch.Tensor,
+        out: torch.Tensor,
+        map_length: int,
+        weighted: bool,
+    ) -> None:
+        """Prepare for tensors like these.
+
+        Args:
+            x: [m, hidden], or [m * top_k, hidden] of rows that have been weighted, contiguous columns.
+            top_k: experts a token.
+            w13: packed weight of the first GEMM.
+            scale_13: its packed scales.
+            w2: packed weight of the second GEMM.
+            scale_2: its packed scales.
+            out: [m, hidden] in 16-bit elements.
+            map_length: of the map from global experts to those here; 0 without one.
+            weighted: whether x's rows have been weighted.
+
+        Raises:
+            ArgumentError: more than 1024 experts.
+        """
+        if w13.shape[0] > MAX_GROUPS:
+            raise ArgumentError(
+                f"{w13.shape[0]} experts; the kernel sorts at most {MAX_GROUPS}; use expert parallelism"
+            )
+        (m, hidden), (num_groups, k_blocks), rows = out.shape, w13.shape[:2], x.shape[0]
+        entries, intermediate, device = m * top_k, w13.shape[2] // 2, w13.device.index
+        parts = workspace_parts(rows, entries, hidden, intermediate)
+        self._elements, self._offsets = workspace_bytes(parts) // out.element_size(), offsets_of(parts)
+        self._counters, self._device = k_blocks * align(rows, 4) * 4, device
+        # The routing needs no codes, but what came before: the GEMMs start when that has ended.
+        self._quantise = quantize.launch_like(x, lets_in=2, zeros=1 + entries).prepared()
+        params = (
+            *(entries, map_length, num_groups, 1 if weighted else top_k, k_blocks, intermediate, hidden, w2.shape[2]),
+            *(align(rows, 4), scale_13.stride(1), align(entries, 4), scale_2.stride(1), ELEMENT_TYPES[out.dtype]),
+        )
+        tiles = min(entries, num_groups) * max(intermediate // BLOCK, ceil_div(hidden, 2 * BLOCK))
+        grid = min(num_sms(device), tiles), 1
+        self._gemms = Launch(_kernel(device), grid, THREADS, _SHARED_BYTES, params).prepared()
+        self._combine = combine.launch_like(out, top_k, map_length, num_groups, device).prepared()
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        w13: torch.Tensor,
+        scale_13: torch.Tensor,
+        w2: torch.Tensor,
+        scale_2: torch.Tensor,
+        out: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        """As `ExpertsPlan` has it."""
+        stream, workspace = launcher.current_stream(self._device), out.new_empty(self._elements)
+        between, between_scale, rows, codes, scale = [workspace.data_ptr() + offset for offset in self._offsets]
+        ids, here = topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr()
+        weights = w13.data_ptr(), scale_13.data_ptr(), w2.data_ptr(), scale_2.data_ptr()
+        self._quantise(stream, x.data_ptr(), codes, scale)
+        self._gemms(stream, codes, scale, *weights, between, between_scale, rows, ids, here, scale + self._counters)
+        self._combine(stream, ids, here, 0 if topk_weights is None else topk_weights.data_ptr(), rows, out.data_ptr())
+
+
+plans: Prepared[ExpertsPlan] = Prepared()
+
+
+def experts_joint(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    out: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    router_weight_on_input: bool = False,
+) -> None:
+    """Launch the experts op on a GPU in three kernels; arguments are those of `experts_prefill`, as are the results.
+
+    Args:
+        x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0; m * top_k at most `MAX_ENTRIES`.
+        topk_weights: [m, top_k] float32.
+        topk_ids: [m, top_k] int32 or int64; -1 is skipped.
+        w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] packed, intermediate % 128 == 0.
+        scale_13: packed scales of w13.
+        w2: [num_groups, intermediate / 128, align(hidden, 8), 128] packed.
+        scale_2: packed scales of w2.
+        out: [m, hidden] in x's dtype, 16-byte aligned rows; overwritten.
+        expert_map: [global experts] int32: an expert's position in w13 or -1; None if ids are positions.
+        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+
+    Raises:
+        ArgumentError: hidden % 8 != 0, rows of out that are not 16-byte aligned, or more than 1024 experts.
+    """
+    assert topk_ids.numel() <= MAX_ENTRIES
+    tensors = x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map
+    experts_plans.run(plans, JointPlan, *tensors, router_weight_on_input)

@@ -1,0 +1,95 @@
+"""What the forms of the experts op whose launches are prepared have in common: a call finds its plan, or makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from fp8_backend.kernels import combine
+from fp8_backend.kernels.prepared import Prepared
+
+
+class ExpertsPlan(Protocol):
+    """Launches that are prepared for tensors of one shape and dtype."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        w13: torch.Tensor,
+        scale_13: torch.Tensor,
+        w2: torch.Tensor,
+        scale_2: torch.Tensor,
+        out: torch.Tensor,
+        expert_map: torch.Tensor | None,
+    ) -> None:
+        """Launch on the current stream of the current device, on tensors like those prepared for.
+
+        Args:
+            x: also like the one prepared for in its alignment to 16 bytes.
+            topk_weights: [m, top_k] float32, contiguous; None if x has been weighted.
+            topk_ids: [m, top_k] int32, contiguous.
+            w13: packed weight of the first GEMM.
+            scale_13: its packed scales.
+            w2: packed weight of the second GEMM.
+            scale_2: its packed scales.
+            out: 16-byte aligned; overwritten.
+            expert_map: int32, contiguous, or None.
+        """
+
+
+def run(
+    plans: Prepared[ExpertsPlan],
+    make: Callable[..., ExpertsPlan],
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    scale_13: torch.Tensor,
+    w2: torch.Tensor,
+    scale_2: torch.Tensor,
+    out: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    router_weight_on_input: bool,
+    *choices: object,
+) -> None:
+    """Run the plan for such tensors, and prepare it if this is the first call with them.
+
+    Args:
+        plans: of this thread, where a new one is added.
+        make: makes a plan of rows, top_k, w13, scale_13, w2, scale_2, out, the length of the map (0 without one),
+            whether rows are weighted, and `choices`.
+        x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0.
+        topk_weights: [m, top_k] float32.
+        topk_ids: [m, top_k] int32 or int64; -1 is skipped.
+        w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] packed, intermediate % 128 == 0.
+        scale_13: packed scales of w13.
+        w2: [num_groups, intermediate / 128, align(hidden, 8), 128] packed.
+        scale_2: packed scales of w2.
+        out: [m, hidden] in x's dtype, 16-byte aligned rows; overwritten.
+        expert_map: [global experts] int32: an expert's position in w13 or -1; None if ids are positions.
+        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+        choices: what else distinguishes plans.
+
+    Raises:
+        ArgumentError: hidden % 8 != 0, rows of out that are not 16-byte aligned, or what `make` raises.
+    """
+    (m, hidden), top_k = x.shape, topk_ids.shape[1]
+    combine.check(hidden, out)
+    if m == 0 or top_k == 0:
+        out.zero_()
+        return
+    ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+    here = None if expert_map is None else expert_map.to(torch.int32).contiguous()
+    length, rows = 0 if here is None else here.numel(), x
+    if router_weight_on_input:
+        rows = (x.float()[:, None] * weights[:, :, None]).view(-1, hidden)
+    of_x, of_out = (rows.shape, rows.stride(0), rows.dtype, rows.data_ptr() % 16), (out.dtype, out.get_device())
+    key = (*of_x, *of_out, out.stride(0), top_k, w13.shape, w2.shape, length, router_weight_on_input, *choices)
+    if (plan := plans.by_key.get(key)) is None:
+        plan = make(rows, top_k, w13, scale_13, w2, scale_2, out, length, router_weight_on_input, *choices)
+        plans.add(key, plan)
+    plan(rows, None if router_weight_on_input else weights, ids, w13, scale_13, w2, scale_2, out, here)
