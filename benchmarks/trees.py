@@ -1,6 +1,6 @@
 """Time two or more trees of this project in turns: the same `fp8-backend bench`, each in processes of its own.
 
-    python -m benchmarks.trees OLD NEW [--rounds 3] [--limit 120] -- --moe --model dsv3 --tokens 4096,8192 --peers none
+    python -m benchmarks.trees OLD NEW [--rounds 3] [--limit 120] [--deadline 300] -- --moe --tokens 4096 --peers none
 
 A tree is a folder that holds the package, such as `git archive COMMIT | tar x -C FOLDER` makes. What was measured on
 another GPU is no comparison: they differ by more than most changes gain. Behind `--` stands what `bench` takes, but for
@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ def compare(runs: dict[str, list[Rows]]) -> list[str]:
     return [*lines, f"{len(cells)} cells, geometric mean of the ratios: {means}"]
 
 
+def take_turns(
+    trees: list[str], arguments: list[str], rounds: int, limit_s: float, deadline_s: float | None
+) -> dict[str, list[Rows]]:
+    """Return the rows of each tree's runs; none begins that may end behind the deadline."""
+    runs: dict[str, list[Rows]] = {}
+    start, longest = time.monotonic(), 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, tree in ((number, tree) for number in range(1, rounds + 1) for tree in trees):
+            began = time.monotonic()
+            if deadline_s is not None and runs and began - start + longest > deadline_s:
+                print(
+                    f"round {number} ends before {tree}: the next run may end behind the deadline of {deadline_s:g} s"
+                )
+                break
+            runs.setdefault(tree, []).append(run_tree(Path(tree), arguments, limit_s, Path(folder)))
+            longest = max(longest, time.monotonic() - began)
+    return runs
+
+
 def main() -> int:
     """Run the trees in turns and print the comparison."""
     given = sys.argv[1:]
@@ -75,12 +95,10 @@ def main() -> int:
     parser.add_argument("trees", type=Path, nargs="+", help="folders; ratios are to the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120, metavar="S", help="seconds of one run")
+    parser.add_argument("--deadline", type=float, metavar="S", help="seconds of all; begin no run that may end later")
     arguments = parser.parse_args(given[:end])
-    runs: dict[str, list[Rows]] = {str(tree): [] for tree in arguments.trees}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.rounds):
-            for tree in arguments.trees:
-                runs[str(tree)].append(run_tree(tree, given[end + 1 :], arguments.limit, Path(folder)))
+    trees = [str(tree) for tree in arguments.trees]
+    runs = take_turns(trees, given[end + 1 :], arguments.rounds, arguments.limit, arguments.deadline)
     print(*compare(runs), sep="\n")
     return 0
 

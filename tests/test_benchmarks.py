@@ -217,6 +217,14 @@ def test_trees_take_turns_each_with_its_own_package(tmp_path: Path) -> None:
     assert last == f"2 cells, geometric mean of the ratios: {old} 1.0000, {new} 0.7500"
 
 
+def test_runs_that_may_end_behind_the_deadline_do_not_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = str(tree_of(tmp_path / "old", 4.0)), str(tree_of(tmp_path / "new", 3.0))
+    runs = trees.take_turns([old, new], ["--m", "1"], 9, 30, deadline_s=1e-6)
+    assert {tree: len(each) for tree, each in runs.items()} == {old: 1}
+    assert capsys.readouterr().out.startswith(f"round 1 ends before {new}")
+    assert len(trees.take_turns([old, new], ["--m", "1"], 2, 30, deadline_s=None)[new]) == 2
+
+
 def test_a_tree_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="old: status 3; its log ends: bench --m"):
         trees.run_tree(tree_of(tmp_path / "old", 4.0, status=3), ["--m", "1"], 30, tmp_path)
