@@ -55,7 +55,7 @@ def test_both_gemms_in_one_launch(call, folder):
     given, expected = make_call(*sizes)
     with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
         outs = []
-        for machine.seed in (0, 1):
+        for machine.seed, machine.at_once in ((0, False), (1, True)):
             outs.append(launch(given))
             assert reference.relative_error(outs[-1], expected) < EXPERTS_ERROR and (outs[-1][1] == 0).all()
         # The form for many rows adds the same products in the same order.

@@ -103,8 +103,8 @@ def build(spec: KernelSpec, folder: Path) -> Path:
 class Emulated:
     """Kernels built so far, and the seed of the next run."""
 
-    def __init__(self, folder: Path, sources: Path | None, seed: int) -> None:
-        self.folder, self.sources, self.seed, self.runs = folder, sources, seed, 0
+    def __init__(self, folder: Path, sources: Path | None, seed: int, at_once: bool) -> None:
+        self.folder, self.sources, self.seed, self.at_once, self.runs = folder, sources, seed, at_once, 0
         self.loaded: dict[tuple[KernelSpec, launcher.ParamLayout], launcher.Kernel] = {}
         self._libraries: list[ctypes.CDLL] = []
 
@@ -134,6 +134,8 @@ class Emulated:
                 kind, size = _CLUSTER.unpack(ctypes.string_at(attributes + 64 * index + index * 8, _CLUSTER.size))
                 # All CTAs of a cooperative grid run at once, as those of a cluster do.
                 cluster = {_CLUSTER_DIMENSION: size, _COOPERATIVE: grid[0]}.get(kind, cluster)
+            if self.at_once and cluster == 1:
+                cluster = grid[0]
             self.runs += 1
             error = run(parameters, self.seed + 1000 * self.runs, *grid, threads, shared_bytes, cluster).decode()
             if error:
@@ -178,7 +180,9 @@ MODULES = (
 
 
 @contextmanager
-def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: int = 0) -> Iterator[Emulated]:
+def emulated(
+    folder: Path, machine: Machine, sources: Path | None = None, seed: int = 0, at_once: bool = False
+) -> Iterator[Emulated]:
     """Make CPU tensors go through the CUDA kernels and their host code, on the emulated machine.
 
     Args:
@@ -186,8 +190,9 @@ def emulated(folder: Path, machine: Machine, sources: Path | None = None, seed: 
         machine: what the host code is told; a grid runs cluster after cluster, so few multiprocessors are faster.
         sources: of the device code, where it is not the package's.
         seed: of the interleavings.
+        at_once: all CTAs of a grid run at once, also without a cluster, and not one after the other.
     """
-    here = Emulated(folder, sources, seed)
+    here = Emulated(folder, sources, seed, at_once)
     stand_ins = {
         "current_stream": lambda device: 0,
         "encode_tiled": encode_tiled,
