@@ -171,13 +171,6 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         const Side first{x, scale_x, w13, scale_13, k_blocks, 2 * intermediate, scale_x_stride, scale_13_stride};
         const Side second{h, scale_h, w2, scale_2, first_columns, n_aligned, scale_h_stride, scale_2_stride};
         Ring at_ticket;
-        // The first tickets are those of these tiles, whoever draws them.
-        if (threadIdx.x == 0 && blockIdx.x < first_items) {
-            const u32 tile = blockIdx.x / first_columns, column = blockIdx.x % first_columns;
-            for (u32 kb = 0; kb < min(k_blocks, u32(NUM_STAGES)); ++kb)
-                for (u32 half = 0; half < 2; ++half)
-                    prefetch_l2(w13 + ((static_cast<i64>(tiles.group[tile]) * k_blocks + kb) * 2 * intermediate + half * intermediate + column * kHalf) * kBlockK, kBytesHalf);
-        }
         wait_for_previous_kernel();
         if (warp == 0) {
             if (lane > 0) return;
