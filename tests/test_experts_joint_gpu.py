@@ -7,33 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from fp8_backend.kernels import layout
 from fp8_backend.kernels.experts_joint import experts_joint, experts_joint_workspace_bytes
-from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
+from fp8_backend.kernels.reference import fp8_experts, relative_error
+from tests.gpu_experts import LIMIT, draw_routing, make_weights
 from tests.gpu_memory import requested_bytes
 
 pytestmark = pytest.mark.gpu
-LIMIT = 0.008  # as tests/test_experts_prefill_gpu.py has it
-
-
-def make_weights(num_groups, n, k):
-    codes = (torch.randn(num_groups, n, k, device="cuda") * 32).to(torch.float8_e4m3fn)
-    scale = torch.rand(num_groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK), device="cuda") * 0.002 + 0.001
-    packed = torch.stack([layout.pack_weight(w).view(torch.uint8) for w in codes]).view(torch.float8_e4m3fn)
-    return codes, scale, packed, torch.stack([layout.pack_scale(s, n, k) for s in scale])
-
-
-def route(kind, m, top_k, num_ids):
-    weights = torch.rand(m, top_k, device="cuda")
-    ids = torch.rand(m, num_ids, device="cuda").topk(top_k, dim=1).indices.int()
-    if kind == "skipped":
-        ids[torch.rand(m, top_k, device="cuda") < 0.4] = -1
-        ids[0] = -1
-    elif kind == "one":
-        ids[:] = 1
-    elif kind == "few":
-        ids %= 2
-    return weights, ids
 
 
 # Fewer tiles than multiprocessors and many more; experts of several tiles; few and many k-blocks of either GEMM;
@@ -57,7 +36,7 @@ def test_experts_are_the_references(m, top_k, hidden, intermediate, num_groups, 
     w13, scale_13, *packed_13 = make_weights(num_groups, 2 * intermediate, hidden)
     w2, scale_2, *packed_2 = make_weights(num_groups, hidden, intermediate)
     x = torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16)
-    weights, ids = route(kind, m, top_k, num_groups)
+    weights, ids = draw_routing(kind, m, top_k, num_groups)
     outs = [torch.full_like(x, float("nan")) for _ in range(3)]
     for out in outs:
         experts_joint(x, weights, ids, *packed_13, *packed_2, out)
@@ -71,7 +50,7 @@ def test_calls_on_two_streams_end(tokens):
     torch.manual_seed(1)
     packed = [tensor for n, k in ((1536, 2048), (2048, 768)) for tensor in make_weights(64, n, k)[2:]]
     streams, outs = [torch.cuda.Stream() for _ in range(2)], []
-    x, routed = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16), route("even", tokens, 8, 64)
+    x, routed = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16), draw_routing("even", tokens, 8, 64)
     expected = torch.empty_like(x)
     experts_joint(x, *routed, *packed, expected)
     torch.cuda.synchronize()
@@ -91,14 +70,14 @@ def test_experts_are_captured_and_take_the_bytes_they_say():
         make_weights(num_groups, *nk)[2:] for nk in ((2 * intermediate, hidden), (hidden, intermediate))
     )
     x, out = (torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    weights, ids = route("even", m, top_k, num_groups)
+    weights, ids = draw_routing("even", m, top_k, num_groups)
     arguments = (x, weights, ids, *packed_13, *packed_2, out)
     taken = requested_bytes(partial(experts_joint, *arguments))
     assert taken == experts_joint_workspace_bytes(m, top_k, hidden, intermediate)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         experts_joint(*arguments)
-    other, other_ids = route("few", m, top_k, num_groups)
+    other, other_ids = draw_routing("few", m, top_k, num_groups)
     x.normal_()
     weights.copy_(other)
     ids.copy_(other_ids)

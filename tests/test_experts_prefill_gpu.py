@@ -7,17 +7,15 @@ from functools import partial
 import pytest
 import torch
 
-from fp8_backend.kernels import experts, grouped, layout, reference
+from fp8_backend.kernels import experts, grouped, reference
 from fp8_backend.kernels.experts_prefill import experts_prefill, experts_prefill_workspace_bytes
 from fp8_backend.kernels.grouped import launch_contiguous
-from fp8_backend.kernels.reference import BLOCK, ceil_div, fp8_experts, relative_error
+from fp8_backend.kernels.reference import ceil_div, fp8_experts, relative_error
+from tests.gpu_experts import LIMIT, draw_routing, make_weights
 from tests.gpu_memory import requested_bytes
 from tests.routed import route
 
 pytestmark = pytest.mark.gpu
-# Rounding to bfloat16 of each row and of the sum: 0.0017 each. The tensor core keeps about 14 bits inside a k-block:
-# now and then a code between the GEMMs is its neighbour, with few columns to average over 0.005 in all (seen: 0.0052).
-LIMIT = 0.008
 
 
 @pytest.fixture(params=["gathered", "sorted"])
@@ -26,26 +24,6 @@ def first_gemm(request, monkeypatch):
     least = 0 if request.param == "sorted" else 10**9
     monkeypatch.setattr("fp8_backend.kernels.experts_prefill_plan.SORTED_ROWS", least)
     monkeypatch.setattr("fp8_backend.kernels.experts_prefill_plan.SORTED_INTERMEDIATE", 0)
-
-
-def _weights(num_groups, n, k):
-    codes = (torch.randn(num_groups, n, k, device="cuda") * 32).to(torch.float8_e4m3fn)
-    scale = torch.rand(num_groups, ceil_div(n, BLOCK), ceil_div(k, BLOCK), device="cuda") * 0.002 + 0.001
-    packed = torch.stack([layout.pack_weight(w).view(torch.uint8) for w in codes]).view(torch.float8_e4m3fn)
-    return codes, scale, packed, torch.stack([layout.pack_scale(s, n, k) for s in scale])
-
-
-def _routing(kind, m, top_k, num_ids):
-    weights = torch.rand(m, top_k, device="cuda")
-    ids = torch.rand(m, num_ids, device="cuda").topk(top_k, dim=1).indices.int()
-    if kind == "skipped":
-        ids[torch.rand(m, top_k, device="cuda") < 0.4] = -1
-        ids[0] = -1
-    elif kind == "one":
-        ids[:] = 1
-    elif kind == "few":
-        ids %= 2
-    return weights, ids
 
 
 # Even and skewed routing; rows of one tile, of narrow tiles, of many bands; hidden of whole and broken blocks of 128.
@@ -66,10 +44,10 @@ def _routing(kind, m, top_k, num_ids):
 )
 def test_experts_are_the_references(m, top_k, hidden, intermediate, num_groups, kind, first_gemm):
     torch.manual_seed(m)
-    w13, scale_13, packed_13, packed_scale_13 = _weights(num_groups, 2 * intermediate, hidden)
-    w2, scale_2, packed_2, packed_scale_2 = _weights(num_groups, hidden, intermediate)
+    w13, scale_13, packed_13, packed_scale_13 = make_weights(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, packed_2, packed_scale_2 = make_weights(num_groups, hidden, intermediate)
     x = torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16)
-    weights, ids = _routing(kind, m, top_k, num_groups)
+    weights, ids = draw_routing(kind, m, top_k, num_groups)
     expected = fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2)
     outs = [torch.full_like(x, float("nan")) for _ in range(3)]
     for out in outs:
@@ -82,11 +60,11 @@ def test_experts_are_the_references(m, top_k, hidden, intermediate, num_groups, 
 @pytest.mark.parametrize("tokens", [512, 1000])
 def test_calls_one_behind_the_other_end(tokens, first_gemm):
     torch.manual_seed(1)
-    packed = [tensor for n, k in ((1536, 2048), (2048, 768)) for tensor in _weights(64, n, k)[2:]]
+    packed = [tensor for n, k in ((1536, 2048), (2048, 768)) for tensor in make_weights(64, n, k)[2:]]
     x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
     outs = [torch.full_like(x, float("nan")) for _ in range(2)]
     for out in outs * 100:
-        weights, ids = _routing("even", tokens, 8, 64)
+        weights, ids = draw_routing("even", tokens, 8, 64)
         experts_prefill(x, weights, ids, *packed, out)
     experts_prefill(x, weights, ids, *packed, outs[0])
     assert torch.equal(*outs)
@@ -96,9 +74,9 @@ def test_calls_one_behind_the_other_end(tokens, first_gemm):
 def test_batch_invariant_tokens_do_not_depend_on_m(monkeypatch):
     monkeypatch.setattr(experts, "batch_invariant", lambda: True)
     torch.manual_seed(3)
-    packed = [tensor for n, k in ((512, 1024), (1024, 256)) for tensor in _weights(32, n, k)[2:]]
+    packed = [tensor for n, k in ((512, 1024), (1024, 256)) for tensor in make_weights(32, n, k)[2:]]
     x = torch.randn(1500, 1024, device="cuda", dtype=torch.bfloat16)
-    weights, ids = _routing("even", 1500, 8, 32)
+    weights, ids = draw_routing("even", 1500, 8, 32)
     whole = experts.fp8_experts(x, weights, ids, *packed)
     for m in (1, 2, 9, 64, 65, 300):
         assert torch.equal(experts.fp8_experts(x[:m], weights[:m], ids[:m], *packed), whole[:m]), m
@@ -109,10 +87,10 @@ def test_batch_invariant_tokens_do_not_depend_on_m(monkeypatch):
 def test_experts_of_one_rank(dtype, on_input, first_gemm):
     torch.manual_seed(0)
     m, top_k, hidden, intermediate, num_groups = 500, 1 if on_input else 6, 512, 256, 8
-    w13, scale_13, packed_13, packed_scale_13 = _weights(num_groups, 2 * intermediate, hidden)
-    w2, scale_2, packed_2, packed_scale_2 = _weights(num_groups, hidden, intermediate)
+    w13, scale_13, packed_13, packed_scale_13 = make_weights(num_groups, 2 * intermediate, hidden)
+    w2, scale_2, packed_2, packed_scale_2 = make_weights(num_groups, hidden, intermediate)
     x = torch.randn(m, hidden, device="cuda", dtype=dtype)
-    weights, ids = _routing("skipped", m, top_k, 2 * num_groups)
+    weights, ids = draw_routing("skipped", m, top_k, 2 * num_groups)
     here = torch.full((2 * num_groups,), -1, dtype=torch.int32, device="cuda")
     here[3 : 3 + num_groups] = torch.randperm(num_groups, device="cuda").int()
     expected = fp8_experts(x, weights, ids, w13, scale_13, w2, scale_2, here, on_input)
@@ -125,17 +103,17 @@ def test_experts_of_one_rank(dtype, on_input, first_gemm):
 def test_experts_are_captured_and_take_the_bytes_they_say(first_gemm):
     torch.manual_seed(0)
     m, top_k, hidden, intermediate, num_groups = 900, 4, 512, 256, 8
-    _, _, packed_13, packed_scale_13 = _weights(num_groups, 2 * intermediate, hidden)
-    _, _, packed_2, packed_scale_2 = _weights(num_groups, hidden, intermediate)
+    _, _, packed_13, packed_scale_13 = make_weights(num_groups, 2 * intermediate, hidden)
+    _, _, packed_2, packed_scale_2 = make_weights(num_groups, hidden, intermediate)
     x, out = (torch.randn(m, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    weights, ids = _routing("even", m, top_k, num_groups)
+    weights, ids = draw_routing("even", m, top_k, num_groups)
     arguments = (x, weights, ids, packed_13, packed_scale_13, packed_2, packed_scale_2, out)
     taken = requested_bytes(partial(experts_prefill, *arguments))
     assert taken == experts_prefill_workspace_bytes(m, top_k, hidden, intermediate, num_groups)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         experts_prefill(*arguments)
-    other, other_ids = _routing("few", m, top_k, num_groups)
+    other, other_ids = draw_routing("few", m, top_k, num_groups)
     x.normal_()
     weights.copy_(other)
     ids.copy_(other_ids)
@@ -177,7 +155,7 @@ def test_contiguous(n, k, padded, dtype, tall_rows, monkeypatch):
     for group, count in enumerate(counts):
         pieces += [group] * count + ([-1] * (-count % 128) if padded else [])
     m_indices = torch.tensor(pieces, dtype=torch.int32, device="cuda")
-    codes_b, scale_b, packed, packed_scale = _weights(len(counts), n, k)
+    codes_b, scale_b, packed, packed_scale = make_weights(len(counts), n, k)
     codes, scale_a = reference.per_token_group_quant(torch.randn(len(pieces), k, device="cuda"))
     out = torch.full((len(pieces), n), 7.0, device="cuda", dtype=dtype)
     launch_contiguous(codes, scale_a, packed, packed_scale, out, m_indices)
@@ -199,7 +177,7 @@ def test_contiguous_rows_in_disorder(tall_rows, monkeypatch):
     groups, n, k = 5, 264, 640
     m_indices = torch.randint(-1, groups, (3000,), dtype=torch.int32, device="cuda")
     m_indices[500:1900] = 2
-    codes_b, scale_b, packed, packed_scale = _weights(groups, n, k)
+    codes_b, scale_b, packed, packed_scale = make_weights(groups, n, k)
     codes, scale_a = reference.per_token_group_quant(torch.randn(len(m_indices), k, device="cuda"))
     out = torch.full((len(m_indices), n), 7.0, device="cuda", dtype=torch.bfloat16)
     launch_contiguous(codes, scale_a, packed, packed_scale, out, m_indices)

@@ -160,22 +160,22 @@ def experts_joint(
     expert_map: torch.Tensor | None = None,
     router_weight_on_input: bool = False,
 ) -> None:
-    """Launch the experts op on a GPU in three kernels; arguments are those of `experts_prefill`, as are the results.
+    """Launch the experts op on a GPU in three kernels; arguments, results and errors are those of `experts_prefill`.
 
     Args:
-        x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0; m * top_k at most `MAX_ENTRIES`.
-        topk_weights: [m, top_k] float32.
-        topk_ids: [m, top_k] int32 or int64; -1 is skipped.
-        w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] packed, intermediate % 128 == 0.
-        scale_13: packed scales of w13.
-        w2: [num_groups, intermediate / 128, align(hidden, 8), 128] packed.
-        scale_2: packed scales of w2.
-        out: [m, hidden] in x's dtype, 16-byte aligned rows; overwritten.
-        expert_map: [global experts] int32: an expert's position in w13 or -1; None if ids are positions.
-        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+        x: [m, hidden]; m * top_k is at most `MAX_ENTRIES`.
+        topk_weights: [m, top_k].
+        topk_ids: [m, top_k].
+        w13: packed weight of the first GEMM.
+        scale_13: its packed scales.
+        w2: packed weight of the second GEMM.
+        scale_2: its packed scales.
+        out: [m, hidden]; overwritten.
+        expert_map: from ids to positions in w13.
+        router_weight_on_input: scale a token by its weight before its experts.
 
     Raises:
-        ArgumentError: hidden % 8 != 0, rows of out that are not 16-byte aligned, or more than 1024 experts.
+        ArgumentError: as there.
     """
     assert topk_ids.numel() <= MAX_ENTRIES
     tensors = x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map

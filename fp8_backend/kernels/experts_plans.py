@@ -62,16 +62,16 @@ def run(
         plans: of this thread, where a new one is added.
         make: makes a plan of rows, top_k, w13, scale_13, w2, scale_2, out, the length of the map (0 without one),
             whether rows are weighted, and `choices`.
-        x: [m, hidden] bfloat16 or float16, contiguous columns, hidden % 8 == 0.
-        topk_weights: [m, top_k] float32.
-        topk_ids: [m, top_k] int32 or int64; -1 is skipped.
-        w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] packed, intermediate % 128 == 0.
-        scale_13: packed scales of w13.
-        w2: [num_groups, intermediate / 128, align(hidden, 8), 128] packed.
-        scale_2: packed scales of w2.
-        out: [m, hidden] in x's dtype, 16-byte aligned rows; overwritten.
-        expert_map: [global experts] int32: an expert's position in w13 or -1; None if ids are positions.
-        router_weight_on_input: scale a token by its weight before its experts instead of after them.
+        x: this and all below as for `experts_prefill`.
+        topk_weights: [m, top_k].
+        topk_ids: [m, top_k].
+        w13: packed weight of the first GEMM.
+        scale_13: its packed scales.
+        w2: packed weight of the second GEMM.
+        scale_2: its packed scales.
+        out: [m, hidden]; overwritten.
+        expert_map: from ids to positions in w13.
+        router_weight_on_input: scale a token by its weight before its experts.
         choices: what else distinguishes plans.
 
     Raises:
