@@ -6,14 +6,13 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from math import log
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import correctness, timeline, trees
+from benchmarks import correctness, trees
 from benchmarks.operands import row
 from benchmarks.serve import mean_kl, selection_lines
 from fp8_backend.measure.child import run_child
@@ -235,39 +234,3 @@ def test_cells_that_a_run_lacks_are_left_out() -> None:
     rows = [[{"model": "a", "tokens": 1, "us": us}, {"model": "a", "tokens": 2, "us": 1.0}] for us in (1.0, 5.0, 2.0)]
     lines = trees.compare({"old": rows, "new": [[{"model": "a", "tokens": 1, "us": 3.0}]]})
     assert lines[0] == "a 1 | old 2.00 us (1.000), new 3.00 us (1.500)" and lines[1].startswith("1 cells")
-
-
-def test_device_code_with_notes_compiles(tmp_path: Path) -> None:
-    """Every place is there once, and notes cost no spill."""
-    from fp8_backend.kernels import combine, experts_joint, quantize
-    from fp8_backend.kernels.compiler import compile_kernel
-
-    timeline.instrument(tmp_path, 0x7F0000000000)
-    for spec in (experts_joint.SPEC, combine.SPEC, quantize.SPECS[1]):
-        compiled = compile_kernel(replace(spec, folder=tmp_path))
-        assert compiled.spill_bytes == 0 and not compiled.warnings
-
-
-def test_notes_are_told_from_when_what_came_before_had_ended() -> None:
-    words = torch.zeros(3, timeline.CTAS, timeline.SLOTS, dtype=torch.int64)
-    words[0, 0, 1], words[0, 1, 1], words[2, 0, 2] = 5000, 6000, 9500
-    words[1, :2, timeline.FIRST_TILE_SLOT :][:, :4] = torch.tensor([[6000, 7000, 7500, 1], [6500, 8500, 8750, 2]])
-    told = timeline.summary(words)
-    assert told["quantisation, what came before has ended"] == {"ctas": 2, "first": 0.0, "median": 0.5, "last": 1.0}
-    assert told["sum, ended"] == {"ctas": 1, "first": 4.5, "median": 4.5, "last": 4.5}
-    assert told["first GEMM, tiles written"]["last"] == 2.5 and told["second GEMM, tiles data"]["first"] == 1.5
-    assert told["second GEMM, a tile"] == {"products": 2.0, "end": 0.25} and "GEMMs, begun" not in told
-
-
-@pytest.mark.gpu
-def test_what_happens_in_a_call_is_in_order() -> None:
-    from fp8_backend.bench.moe_operands import RandomExperts
-    from fp8_backend.bench.moe_shapes import MoeShape
-
-    shape = MoeShape("small", 16, 512, 256, 4)
-    row = timeline.measure(shape, 8, RandomExperts(shape, torch.device("cuda"), copies=2))
-    events = row["events"]
-    assert set(timeline.EVENTS) <= set(events)
-    order = ["GEMMs, pairs sorted", "first GEMM, tiles data", "second GEMM, tiles written", "sum, ended"]
-    firsts = [events[name]["first"] for name in order]
-    assert firsts == sorted(firsts) and 0 < events["sum, ended"]["last"] < 1000
