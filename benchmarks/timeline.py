@@ -25,6 +25,7 @@ from fp8_backend.bench.moe_shapes import MoeShape, parse_models
 from fp8_backend.bench.shapes import parse_ms
 from fp8_backend.bench.stream import read_bytes_per_us
 from fp8_backend.kernels import combine, experts_joint, quantize
+from fp8_backend.kernels.experts_plans import ExpertWeights
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture
 
@@ -105,13 +106,13 @@ def measure(shape: MoeShape, tokens: int, layer: RandomExperts) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         instrument(Path(folder), words.data_ptr(), places())
         with kernels_from(Path(folder), (experts_joint._kernel, combine.kernel, quantize.kernel)):
-            weights = one.w13, one.scale_13, one.w2, one.scale_2
-            plan = experts_joint.JointPlan(x, shape.top_k, *weights, out, 0, False)
+            weights = ExpertWeights(one.w13, one.scale_13, one.w2, one.scale_2)
+            plan = experts_joint.JointPlan(x, shape.top_k, weights, out, 0, False)
     calls = []
     for index, (router_weights, ids) in enumerate(drawn):
         each = layer.ours[index % len(layer.ours)]
-        weights = each.w13, each.scale_13, each.w2, each.scale_2
-        calls.append(partial(plan, x, router_weights.float().contiguous(), ids.int().contiguous(), *weights, out, None))
+        weights = ExpertWeights(each.w13, each.scale_13, each.w2, each.scale_2)
+        calls.append(partial(plan, x, router_weights.float().contiguous(), ids.int().contiguous(), weights, out, None))
     captured = capture(calls)
     words.zero_()
     us = captured.replay_us()

@@ -8,6 +8,7 @@ import torch
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import experts_joint, quantize
 from fp8_backend.kernels.compiler import CUDA_FOLDER, compile_kernel
+from fp8_backend.kernels.experts_plans import ExpertWeights
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES
 from fp8_backend.kernels.reference import align
 from tests.device_source import constants, parameter_kinds
@@ -64,4 +65,4 @@ def test_more_experts_than_it_sorts_are_refused():
     tensors = [torch.empty(1025, 1, 256, 128, device="meta"), torch.empty(1025, 1, 8, device="meta")]
     x = torch.empty(1, 128, device="meta", dtype=torch.bfloat16)
     with pytest.raises(ArgumentError, match="1025 experts"):
-        experts_joint.JointPlan(x, 1, *tensors, *tensors, x, 0, False)
+        experts_joint.JointPlan(x, 1, ExpertWeights(*tensors, *tensors), x, 0, False)

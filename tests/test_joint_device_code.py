@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fp8_backend.kernels import experts, reference
+from fp8_backend.kernels import experts, quantize, reference
 from fp8_backend.kernels.problem import Machine
 from tests.emulation import emulated
 from tests.test_device_code import EXPERTS_ERROR, make_experts, planted
@@ -64,10 +64,8 @@ def test_both_gemms_in_one_launch(call, folder):
         assert (launch(given) == 0).all()
 
 
-MANY, ONE = (
-    (9, 2, 128, 384, 6),
-    (5, 1, 128, 128, 1),
-)  # tiles; of one, the rows of h are wanted as soon as they are there
+# Tokens, experts a token, columns of x and of h, experts, CTAs: many tiles; one, whose rows of h another CTA wants.
+MANY, ONE = (9, 2, 128, 384, 6, 1), (5, 1, 128, 128, 1, 2)
 PARTS = "wait_for_count(counters + 1 + tile, 2 * ceil_div(count, 16u) * first_columns);"
 # What is planted, and in which call it shows.
 FAULTS = {
@@ -85,9 +83,22 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, folder, tmp_path):
-    right, wrong, sizes = FAULTS[fault]
+    right, wrong, (*sizes, ctas) = FAULTS[fault]
     sources = planted(tmp_path, "experts_joint.cuh", right, wrong)
-    with emulated(folder, Machine(1, (1, 1, 1)), sources) as machine, pytest.raises(AssertionError):
+    with emulated(folder, Machine(ctas, (1, 1, 1)), sources, at_once=True) as machine, pytest.raises(AssertionError):
         for machine.seed in range(32):
             given, expected = make_call(*sizes, machine.seed)  # h of the call before has other values
             assert reference.relative_error(launch(given), expected) < EXPERTS_ERROR
+
+
+def test_counters_are_zero_behind_the_scales(folder):
+    """The GEMMs count in words that the quantisation makes zero, these and no more."""
+    x, zeros = torch.randn(5, 200, dtype=torch.bfloat16), 300
+    codes, scale = reference.per_token_group_quant(x)
+    words = torch.full((2 * 8 + zeros + 4,), float("nan"))
+    written = torch.empty(5, 256, dtype=torch.float8_e4m3fn)
+    with emulated(folder, Machine(1, (1, 1, 1))):
+        quantize.launch_like(x, lets_in=2, zeros=zeros)(0, x.data_ptr(), written.data_ptr(), words.data_ptr())
+    assert torch.equal(written.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(words[:16].view(2, 8)[:, :5].t(), scale)
+    assert not words[16 : 16 + zeros].any() and words[16 + zeros :].isnan().all()

@@ -46,8 +46,9 @@ class FormLimits:
     single_tokens: int
 
 
-# Fitted to twelve layers at 1 to 64 tokens, on an H100 and an H200. Faster memory leaves the forms for few tokens,
-# bound by more than memory, less of their lead (docs/kernel-notes-moe-decode.md, 2026-11-27).
+# Fitted to twelve layers at 1 to 64 tokens, on an H100 and an H200, when the prefill form served what the joint one
+# does now, with tiles of as many columns. Faster memory leaves the forms for few tokens, bound by more than memory,
+# less of their lead (docs/kernel-notes-moe-decode.md, 2026-11-27).
 HBM3 = FormLimits(prefill_columns=5.5, single_bytes=150_000_000, single_tokens=8)
 HBM3E = FormLimits(prefill_columns=1.5, single_bytes=90_000_000, single_tokens=3)
 _FAST_MEMORY = 4.1e6  # bytes a microsecond: between an H100's 3.35 and an H200's 4.92 million

@@ -10,13 +10,13 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import combine, experts_plans, launcher, quantize
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.experts_plans import ExpertsPlan
+from fp8_backend.kernels.experts_plans import ExpertsPlan, ExpertWeights
 from fp8_backend.kernels.experts_prefill_plan import offsets_of, workspace_bytes
 from fp8_backend.kernels.prepared import Launch, Prepared
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-_STAGES = 4  # five are slower
+_STAGES = 4  # five are slower (docs/kernel-notes-moe-decode.md, 2026-11-28)
 SPEC = KernelSpec("experts_joint.cuh", "experts_joint", (("NUM_STAGES", _STAGES),))
 LAYOUT = launcher.ParamLayout(("u64",) * 12 + ("u32",) * 13)
 THREADS, MAX_ENTRIES, TILE_ROWS, TICKETS = 384, 1024, 64, 4  # of experts_joint.cuh
@@ -79,10 +79,7 @@ class JointPlan:
         self,
         x: torch.Tensor,
         top_k: int,
-        w13: torch.Tensor,
-        scale_13: torch.Tensor,
-        w2: torch.Tensor,
-        scale_2: torch.Tensor,
+        weights: ExpertWeights,
         out: torch.Tensor,
         map_length: int,
         weighted: bool,
@@ -92,10 +89,7 @@ class JointPlan:
         Args:
             x: [m, hidden], or [m * top_k, hidden] of rows that have been weighted, contiguous columns.
             top_k: experts a token.
-            w13: packed weight of the first GEMM.
-            scale_13: its packed scales.
-            w2: packed weight of the second GEMM.
-            scale_2: its packed scales.
+            weights: of the experts here.
             out: [m, hidden] in 16-bit elements.
             map_length: of the map from global experts to those here; 0 without one.
             weighted: whether x's rows have been weighted.
@@ -103,11 +97,10 @@ class JointPlan:
         Raises:
             ArgumentError: more than 1024 experts.
         """
-        if w13.shape[0] > MAX_GROUPS:
-            raise ArgumentError(
-                f"{w13.shape[0]} experts; the kernel sorts at most {MAX_GROUPS}; use expert parallelism"
-            )
+        w13, scale_13, w2, scale_2 = weights
         (m, hidden), (num_groups, k_blocks), rows = out.shape, w13.shape[:2], x.shape[0]
+        if num_groups > MAX_GROUPS:
+            raise ArgumentError(f"{num_groups} experts; the kernel sorts at most {MAX_GROUPS}; use expert parallelism")
         entries, intermediate, device = m * top_k, w13.shape[2] // 2, w13.device.index
         parts = workspace_parts(rows, entries, hidden, intermediate)
         self._elements, self._offsets = workspace_bytes(parts) // out.element_size(), offsets_of(parts)
@@ -128,10 +121,7 @@ class JointPlan:
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         topk_ids: torch.Tensor,
-        w13: torch.Tensor,
-        scale_13: torch.Tensor,
-        w2: torch.Tensor,
-        scale_2: torch.Tensor,
+        weights: ExpertWeights,
         out: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
@@ -139,9 +129,9 @@ class JointPlan:
         stream, workspace = launcher.current_stream(self._device), out.new_empty(self._elements)
         between, between_scale, rows, codes, scale = [workspace.data_ptr() + offset for offset in self._offsets]
         ids, here = topk_ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr()
-        weights = w13.data_ptr(), scale_13.data_ptr(), w2.data_ptr(), scale_2.data_ptr()
         self._quantise(stream, x.data_ptr(), codes, scale)
-        self._gemms(stream, codes, scale, *weights, between, between_scale, rows, ids, here, scale + self._counters)
+        written = between, between_scale, rows
+        self._gemms(stream, codes, scale, *weights.pointers(), *written, ids, here, scale + self._counters)
         self._combine(stream, ids, here, 0 if topk_weights is None else topk_weights.data_ptr(), rows, out.data_ptr())
 
 
@@ -178,5 +168,6 @@ def experts_joint(
         ArgumentError: as there.
     """
     assert topk_ids.numel() <= MAX_ENTRIES
-    tensors = x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map
+    weights = ExpertWeights(w13, scale_13, w2, scale_2)
+    tensors = x, topk_weights, topk_ids, weights, out, expert_map
     experts_plans.run(plans, JointPlan, *tensors, router_weight_on_input)

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from fp8_backend.kernels import combine
 from fp8_backend.kernels.prepared import Prepared
+
+
+class ExpertWeights(NamedTuple):
+    """The packed weights of a layer's experts, on one device, as `pack_experts` and `pack_expert_scales` make them.
+
+    w13: [num_groups, ceil(hidden / 128), 2 * intermediate, 128] float8_e4m3fn, gate and up rows. scale_13: [num_groups,
+    ceil(hidden / 128), scales] float32. w2: [num_groups, intermediate / 128, align(hidden, 8), 128] float8_e4m3fn.
+    scale_2: [num_groups, intermediate / 128, scales] float32.
+    """
+
+    w13: torch.Tensor
+    scale_13: torch.Tensor
+    w2: torch.Tensor
+    scale_2: torch.Tensor
+
+    def pointers(self) -> tuple[int, int, int, int]:
+        """Return the addresses of the four, in order."""
+        return self.w13.data_ptr(), self.scale_13.data_ptr(), self.w2.data_ptr(), self.scale_2.data_ptr()
 
 
 class ExpertsPlan(Protocol):
@@ -19,10 +37,7 @@ class ExpertsPlan(Protocol):
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         topk_ids: torch.Tensor,
-        w13: torch.Tensor,
-        scale_13: torch.Tensor,
-        w2: torch.Tensor,
-        scale_2: torch.Tensor,
+        weights: ExpertWeights,
         out: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
@@ -32,10 +47,7 @@ class ExpertsPlan(Protocol):
             x: also like the one prepared for in its alignment to 16 bytes.
             topk_weights: [m, top_k] float32, contiguous; None if x has been weighted.
             topk_ids: [m, top_k] int32, contiguous.
-            w13: packed weight of the first GEMM.
-            scale_13: its packed scales.
-            w2: packed weight of the second GEMM.
-            scale_2: its packed scales.
+            weights: of the experts here.
             out: 16-byte aligned; overwritten.
             expert_map: int32, contiguous, or None.
         """
@@ -47,10 +59,7 @@ def run(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    w13: torch.Tensor,
-    scale_13: torch.Tensor,
-    w2: torch.Tensor,
-    scale_2: torch.Tensor,
+    weights: ExpertWeights,
     out: torch.Tensor,
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
@@ -60,15 +69,12 @@ def run(
 
     Args:
         plans: of this thread, where a new one is added.
-        make: makes a plan of rows, top_k, w13, scale_13, w2, scale_2, out, the length of the map (0 without one),
-            whether rows are weighted, and `choices`.
+        make: makes a plan of rows, top_k, weights, out, the length of the map (0 without one), whether rows are
+            weighted, and `choices`.
         x: this and all below as for `experts_prefill`.
         topk_weights: [m, top_k].
         topk_ids: [m, top_k].
-        w13: packed weight of the first GEMM.
-        scale_13: its packed scales.
-        w2: packed weight of the second GEMM.
-        scale_2: its packed scales.
+        weights: of the experts here.
         out: [m, hidden]; overwritten.
         expert_map: from ids to positions in w13.
         router_weight_on_input: scale a token by its weight before its experts.
@@ -82,14 +88,24 @@ def run(
     if m == 0 or top_k == 0:
         out.zero_()
         return
-    ids, weights = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
+    ids, of_router = topk_ids.to(torch.int32).contiguous(), topk_weights.float().contiguous()
     here = None if expert_map is None else expert_map.to(torch.int32).contiguous()
     length, rows = 0 if here is None else here.numel(), x
     if router_weight_on_input:
-        rows = (x.float()[:, None] * weights[:, :, None]).view(-1, hidden)
+        rows = (x.float()[:, None] * of_router[:, :, None]).view(-1, hidden)
     of_x, of_out = (rows.shape, rows.stride(0), rows.dtype, rows.data_ptr() % 16), (out.dtype, out.get_device())
-    key = (*of_x, *of_out, out.stride(0), top_k, w13.shape, w2.shape, length, router_weight_on_input, *choices)
+    key = (
+        *of_x,
+        *of_out,
+        out.stride(0),
+        top_k,
+        weights.w13.shape,
+        weights.w2.shape,
+        length,
+        router_weight_on_input,
+        *choices,
+    )
     if (plan := plans.by_key.get(key)) is None:
-        plan = make(rows, top_k, w13, scale_13, w2, scale_2, out, length, router_weight_on_input, *choices)
+        plan = make(rows, top_k, weights, out, length, router_weight_on_input, *choices)
         plans.add(key, plan)
-    plan(rows, None if router_weight_on_input else weights, ids, w13, scale_13, w2, scale_2, out, here)
+    plan(rows, None if router_weight_on_input else of_router, ids, weights, out, here)

@@ -6,7 +6,7 @@ import torch
 
 from fp8_backend.kernels import experts_plans
 from fp8_backend.kernels import experts_prefill_plan as prefill_plan
-from fp8_backend.kernels.experts_plans import ExpertsPlan
+from fp8_backend.kernels.experts_plans import ExpertsPlan, ExpertWeights
 from fp8_backend.kernels.experts_prefill_plan import PrefillPlan
 from fp8_backend.kernels.prepared import Prepared
 
@@ -57,5 +57,6 @@ def experts_prefill(
         ArgumentError: hidden % 8 != 0, rows of out that are not 16-byte aligned, or more than 1024 experts.
     """
     sorts = prefill_plan.sorts_rows(topk_ids.numel(), w13.shape[0], w13.shape[2] // 2, router_weight_on_input)
-    tensors = x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, out, expert_map
+    weights = ExpertWeights(w13, scale_13, w2, scale_2)
+    tensors = x, topk_weights, topk_ids, weights, out, expert_map
     experts_plans.run(plans, PrefillPlan, *tensors, router_weight_on_input, sorts)

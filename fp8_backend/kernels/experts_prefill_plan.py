@@ -19,6 +19,7 @@ from fp8_backend.kernels import (
 )
 from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.experts_plans import ExpertWeights
 from fp8_backend.kernels.prepared import PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.routing import Routing
@@ -105,10 +106,7 @@ class PrefillPlan:
         self,
         x: torch.Tensor,
         top_k: int,
-        w13: torch.Tensor,
-        scale_13: torch.Tensor,
-        w2: torch.Tensor,
-        scale_2: torch.Tensor,
+        weights: ExpertWeights,
         out: torch.Tensor,
         map_length: int,
         weighted: bool,
@@ -119,10 +117,7 @@ class PrefillPlan:
         Args:
             x: [m, hidden], or [m * top_k, hidden] of rows that have been weighted, contiguous columns.
             top_k: experts a token.
-            w13: packed weight of the first GEMM.
-            scale_13: its packed scales.
-            w2: packed weight of the second GEMM.
-            scale_2: its packed scales.
+            weights: of the experts here.
             out: [m, hidden] in 16-bit elements, at least as the rows between are.
             map_length: of the map from global experts to those here; 0 without one.
             weighted: whether x's rows have been weighted.
@@ -131,6 +126,7 @@ class PrefillPlan:
         Raises:
             ArgumentError: more than 1024 experts.
         """
+        w13, scale_13, w2, scale_2 = weights
         (m, hidden), num_groups, intermediate, device = out.shape, w13.shape[0], w13.shape[2] // 2, w13.device.index
         entries, rows, self._device, self._sorts = m * top_k, x.shape[0], device, sorts
         self._first: grouped_sorted.SortedLaunch | PreparedLaunch
@@ -199,10 +195,7 @@ class PrefillPlan:
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
         topk_ids: torch.Tensor,
-        w13: torch.Tensor,
-        scale_13: torch.Tensor,
-        w2: torch.Tensor,
-        scale_2: torch.Tensor,
+        weights: ExpertWeights,
         out: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
@@ -222,9 +215,9 @@ class PrefillPlan:
         else:
             self._route(stream, ids, here, entries, 0, *listed[1:], tickets)
             self._quantise(stream, x.data_ptr(), codes, scale)
-        weight = w13.data_ptr(), scale_13.data_ptr()
-        self._first(stream, codes, scale, *weight, between, between_scale, *listed, tickets)
-        weight = w2.data_ptr(), scale_2.data_ptr()
-        self._second(stream, between, between_scale, *weight, rows, 0, *listed, start + routed.ticket(1))
-        weights = 0 if topk_weights is None else topk_weights.data_ptr()
-        self._combine(stream, ids, here, weights, rows, out.data_ptr())
+        pointers = weights.pointers()
+        first, second = pointers[:2], pointers[2:]
+        self._first(stream, codes, scale, *first, between, between_scale, *listed, tickets)
+        self._second(stream, between, between_scale, *second, rows, 0, *listed, start + routed.ticket(1))
+        of_router = 0 if topk_weights is None else topk_weights.data_ptr()
+        self._combine(stream, ids, here, of_router, rows, out.data_ptr())
