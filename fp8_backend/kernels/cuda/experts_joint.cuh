@@ -189,6 +189,13 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         const Side first{x, scale_x, w13, scale_13, k_blocks, 2 * intermediate, scale_x_stride, scale_13_stride};
         const Side second{h, scale_h, w2, scale_2, first_columns, n_aligned, scale_h_stride, scale_2_stride};
         Ring at_ticket;
+        // What the first tickets stand for, whoever draws them.
+        if (threadIdx.x == 0 && blockIdx.x < first_items) {
+            const Part part = item_of(blockIdx.x);
+            for (u32 kb = part.begin; kb < min(part.end, part.begin + NUM_STAGES); ++kb)
+                for (u32 half = 0; half < 2; ++half)
+                    prefetch_l2(w13 + ((static_cast<i64>(tiles.group[part.tile]) * k_blocks + kb) * 2 * intermediate + half * intermediate + part.column * kHalf) * kBlockK, kBytesHalf);
+        }
         wait_for_previous_kernel();
         if (warp == 0) {
             if (lane > 0) return;
