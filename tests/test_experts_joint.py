@@ -51,25 +51,14 @@ def test_the_gemms_start_when_ids_are_there():
 
 def test_workspace_is_m_times_top_k_rows():
     m, top_k, hidden, intermediate = 64, 8, 7168, 2048
-    size = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, 132)
+    size = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate)
     rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
     counters = align(
         hidden // 128 * 64 * 4 + (1 + m * top_k) * 4, 128
     )  # behind the scales; a part starts in a line of L2
     assert size == rows + m * hidden + counters
-    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, 132, True)
+    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, True)
     assert weighted > size + m * top_k * hidden * 4
-
-
-@pytest.mark.parametrize(
-    ("entries", "hidden", "cuts"),
-    [(1, 2048, 4), (128, 7168, 4), (128, 1152, 2), (64, 900, 2), (64, 128, 1), (129, 7168, 1)],
-)
-def test_few_entries_have_tiles_cut_in_k(entries, hidden, cuts):
-    """Each cut of a tile has four k-blocks, and there is room for the sums of all cuts but the last."""
-    assert experts_joint.most_cuts(entries, hidden) == cuts
-    *_, sums = experts_joint.workspace_parts(entries, entries, hidden, 256, 132)
-    assert sums == (cuts - 1) * entries * 512 * 4
 
 
 def test_more_experts_than_it_sorts_are_refused():
