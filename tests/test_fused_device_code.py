@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp8_backend.kernels import fused_linear, heuristics, launcher, layout, norm, norm_rope, reference, silu
-from fp8_backend.kernels.problem import GemmProblem, Machine
+from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from tests.emulation import emulated
 
@@ -234,3 +234,10 @@ def test_qk_norm_rope(m, query_heads, key_heads, head, dtype, folder):
         assert one.shape == other.shape and one.dtype == dtype and one.is_contiguous()
         assert reference.relative_error(one, other) < BF16_ERROR
         assert reference.relative_error(by_reference, other) < 3 * BF16_ERROR  # rounds every step
+
+
+def test_norm_is_alone_before_a_gemm_of_few_rows():
+    least = min(config.shared_bytes for config in heuristics.GEMM_CONFIGS)
+    for m in (1, 17, 64):
+        assert MAX_SHARED_BYTES - least < norm.shared_bytes(m, 0) < MAX_SHARED_BYTES
+    assert norm.shared_bytes(65, 0) == norm.shared_bytes(8, 8) == 0

@@ -34,7 +34,7 @@ def rms_norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Multiply normalised rows by a packed FP8 weight: y = rms_norm(x + residual) @ weight^T + bias.
 
-    On a GPU the weight may be fetched before earlier kernels of the stream have ended, as `gemm.fp8_linear` says.
+    On a GPU both weights may be fetched before earlier kernels of the stream have ended, as `gemm.fp8_linear` says.
 
     Args:
         x: [m, k] bfloat16 or float16, k at most 16384.

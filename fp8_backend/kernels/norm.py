@@ -11,6 +11,7 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, quantize, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
+from fp8_backend.kernels.heuristics import FEW_ROWS
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -21,6 +22,10 @@ _LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 7 + ("
 _ELEMENTS = 8  # neighbouring ones, a thread and part
 _MAX_THREADS, _WARP = 1024, 32
 MAX_K = _ELEMENTS * _MAX_THREADS * max(SPECS)  # the longest row that a CTA holds
+# Shared memory asked for so that no CTA of the GEMM behind is put beside one of these, whose loads wait behind all the
+# weights which that asks for: one H200, layers of Qwen3-8B at 20 to 64 rows 1.3 to 1.9 us of 64 to 68 less
+# (docs/kernel-notes.md, 2026-11-28). Decode kernels ask for less at a time: 0.6 us more at 8 rows.
+_ALONE_BYTES = 160 * 1024
 
 
 @cache
@@ -70,7 +75,8 @@ def rms_norm_quant(
     """Add a residual, normalise each row and quantise it in groups of 128 columns to e4m3.
 
     Numerics: see `fp8_backend.kernels.reference.rms_norm` and `per_token_group_quant`; the sum of squares is added in
-    another order than there, so that a row's elements may differ by a unit of x's dtype.
+    another order than there, so that a row's elements may differ by a unit of x's dtype. On a GPU the norm's weight may
+    be fetched before earlier kernels of the stream have ended, as `gemm.fp8_linear` says of its weight.
 
     Args:
         x: [m, k] bfloat16 or float16, any row stride, k at most 16384.
@@ -148,4 +154,9 @@ def prepare(
         *(x.stride(0), residual_stride, k, k_blocks, align(m, 4)),
         *(quantize.ELEMENT_TYPES[x.dtype], int(vectorised), tile_rows, quantize.early(m, k), epsilon),
     )
-    return Launch(kernel(chunks, x.device.index), (m, 1), threads, 0, params).prepared()
+    return Launch(kernel(chunks, x.device.index), (m, 1), threads, shared_bytes(m, tile_rows), params).prepared()
+
+
+def shared_bytes(m: int, tile_rows: int) -> int:
+    """Return the dynamic shared memory of a CTA; tile_rows: as of `quantize.prepare`, 0 if a GEMM is behind."""
+    return _ALONE_BYTES if tile_rows == 0 and m <= FEW_ROWS else 0

@@ -35,18 +35,16 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
         valid[c] = column[c] < k ? min(k - column[c], 8u) : 0;
     }
     if (early) launch_next_kernel();
-    // Since the last layer its line has left L2, and is on its way from memory while the previous kernel still runs.
+    // Since the last layer they have left L2, and are on their way from memory while the previous kernel still runs.
+    RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
 #pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c)
-        if (valid[c]) prefetch_line(static_cast<const u16*>(norm_weight) + column[c]);
+    for (u32 c = 0; c < CHUNKS; ++c) raw_weight[c].load(norm_weight, column[c], valid[c], vectorised);
     wait_for_previous_kernel();
 
-    RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
 #pragma unroll
     for (u32 c = 0; c < CHUNKS; ++c) {
         raw[c].load(x, row * x_stride + column[c], valid[c], vectorised);
         raw_residual[c].load(residual, row * residual_stride + column[c], residual == nullptr ? 0 : valid[c], vectorised);
-        raw_weight[c].load(norm_weight, column[c], valid[c], vectorised);
     }
     Group group[CHUNKS];
     float squares = 0.f;
