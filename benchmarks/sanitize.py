@@ -99,12 +99,20 @@ def launch_producers(m: int, k: int, dtype: torch.dtype) -> None:
 
 
 def launch_heads(m: int, dtype: torch.dtype) -> None:
-    """Launch the kernel of queries' and keys' heads, 5 a token, with others behind them."""
+    """Launch the kernel of queries' and keys' heads, 5 a token, with values behind them, which go to a cache, too."""
     rows, (of_queries, of_keys) = torch.randn(m, 7 * 100).to(dtype), torch.rand(2, 100).to(dtype)
     positions, angles = torch.arange(m) % 9, torch.randn(9, 100).to(dtype)
     expected = reference.qk_norm_rope(rows, positions, of_queries, of_keys, angles, 1e-6, 3, 2)
     on_gpu = rows.cuda(), positions.cuda(), of_queries.cuda(), of_keys.cuda(), angles.cuda()
-    for found, truth in zip(norm_rope.qk_norm_rope(*on_gpu, 1e-6, 3, 2), expected, strict=True):
+    slots = torch.arange(m) * 3 - 3  # the first token has none
+    cache = torch.zeros(-(-3 * m // 16), 16, 2, 200, dtype=dtype)
+    keys, values = cache.cuda().split(100, dim=-1)
+    kept = norm_rope.KeyValueCache(keys, values, slots.cuda())
+    for found, truth in zip(norm_rope.qk_norm_rope(*on_gpu, 1e-6, 3, 2, kept), expected, strict=True):
+        assert reference.relative_error(found.cpu(), truth) < LIMIT
+    of_keys, of_values = cache.split(100, dim=-1)
+    reference.keep(expected[1], rows[:, 500:].unflatten(1, (2, 100)), of_keys, of_values, slots)
+    for found, truth in ((keys, of_keys), (values, of_values)):
         assert reference.relative_error(found.cpu(), truth) < LIMIT
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import fused_linear, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, GemmProblem, Machine
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
@@ -236,8 +237,55 @@ def test_qk_norm_rope(m, query_heads, key_heads, head, dtype, folder):
         assert reference.relative_error(by_reference, other) < 3 * BF16_ERROR  # rounds every step
 
 
+def make_cache(heads, head, dtype, blocks=3, block=4):
+    """Return keys' and values' halves of a cache as vLLM's FlashAttention lays it out, and all of it."""
+    whole = torch.full((blocks, block, heads, 2 * head), float("nan"), dtype=dtype)
+    return *whole.split(head, dim=-1), whole
+
+
+# Heads of fewer and more than a warp's pairs; tokens without a slot, and behind the last one; rows of odd length.
+@pytest.mark.parametrize(("m", "query_heads", "key_heads", "head"), [(4, 3, 1, 64), (5, 2, 2, 100), (4, 1, 2, 256)])
+def test_keys_and_values_are_written_to_the_cache(m, query_heads, key_heads, head, folder):
+    torch.manual_seed(m)
+    arguments, _ = heads_of(m, query_heads, key_heads, head, behind=key_heads * head + m % 2)
+    slots = torch.tensor([7, -1, 0, 10])
+    keys, values, whole = make_cache(key_heads, head, torch.bfloat16)
+    with emulated(folder, MACHINE):
+        queries, rotated = norm_rope.qk_norm_rope(*arguments, norm_rope.KeyValueCache(keys, values, slots))
+        alone = norm_rope.qk_norm_rope(*arguments)
+    assert torch.equal(queries, alone[0]) and torch.equal(rotated, alone[1])
+    first = (query_heads + key_heads) * head
+    of_rows = arguments[0][:, first : first + key_heads * head].unflatten(1, (key_heads, head))
+    expected_keys, expected_values, expected = make_cache(key_heads, head, torch.bfloat16)
+    for token, (block, row) in {0: (1, 3), 2: (0, 0), 3: (2, 2)}.items():
+        expected_keys[block, row], expected_values[block, row] = alone[1][token], of_rows[token]
+    assert torch.equal(whole.view(torch.int16), expected.view(torch.int16))  # and nothing else was touched
+    by_reference = make_cache(key_heads, head, torch.bfloat16)
+    reference.keep(alone[1], of_rows, *by_reference[:2], slots)
+    assert torch.equal(by_reference[2].view(torch.int16), expected.view(torch.int16))
+
+
+def test_caches_that_do_not_fit_are_refused():
+    arguments, _ = heads_of(2, 2, 1, 64, behind=64)
+    keys, values, _ = make_cache(1, 64, torch.bfloat16)
+    slots = torch.tensor([1, 2])
+    odd = torch.empty(3, 4, 1, 129, dtype=torch.bfloat16)[..., :64]
+    for cache, rows in (
+        ((keys[:, :, :, :32], values[:, :, :, :32], slots), None),
+        ((keys.half(), values.half(), slots), None),
+        ((odd, odd, slots), None),
+        ((keys, values.contiguous(), slots), None),
+        ((keys, values, torch.tensor([1, 2, 3])), None),
+        ((keys, values, slots.int()), None),
+        ((keys, values, slots), arguments[0][:, :-1]),
+    ):
+        given = arguments if rows is None else (rows, *arguments[1:])
+        with pytest.raises(ArgumentError, match=r"kept: got|rows: got 255 columns"):
+            norm_rope.qk_norm_rope(*given, norm_rope.KeyValueCache(*cache))
+
+
 def test_norm_is_alone_before_a_gemm_of_few_rows():
     least = min(config.shared_bytes for config in heuristics.GEMM_CONFIGS)
-    for m in (1, 17, 64):
+    for m in (1, 17, 128):
         assert MAX_SHARED_BYTES - least < norm.shared_bytes(m, 0) < MAX_SHARED_BYTES
-    assert norm.shared_bytes(65, 0) == norm.shared_bytes(8, 8) == 0
+    assert norm.shared_bytes(129, 0) == norm.shared_bytes(8, 8) == 0

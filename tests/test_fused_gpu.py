@@ -273,6 +273,28 @@ def test_qk_norm_rope(m, query_heads, key_heads, head, behind, dtype):
         assert all(map(torch.equal, norm_rope.qk_norm_rope(*arguments), found))
 
 
+# FlashAttention's cache in both orders of its memory, in one of whose blocks several tokens lie; padding behind the
+# last token, and tokens that have no slot.
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("m", "query_heads", "key_heads", "head"), [(1, 32, 8, 128), (33, 8, 1, 128), (70, 3, 2, 256)])
+def test_keys_and_values_are_written_to_the_cache(m, query_heads, key_heads, head, heads_first):
+    arguments = heads_of(m, query_heads, key_heads, head, behind=key_heads * head)
+    slots = torch.randperm(12 * 16, device="cuda")[: max(1, m - 3)]
+    slots[1::5] = -1
+    caches = []
+    for _ in range(2):
+        whole = torch.full((12, key_heads, 16, 2 * head), POISON, dtype=torch.bfloat16, device="cuda")
+        whole = whole if heads_first else whole.transpose(1, 2).contiguous().transpose(1, 2)
+        caches.append((whole, *whole.transpose(1, 2).split(head, dim=-1)))
+    found = norm_rope.qk_norm_rope(*arguments, norm_rope.KeyValueCache(*caches[0][1:], slots))
+    alone = norm_rope.qk_norm_rope(*arguments)
+    assert all(map(torch.equal, found, alone))
+    first = (query_heads + key_heads) * head
+    values = arguments[0][:, first : first + key_heads * head].unflatten(1, (key_heads, head))
+    reference.keep(alone[1], values, *caches[1][1:], slots)
+    assert torch.equal(caches[0][0], caches[1][0])
+
+
 @pytest.mark.parametrize("m", [1, 16, 64, 256])
 def test_heads_wait_for_the_linear_that_gives_them(m):
     """The kernel starts before the linear has ended: in a graph, what it reads must be this replay's."""

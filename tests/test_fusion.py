@@ -20,16 +20,19 @@ from vllm.compilation.passes.ir.inplace_functionalization import VllmIRInplaceFu
 from vllm.compilation.passes.utility.post_cleanup import PostCleanupPass
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.config.utils import Range
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
 
 from fp8_backend import counters
+from fp8_backend.integration import compat, fusion, ops
 from fp8_backend.integration import config as config_module
-from fp8_backend.integration import fusion, ops
 from fp8_backend.integration.config import DeepGemmFp8Config
+from fp8_backend.kernels import reference
 from fp8_backend.kernels.reference import BLOCK, ceil_div, relative_error
 
 DEVICE = torch.device(current_platform.device_type)
@@ -234,6 +237,64 @@ def test_heads_are_normalised_and_rotated_at_once(dtype: torch.dtype, vllm_confi
     assert not any(name in str(target) for target in compiled.targets for name in left)
 
 
+class FlashAttentionImpl:
+    """What is known of vLLM's by its name: the layout of its cache, and how it is written."""
+
+    head_size, attn_type = HEAD, "decoder"
+
+    def do_kv_cache_update(self, layer: Any, keys: Any, values: Any, kv_cache: torch.Tensor, slots: Any) -> None:
+        reference.keep(keys, values, *kv_cache.transpose(1, 2).split(HEAD, dim=-1), slots)
+
+
+class OtherImpl(FlashAttentionImpl):
+    """One whose cache only it can write."""
+
+
+def attention_with_cache(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    query, key, value = attention_of(self, x, positions)
+    return query, key, value, torch.ops.vllm.unified_kv_cache_update(key, value, _encode_layer_name("attention"))
+
+
+@pytest.mark.parametrize("impl", [FlashAttentionImpl, OtherImpl])
+def test_the_cache_is_written_with_the_heads(impl: type, vllm_config: VllmConfig) -> None:
+    dtype = torch.bfloat16
+    module = Module(attention_with_cache, qkv=linear(5 * HEAD, K, dtype), **heads_of(dtype))
+    layer = SimpleNamespace(impl=impl(), kv_cache=torch.empty(0))
+    vllm_config.compilation_config.static_forward_context["attention"] = layer
+    compiled = Compiled(module, vllm_config)
+    for m, slots in ((5, [4, -1, 1, 9, 0]), (2, [3]), (40, None)):  # without slots it is a dummy run
+        mapping = {} if slots is None else {"attention": torch.tensor(slots).to(DEVICE)}
+        inputs, caches = (rows(m, dtype), (torch.arange(m) * 7 % 64).to(DEVICE)), []
+        for call in (compiled, module):
+            layer.kv_cache = torch.zeros(3, 1, 4, 2 * HEAD, dtype=dtype, device=DEVICE)
+            with set_forward_context(None, vllm_config, slot_mapping=mapping):
+                caches.append((*call(*inputs)[:3], layer.kv_cache))
+        assert_same(*caches)
+        assert (slots is None) == (not caches[0][-1].any())
+    assert compiled.fused == fusion.Fused(linears=1, norms=0, gates=0, heads=1, caches=1)
+    assert str(compiled.fused).endswith("normalised and rotated in one kernel, which writes the cache, too")
+    assert ops.qk_norm_rope_cache.default in compiled.targets
+    assert not any("unified_kv_cache_update" in str(target) for target in compiled.targets)
+
+
+def other_values(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    query, key, value = attention_of(self, x, positions)
+    return query, torch.ops.vllm.unified_kv_cache_update(key, torch.relu(value), _encode_layer_name("attention"))
+
+
+def test_values_that_are_no_part_of_the_rows_are_left_alone(vllm_config: VllmConfig) -> None:
+    dtype = torch.bfloat16
+    module = Module(other_values, qkv=linear(5 * HEAD, K, dtype), **heads_of(dtype))
+    kv_cache = torch.zeros(3, 1, 4, 2 * HEAD, dtype=dtype, device=DEVICE)
+    layer = SimpleNamespace(impl=FlashAttentionImpl(), kv_cache=kv_cache)
+    vllm_config.compilation_config.static_forward_context["attention"] = layer
+    compiled = Compiled(module, vllm_config)
+    with set_forward_context(None, vllm_config, slot_mapping={"attention": torch.tensor([1, 2]).to(DEVICE)}):
+        compiled(rows(2, dtype), torch.arange(2).to(DEVICE))
+    assert compiled.fused == fusion.Fused(linears=1, norms=0, gates=0, heads=1)
+    assert kv_cache.any()
+
+
 def keys_that_are_not_normalised(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
     query, key = self.qkv(x)[0].split([3 * HEAD, 2 * HEAD], dim=-1)
     return self.rotary_emb(positions, self.q_norm(query.unflatten(-1, (3, HEAD))).flatten(-2), key)
@@ -321,8 +382,13 @@ def test_ops_have_faithful_fakes() -> None:
     assert [tuple(each.shape) for each in empty] == [(0, 136), (0, K), (0, K)]
 
 
-def stand_in(mode: CompilationMode, **passes: Any) -> Any:
-    return SimpleNamespace(compilation_config=SimpleNamespace(mode=mode, inductor_compile_config=passes))
+UPDATE = "vllm::unified_kv_cache_update"
+
+
+def stand_in(mode: CompilationMode, model_type: str = "qwen3", **passes: Any) -> Any:
+    compilation = SimpleNamespace(mode=mode, inductor_compile_config=passes, splitting_ops=["vllm::other", UPDATE])
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=model_type))
+    return SimpleNamespace(compilation_config=compilation, model_config=model)
 
 
 def test_it_is_installed_where_vllm_compiles(monkeypatch: pytest.MonkeyPatch, caplog_vllm: list[str]) -> None:
@@ -341,6 +407,21 @@ def test_it_is_installed_where_vllm_compiles(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setenv("FP8_BACKEND_FUSE", "0")
     fusion.install(config := stand_in(compiles))
     assert not config.compilation_config.inductor_compile_config
+
+
+def test_the_cache_is_written_in_pieces_of_models_whose_heads_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    def splits(model_type: str, **passes: Any) -> bool:
+        config = stand_in(CompilationMode.VLLM_COMPILE, model_type, **passes)
+        fusion.install(config)
+        fusion.install(config)
+        assert "vllm::other" in config.compilation_config.splitting_ops
+        return UPDATE in config.compilation_config.splitting_ops
+
+    assert not splits("qwen3") and not splits("qwen3_moe")
+    assert splits("llama")
+    assert splits("qwen3", **{current_platform.pass_key: "theirs"})
+    monkeypatch.setattr(compat, "names_are_inputs", lambda: False)
+    assert splits("qwen3")
 
 
 def test_it_says_once_what_it_did(vllm_config: VllmConfig, caplog_vllm: list[str]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8_backend.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import CompilationConfig
+    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
@@ -52,6 +53,39 @@ def is_skipped(config: Fp8Config, prefix: str) -> bool:
         )
     except ValueError:  # "some but not all shards": the caller's own look finds the same and says which
         return False
+
+
+def names_are_inputs() -> bool:
+    """Return whether the name of a layer is an input of the graphs that have it, so that layers share what is compiled.
+
+    Without LayerName, of torch from 2.11 on, it is a constant, and each layer of a piece that has it compiles anew.
+    """
+    from vllm.utils import torch_utils
+
+    return bool(getattr(torch_utils, "_USE_LAYERNAME", False))
+
+
+def cache_of(layer_name: Any) -> tuple[Attention, torch.Tensor, torch.Tensor | None]:
+    """Return an attention layer, its cache, and the slots of this step's tokens, as `unified_kv_cache_update` does."""
+    from vllm.model_executor.layers.attention.attention import get_attention_context
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    _, layer, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
+    return layer, kv_cache, slots
+
+
+def keys_and_values(layer: Attention, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return both halves of FlashAttention's cache [blocks, heads, block, 2 * head] as [blocks, block, heads, head].
+
+    None for the caches of others, and for encoders, which have none.
+    """
+    impl = layer.impl
+    if type(impl).__name__ != "FlashAttentionImpl" or impl.attn_type != "decoder":
+        return None
+    if kv_cache.dim() != 4 or kv_cache.shape[3] != 2 * impl.head_size:
+        return None
+    keys, values = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
+    return keys, values
 
 
 def keep_from_amx_mla(layer: torch.nn.Module) -> None:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.platforms import current_platform
 
 from fp8_backend import settings
-from fp8_backend.integration import ops
+from fp8_backend.integration import compat, ops
 from fp8_backend.integration.fusion_heads import join_heads
 from fp8_backend.integration.plugin import ops_version
 from fp8_backend.kernels import norm, silu
@@ -36,23 +36,29 @@ _LINEAR = ops.linear.default
 _RMS_NORM = torch.ops.vllm_ir.rms_norm.default
 _ADD_RMS_NORM = torch.ops.vllm_ir.fused_add_rms_norm.default
 
+NORMALISES_HEADS = ("qwen3", "qwen3_moe")  # models whose attention begins as `fusion_heads` finds it
+
 logger = logging.getLogger("vllm.fp8_backend.integration.fusion")
 
 
 class Fused(NamedTuple):
     """How many linears a graph had, to how many of them each kind was joined, and how often heads are rotated at once.
 
-    heads: pairs of queries and keys whose RMSNorm and rotary embedding are one kernel.
+    heads: pairs of queries and keys whose RMSNorm and rotary embedding are one kernel. caches: of these, how many are
+    written to the cache by it.
     """
 
     linears: int
     norms: int
     gates: int
     heads: int = 0
+    caches: int = 0
 
     def __str__(self) -> str:
         alone = self.linears - self.norms - self.gates
         heads = "; queries and keys are normalised and rotated in one kernel" if self.heads else ""
+        if self.caches:
+            heads += ", which writes the cache, too"
         return (
             f"of {self.linears} linears in a compiled piece {self.norms} are joined to RMSNorm and {self.gates} to "
             f"SiLU-and-multiply, {alone} quantise by themselves{heads}"
@@ -88,9 +94,21 @@ def install(vllm_config: VllmConfig) -> None:
         return
     passes, key = compilation.inductor_compile_config, current_platform.pass_key
     speak = get_tensor_model_parallel_rank() == 0
-    if isinstance(passes.setdefault(key, FusionPass(speak)), FusionPass) or not speak:
-        return
-    logger.warning("linears quantise by themselves: the compilation config has a pass of its own, %s", passes[key])
+    if isinstance(passes.setdefault(key, FusionPass(speak)), FusionPass):
+        _keep_cache_update(vllm_config)
+    elif speak:
+        logger.warning("linears quantise by themselves: the compilation config has a pass of its own, %s", passes[key])
+
+
+def _keep_cache_update(vllm_config: VllmConfig) -> None:
+    """Have the write to the cache compiled with the linear ahead of it, where the heads in between will be joined.
+
+    vLLM cuts models there, since it compiled each layer anew for its name's sake; a name that is an input does not.
+    """
+    compilation, update = vllm_config.compilation_config, "vllm::unified_kv_cache_update"
+    model_type = vllm_config.model_config.hf_text_config.model_type
+    if model_type in NORMALISES_HEADS and compat.names_are_inputs() and update in (compilation.splitting_ops or ()):
+        compilation.splitting_ops.remove(update)
 
 
 def fuse(graph: fx.Graph) -> Fused:
@@ -104,7 +122,7 @@ def fuse(graph: fx.Graph) -> Fused:
     # The linears that are left, which nothing has removed.
     rest = graph.find_nodes(op="call_function", target=_LINEAR)
     gates = sum(_join_gate(graph, linear) for linear in rest)
-    return Fused(len(linears), norms, gates, join_heads(graph))
+    return Fused(len(linears), norms, gates, *join_heads(graph))
 
 
 def _value(node: fx.Node) -> torch.Tensor:

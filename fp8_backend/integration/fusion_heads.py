@@ -1,5 +1,8 @@
 """Finds RMSNorm and rotary embedding of the queries' and keys' heads in a graph and makes them one node.
 
+The write of keys and values to the cache becomes a part of it, where it is in the same graph: vLLM keeps it out of the
+pieces it compiles, unless `fusion.install` says otherwise.
+
 vLLM has both as a layer each; torch's decompositions leave a dozen nodes of the second, for queries and keys. Behind a
 linear they are two kernels of a compiled model, in each layer, that take longer to start than to run.
 """
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import vllm.ir.ops  # noqa: F401  registers torch.ops.vllm_ir
+import vllm.model_executor.layers.attention.attention  # noqa: F401  registers torch.ops.vllm.unified_kv_cache_update
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -19,6 +23,7 @@ from fp8_backend.kernels import norm_rope
 
 _aten = torch.ops.aten
 _RMS_NORM = torch.ops.vllm_ir.rms_norm.default
+_UPDATE = torch.ops.vllm.unified_kv_cache_update.default
 _SAME_ELEMENTS = (
     _aten.view.default,
     _aten._unsafe_view.default,
@@ -43,8 +48,10 @@ class Rotated(NamedTuple):
     positions: fx.Node
 
 
-def join_heads(graph: fx.Graph) -> int:
-    """Make one node of each pair of queries and keys that a token's position rotates; return how many there are.
+def join_heads(graph: fx.Graph) -> tuple[int, int]:
+    """Make one node of each pair of queries and keys that a token's position rotates.
+
+    Returns how many there are, and to how many of them the write to the cache was joined.
 
     Args:
         graph: functional, as torch.compile has it before the lowering of vLLM's IR ops; changed in place.
@@ -52,16 +59,18 @@ def join_heads(graph: fx.Graph) -> int:
     found = [each for cat in graph.find_nodes(op="call_function", target=_aten.cat.default) if (each := _rotated(cat))]
     place = {node: index for index, node in enumerate(graph.nodes)}
     keys = {(each.source, each.cache, each.positions, each.epsilon): each for each in found if each.part == 1}
-    joined = 0
+    joined = cached = 0
     for query in (each for each in found if each.part == 0):
         key = keys.get((query.source, query.cache, query.positions, query.epsilon))
         if key is None or not _kernel_takes(query, key):
             continue
         first = min(query.result, key.result, key=place.__getitem__)
         if all(place[node] < place[first] for node in (query.weight, key.weight)):
-            _replace(graph, first, query, key)
+            update = _cache_update(graph, query, key, place[first])
+            _replace(graph, first, query, key, update)
             joined += 1
-    return joined
+            cached += update is not None
+    return joined, cached
 
 
 def _rotated(cat: Any) -> Rotated | None:
@@ -162,16 +171,42 @@ def _kernel_takes(query: Rotated, key: Rotated) -> bool:
     )
 
 
-def _replace(graph: fx.Graph, before: fx.Node, query: Rotated, key: Rotated) -> None:
+def _cache_update(graph: fx.Graph, query: Rotated, key: Rotated, before: int) -> fx.Node | None:
+    """Return the node that writes these keys and the values behind them to a cache whose layer is known before."""
+    rows, sizes = query.source.args[:2]
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_function", target=_UPDATE):
+        keys, values, layer_name = node.args
+        value = _through(values)
+        if _through(keys) is not key.result or not _is(value, operator.getitem):
+            continue
+        behind = value.args[0] is query.source and value.args[1] == 2 and len(sizes) == 3 and sizes[1] == sizes[2]
+        known = not isinstance(layer_name, fx.Node) or place[layer_name] < before
+        if behind and known and _value(values).shape == _value(keys).shape and _value(rows).shape[1] == sum(sizes):
+            return node
+    return None
+
+
+def _replace(graph: fx.Graph, before: fx.Node, query: Rotated, key: Rotated, update: fx.Node | None) -> None:
     query_heads, key_heads = (_value(each.result).shape[1] for each in (query, key))
     arguments = (
         *(query.source.args[0], query.positions, query.weight, key.weight, query.cache),
         *(query.epsilon, query_heads, key_heads),
     )
+    target, more = ops.qk_norm_rope.default, ()
+    if update is not None:
+        target, more = ops.qk_norm_rope_cache.default, (update.args[2],)
     with graph.inserting_before(before):
-        joined = graph.call_function(ops.qk_norm_rope.default, arguments)
+        joined = graph.call_function(target, (*arguments, *more))
     joined.meta["val"] = ops.qk_norm_rope.default(*fx.map_arg(arguments, _value))
     after = joined
+    if update is not None:
+        joined.meta["val"] = (*joined.meta["val"], update.meta["val"])
+        with graph.inserting_after(joined):
+            done = graph.call_function(operator.getitem, (joined, 2))
+        done.meta["val"] = update.meta["val"]
+        update.replace_all_uses_with(done)
+        _erase(graph, update)
     for index, each in enumerate((query, key)):
         with graph.inserting_after(after):
             after = graph.call_function(operator.getitem, (joined, index))

@@ -6,9 +6,10 @@ No `from __future__ import annotations` here: torch derives each op's schema fro
 
 import torch
 from torch.library import Library
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from fp8_backend import counters
+from fp8_backend.integration import compat
 from fp8_backend.kernels import fused_linear, gemm, norm_rope
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
@@ -108,6 +109,50 @@ def _qk_norm_rope_fake(
     return rows.new_empty((m, query_heads, head)), rows.new_empty((m, key_heads, head))
 
 
+def _qk_norm_rope_cache(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    counters.calls["qk_norm_rope_cache"] += 1
+    layer, kv_cache, slots = compat.cache_of(layer_name)
+    halves = None if slots is None else compat.keys_and_values(layer, kv_cache)
+    kept = None
+    if slots is not None and halves is not None and norm_rope.fits_cache(*halves, rows.dtype):
+        kept = norm_rope.KeyValueCache(*halves, slots)
+    queries, keys = norm_rope.qk_norm_rope(
+        rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
+    )
+    if slots is not None and kept is None:
+        head = query_weight.shape[0]
+        values = rows[:, (query_heads + key_heads) * head :][:, : key_heads * head].unflatten(1, (key_heads, head))
+        layer.impl.do_kv_cache_update(layer, keys, values, kv_cache, slots)
+    # What attention takes to run behind the update.
+    return queries, keys, rows.new_empty(0)
+
+
+def _qk_norm_rope_cache_fake(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, head = rows.shape[0], query_weight.shape[0]
+    queries, keys = (rows.new_empty((m, heads, head)) for heads in (query_heads, key_heads))
+    return queries, keys, rows.new_empty(0)
+
+
 def _experts(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -175,6 +220,9 @@ direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=
 direct_register_custom_op("rms_norm_linear", _rms_norm_linear, fake_impl=_rms_norm_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("silu_mul_linear", _silu_mul_linear, fake_impl=_silu_mul_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("qk_norm_rope", _qk_norm_rope, fake_impl=_qk_norm_rope_fake, target_lib=_LIBRARY)
+direct_register_custom_op(
+    "qk_norm_rope_cache", _qk_norm_rope_cache, fake_impl=_qk_norm_rope_cache_fake, target_lib=_LIBRARY
+)
 direct_register_custom_op("experts", _experts, mutates_args=["out"], fake_impl=_experts_fake, target_lib=_LIBRARY)
 direct_register_custom_op(
     "masked_experts",
@@ -188,5 +236,6 @@ linear = torch.ops.fp8_backend.linear
 rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
 silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
 qk_norm_rope = torch.ops.fp8_backend.qk_norm_rope
+qk_norm_rope_cache = torch.ops.fp8_backend.qk_norm_rope_cache
 experts = torch.ops.fp8_backend.experts
 masked_experts = torch.ops.fp8_backend.masked_experts

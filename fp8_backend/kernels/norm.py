@@ -11,7 +11,6 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, quantize, reference
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.heuristics import FEW_ROWS
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -23,9 +22,9 @@ _ELEMENTS = 8  # neighbouring ones, a thread and part
 _MAX_THREADS, _WARP = 1024, 32
 MAX_K = _ELEMENTS * _MAX_THREADS * max(SPECS)  # the longest row that a CTA holds
 # Shared memory asked for so that no CTA of the GEMM behind is put beside one of these, whose loads wait behind all the
-# weights which that asks for: one H200, layers of Qwen3-8B at 20 to 64 rows 1.3 to 1.9 us of 64 to 68 less
-# (docs/kernel-notes.md, 2026-11-28). Decode kernels ask for less at a time: 0.6 us more at 8 rows.
-_ALONE_BYTES = 160 * 1024
+# weights which that asks for: one H200, layers of Qwen3-8B at 17 to 128 rows 1.0 to 2.1 us of 64 to 79 less, 2.0 of 116
+# more at 256 (docs/kernel-notes.md, 2026-11-28). Decode kernels ask for less at a time: 0.6 us more at 8 rows.
+_ALONE_ROWS, _ALONE_BYTES = 128, 160 * 1024
 
 
 @cache
@@ -159,4 +158,4 @@ def prepare(
 
 def shared_bytes(m: int, tile_rows: int) -> int:
     """Return the dynamic shared memory of a CTA; tile_rows: as of `quantize.prepare`, 0 if a GEMM is behind."""
-    return _ALONE_BYTES if tile_rows == 0 and m <= FEW_ROWS else 0
+    return _ALONE_BYTES if tile_rows == 0 and m <= _ALONE_ROWS else 0

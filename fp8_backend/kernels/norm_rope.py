@@ -1,8 +1,9 @@
-"""RMSNorm of each query's and key's head with the rotary embedding behind it, in one kernel."""
+"""RMSNorm of each query's and key's head, the rotary embedding and the write to the cache behind it, in one kernel."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +16,20 @@ from fp8_backend.kernels.reference import ceil_div
 SPEC = KernelSpec("norm_rope.cuh", "norm_rope")
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD, HEAD_ALIGNMENT = 256, 4  # elements that a warp holds; pairs, in each half of a head
-_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64",) + ("u32",) * 5 + ("f32",))
+_LAYOUT = launcher.ParamLayout(("u64",) * 10 + ("i64",) * 4 + ("u32",) * 7 + ("f32",))
 _WARPS = 8
+
+
+class KeyValueCache(NamedTuple):
+    """Where keys and values of tokens are kept.
+
+    keys, values: [blocks, block, heads, head] in the rows' dtype, of the same strides, which are even but for that of
+    the elements, 1. slots: [at most m] int64: block * blocks' size + row of each token, or below 0 for none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
 
 
 @cache
@@ -71,6 +84,7 @@ def qk_norm_rope(
     epsilon: float,
     query_heads: int,
     key_heads: int,
+    kept: KeyValueCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise every query's and key's head and rotate its halves by the token's position (NeoX style).
 
@@ -85,6 +99,7 @@ def qk_norm_rope(
         epsilon: added to the mean of squares.
         query_heads: heads at the start of a row.
         key_heads: heads behind them.
+        kept: where the keys are written, too, and the values: as many heads as there are keys, behind these in a row.
 
     Returns:
         queries [m, query_heads, head] and keys [m, key_heads, head], contiguous in the rows' dtype.
@@ -94,34 +109,83 @@ def qk_norm_rope(
         UnsupportedError: the rows are on a GPU for which there are no kernels.
     """
     check(rows, positions, query_weight, key_weight, cos_sin_cache, query_heads, key_heads)
+    head, value_heads = query_weight.shape[0], 0 if kept is None else key_heads
+    check_cache(rows, kept, head, query_heads, key_heads)
     if not runs_cuda_kernels(rows.device):
-        return reference.qk_norm_rope(
+        queries, keys = reference.qk_norm_rope(
             rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
         )
+        if kept is not None:
+            values = rows[:, (query_heads + key_heads) * head :][:, : key_heads * head].unflatten(1, (key_heads, head))
+            reference.keep(keys, values, *kept)
+        return queries, keys
     if not is_current(rows.device):
         with torch.cuda.device(rows.device):
             return qk_norm_rope(
-                rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
+                rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
             )
-    head = query_weight.shape[0]
     # Only the heads: a copy of whole rows would keep an odd length, and every second row would lie two bytes off.
-    rows = _paired(rows[:, : (query_heads + key_heads) * head])
+    rows = _paired(rows[:, : (query_heads + key_heads + value_heads) * head])
     weights = [_paired(weight.contiguous()) for weight in (query_weight, key_weight)]
     cosines, places = _paired(cos_sin_cache.contiguous()), positions.contiguous()
     m = rows.shape[0]
     queries, keys = (rows.new_empty((m, heads, head)) for heads in (query_heads, key_heads))
     if m and query_heads + key_heads:
         tensors = (rows, places, *weights, cosines, queries, keys)
+        cached: tuple[int, ...] = (0, 0, 0)
+        strides: tuple[int, ...] = (0, 0, 0, 1, 0)
+        if kept is not None:
+            slots = kept.slots.contiguous()
+            cached = kept.keys.data_ptr(), kept.values.data_ptr(), slots.data_ptr()
+            strides = (*kept.keys.stride()[:3], kept.keys.shape[1], len(slots))
         params = (m, query_heads, key_heads, head, quantize.ELEMENT_TYPES[rows.dtype], epsilon)
         kernel(rows.device.index).launch(
-            (ceil_div(m * (query_heads + key_heads), _WARPS), 1, 1),
+            (ceil_div(m * (query_heads + key_heads + value_heads), _WARPS), 1, 1),
             _WARPS * 32,
             0,
-            (*(tensor.data_ptr() for tensor in tensors), rows.stride(0), *params),
+            (*(tensor.data_ptr() for tensor in tensors), *cached, rows.stride(0), *strides, *params),
             launcher.current_stream(rows.device.index),
             pdl=True,
         )
     return queries, keys
+
+
+def fits_cache(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the kernel can write to caches [blocks, block, heads, head] like these."""
+    aligned = all(tensor.data_ptr() % 4 == 0 for tensor in (keys, values))
+    even = keys.stride(3) == 1 and not any(stride % 2 for stride in keys.stride()[:3])
+    same = keys.shape == values.shape and keys.stride() == values.stride()
+    return keys.dtype == values.dtype == dtype and same and even and aligned
+
+
+def check_cache(rows: torch.Tensor, kept: KeyValueCache | None, head: int, query_heads: int, key_heads: int) -> None:
+    """Check where keys and values are to be written; the rest as `check` has it.
+
+    Raises:
+        ArgumentError: a dtype, shape, stride or device that does not fit.
+    """
+    if kept is None:
+        return
+    keys, values, slots = kept
+    if keys.dim() != 4 or keys.shape[2:] != (key_heads, head) or not fits_cache(keys, values, rows.dtype):
+        raise ArgumentError(
+            f"kept: got keys {list(keys.shape)} {keys.dtype} of strides {keys.stride()} and values "
+            f"{list(values.shape)} {values.dtype} of strides {values.stride()}; expected [blocks, block, {key_heads}, "
+            f"{head}] {rows.dtype} of the same even strides, contiguous heads"
+        )
+    if slots.dim() != 1 or len(slots) > rows.shape[0] or slots.dtype != torch.int64:
+        raise ArgumentError(
+            f"kept: got slots {list(slots.shape)} {slots.dtype}; expected [at most {rows.shape[0]}] torch.int64"
+        )
+    if rows.shape[1] < (query_heads + 2 * key_heads) * head:
+        raise ArgumentError(
+            f"rows: got {rows.shape[1]} columns; expected {key_heads} values behind {query_heads} queries and "
+            f"{key_heads} keys of {head}"
+        )
+    if {keys.device, values.device, slots.device} != {rows.device}:
+        raise ArgumentError(
+            f"kept: got {keys.device}, {values.device} and {slots.device}; expected all on {rows.device}"
+        )
 
 
 def _paired(tensor: torch.Tensor) -> torch.Tensor:

@@ -211,6 +211,20 @@ def qk_norm_rope(
     return rotated[0], rotated[1]
 
 
+def keep(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Write keys and values [m, heads, head] of tokens that have a slot to caches [blocks, block, heads, head]."""
+    wanted = slots >= 0
+    block, row = slots[wanted] // key_cache.shape[1], slots[wanted] % key_cache.shape[1]
+    for heads, cache in ((keys, key_cache), (values, value_cache)):
+        cache[block, row] = heads[: len(slots)][wanted]
+
+
 def silu_mul(hidden: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up of [..., 2 * intermediate], gate first, in float32."""
     gate, up = hidden.float().chunk(2, dim=-1)

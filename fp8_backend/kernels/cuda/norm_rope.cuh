@@ -1,4 +1,5 @@
-// RMSNorm of every query's and key's head and its rotary embedding, behind the linear that gives them: one kernel where a compiled model has two.
+// RMSNorm of every query's and key's head and its rotary embedding, behind the linear that gives them, and keys and values into the cache: one kernel
+// where a compiled model has three.
 //
 // A warp takes a head of a token; a lane holds neighbours of its first half and those that are rotated with them, half a head further on. All is
 // computed in float32 and rounded once. No shared memory and few registers: a CTA starts beside those of the linear, whose rows it waits for.
@@ -8,12 +9,15 @@ constexpr u32 kWarps = 8, kPairs = 2;  // pairs a lane, in each half: heads of u
 
 // rows: [m] of 16-bit elements, one every `stride`: query heads, key heads, whatever. positions: [m]. query_weight, key_weight: [head]. cosines: a row of
 // head elements for each position, cosines first. queries: [m][query_heads][head], keys: [m][key_heads][head]. head: a multiple of 4; all 4-byte aligned.
+// slots: [num_slots] or null; where in the caches the keys of the first tokens go, and the values, key_heads of them behind the key heads; below 0:
+// nowhere. Slot s is row s % block of block s / block, and the strides of both caches are from a block, a row and a head to the next.
 extern "C" __global__ void __launch_bounds__(kWarps * 32)
-norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const u16* key_weight, const u16* cosines, u16* queries, u16* keys, i64 stride,
-          u32 m, u32 query_heads, u32 key_heads, u32 head, u32 type, float epsilon) {
-    const u32 lane = threadIdx.x % 32, index = blockIdx.x * kWarps + threadIdx.x / 32, heads = query_heads + key_heads;
-    const u32 token = index / heads, which = index % heads, half = head / 2;
-    const bool is_query = which < query_heads;
+norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const u16* key_weight, const u16* cosines, u16* queries, u16* keys, u16* key_cache,
+          u16* value_cache, const i64* slots, i64 stride, i64 block_stride, i64 row_stride, i64 head_stride, u32 block, u32 num_slots, u32 m,
+          u32 query_heads, u32 key_heads, u32 head, u32 type, float epsilon) {
+    const u32 lane = threadIdx.x % 32, index = blockIdx.x * kWarps + threadIdx.x / 32, rotated = query_heads + key_heads;
+    const u32 heads = rotated + (slots ? key_heads : 0), token = index / heads, which = index % heads, half = head / 2;
+    const bool is_query = which < query_heads, is_value = which >= rotated;
     auto pair_at = [](const u16* elements) { return __ldcg(reinterpret_cast<const u32*>(elements)); };  // past L1: this CTA may be older than they
     auto low = [&](u32 pair) { return type == kBf16 ? low_bf16(pair) : low_f16(pair); };
     auto high = [&](u32 pair) { return type == kBf16 ? high_bf16(pair) : high_f16(pair); };
@@ -31,6 +35,17 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
     wait_for_previous_kernel();
     if (token >= m) return;
     const u16* const source = rows + token * stride + which * head;
+    u16* cached = nullptr;
+    if (!is_query && token < num_slots) {
+        const i64 slot = __ldcg(slots + token);
+        const u32 of_cache = which - (is_value ? rotated : query_heads), place = static_cast<u32>(slot);
+        u16* const cache = is_value ? value_cache : key_cache;
+        if (slot >= 0) cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
+    }
+    if (is_value) {
+        for (u32 at = lane * 2; at < (cached ? head : 0); at += 64) *reinterpret_cast<u32*>(cached + at) = pair_at(source + at);
+        return;
+    }
     const u16* const angle = cosines + __ldcg(positions + token) * head;
 #pragma unroll
     for (u32 i = 0; i < kPairs; ++i) {
@@ -59,8 +74,12 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
         const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
         const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
         const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
-        *reinterpret_cast<u32*>(target + at) = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
-        *reinterpret_cast<u32*>(target + half + at) =
-            pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
+        const u32 less = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
+        const u32 more = pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
+        *reinterpret_cast<u32*>(target + at) = less;
+        *reinterpret_cast<u32*>(target + half + at) = more;
+        if (cached == nullptr) continue;
+        *reinterpret_cast<u32*>(cached + at) = less;
+        *reinterpret_cast<u32*>(cached + half + at) = more;
     }
 }
