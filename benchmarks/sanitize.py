@@ -104,15 +104,16 @@ def launch_heads(m: int, dtype: torch.dtype) -> None:
     positions, angles = torch.arange(m) % 9, torch.randn(9, 100).to(dtype)
     expected = reference.qk_norm_rope(rows, positions, of_queries, of_keys, angles, 1e-6, 3, 2)
     on_gpu = rows.cuda(), positions.cuda(), of_queries.cuda(), of_keys.cuda(), angles.cuda()
-    slots = torch.arange(m) * 3 - 3  # the first token has none
+    slots = torch.arange(m) * 3
+    slots[1::3] = -1
     cache = torch.zeros(-(-3 * m // 16), 16, 2, 200, dtype=dtype)
     keys, values = cache.cuda().split(100, dim=-1)
     kept = norm_rope.KeyValueCache(keys, values, slots.cuda())
     for found, truth in zip(norm_rope.qk_norm_rope(*on_gpu, 1e-6, 3, 2, kept), expected, strict=True):
         assert reference.relative_error(found.cpu(), truth) < LIMIT
-    of_keys, of_values = cache.split(100, dim=-1)
-    reference.keep(expected[1], rows[:, 500:].unflatten(1, (2, 100)), of_keys, of_values, slots)
-    for found, truth in ((keys, of_keys), (values, of_values)):
+    true_keys, true_values = cache.split(100, dim=-1)
+    reference.keep(expected[1], rows[:, 500:].unflatten(1, (2, 100)), true_keys, true_values, slots)
+    for found, truth in ((keys, true_keys), (values, true_values)):
         assert reference.relative_error(found.cpu(), truth) < LIMIT
 
 
