@@ -106,7 +106,8 @@ def _keep_cache_update(vllm_config: VllmConfig) -> None:
     vLLM cuts models there, since it compiled each layer anew for its name's sake; a name that is an input does not.
     """
     compilation, update = vllm_config.compilation_config, "vllm::unified_kv_cache_update"
-    model_type = vllm_config.model_config.hf_text_config.model_type
+    model = vllm_config.model_config  # None where layers are made without one
+    model_type = None if model is None else model.hf_text_config.model_type
     if model_type in NORMALISES_HEADS and compat.names_are_inputs() and update in (compilation.splitting_ops or ()):
         compilation.splitting_ops.remove(update)
 
