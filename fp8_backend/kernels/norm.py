@@ -17,7 +17,7 @@ from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 # By parts of a row a thread has.
 SPECS = {chunks: KernelSpec("rms_norm_quantize.cuh", "rms_norm_quantize", (("CHUNKS", chunks),)) for chunks in (1, 2)}
 DTYPES = (torch.bfloat16, torch.float16)
-_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 8 + ("f32",))
+_LAYOUT = launcher.ParamLayout(("u64",) * 7 + ("i64", "i64") + ("u32",) * 7 + ("f32",))
 _ELEMENTS = 8  # neighbouring ones, a thread and part
 _MAX_THREADS, _WARP = 1024, 32
 MAX_K = _ELEMENTS * _MAX_THREADS * max(SPECS)  # the longest row that a CTA holds
@@ -150,14 +150,10 @@ def prepare(
     chunks = next(chunks for chunks in SPECS if parts <= chunks * _MAX_THREADS)
     threads = align(ceil_div(parts, chunks), _WARP)
     params = (
-        *(x.stride(0), residual_stride, k, k_blocks, m, align(m, 4)),
+        *(x.stride(0), residual_stride, k, k_blocks, align(m, 4)),
         *(quantize.ELEMENT_TYPES[x.dtype], int(vectorised), tile_rows, quantize.early(m, k), epsilon),
     )
-    alone = shared_bytes(m, tile_rows)
-    # Rows that have multiprocessors to themselves share these: the fewer, the more are left to the GEMM.
-    rows = _MAX_THREADS // threads if alone else 1
-    grid = ceil_div(m, rows), 1
-    return Launch(kernel(chunks, x.device.index), grid, threads, alone, params, block_rows=rows).prepared()
+    return Launch(kernel(chunks, x.device.index), (m, 1), threads, shared_bytes(m, tile_rows), params).prepared()
 
 
 def shared_bytes(m: int, tile_rows: int) -> int:

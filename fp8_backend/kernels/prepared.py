@@ -17,9 +17,9 @@ MAX_PLANS = 4096  # of a thread, 10 to 20 KB each: a prefill may have any m
 class Launch:
     """A dependent launch of a kernel on tensors of one shape, whatever their addresses.
 
-    grid: thread blocks in x and y. block: threads of each, along x. shared_bytes: dynamic shared memory of each.
-    params: the kernel's last parameters; the first ones, addresses and maps, are given for each launch. cluster: thread
-    blocks of a cluster, along x. block_rows: rows of `block` threads, along y; for prepared launches.
+    grid: thread blocks in x and y. block: threads of each. shared_bytes: dynamic shared memory of each. params: the
+    kernel's last parameters; the first ones, addresses and maps, are given for each launch. cluster: thread blocks of a
+    cluster, along x.
     """
 
     kernel: launcher.Kernel
@@ -28,7 +28,6 @@ class Launch:
     shared_bytes: int
     params: tuple[int | float, ...]
     cluster: int = 1
-    block_rows: int = 1
 
     def __call__(self, stream: int, *first: int | bytes) -> None:
         """Launch once on a raw stream of the kernel's device.
@@ -36,7 +35,6 @@ class Launch:
         Raises:
             DriverError: the driver refused the launch, or an earlier kernel failed.
         """
-        assert self.block_rows == 1
         params = *first, *self.params
         self.kernel.launch((*self.grid, 1), self.block, self.shared_bytes, params, stream, self.cluster, pdl=True)
 
@@ -45,7 +43,7 @@ class Launch:
         return PreparedLaunch(self)
 
     def __str__(self) -> str:
-        blocks = f"grid {self.grid}, block {self.block} x {self.block_rows}, {self.shared_bytes} shared bytes"
+        blocks = f"grid {self.grid}, block {self.block}, {self.shared_bytes} shared bytes"
         return f"{blocks}, cluster {self.cluster}, pdl True"
 
 
@@ -65,10 +63,7 @@ class PreparedLaunch:
         self._pack = launcher.ParamLayout(kinds).packer.pack_into
         self._attributes = kernel.configuration(launch.cluster, True)  # kept: the configuration points into its memory
         self._config = ctypes.create_string_buffer(launcher.CONFIG.size)
-        self._config_address, blocks = (
-            ctypes.addressof(self._config),
-            (*launch.grid, 1, launch.block, launch.block_rows, 1),
-        )
+        self._config_address, blocks = ctypes.addressof(self._config), (*launch.grid, 1, launch.block, 1, 1)
         launcher.CONFIG.pack_into(self._config, 0, *blocks, launch.shared_bytes, 0, *self._attributes[2:4])
         self._stream = 0
 

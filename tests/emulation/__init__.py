@@ -54,9 +54,8 @@ _CONFIG = struct.Struct("<7I4xQQI4x")  # CUlaunchConfig, as launcher.py lays it 
 _CLUSTER = struct.Struct("<I4xI")  # the head of a CUlaunchAttribute
 _COOPERATIVE, _CLUSTER_DIMENSION = 2, 4
 _ENTRY = """#include "{file}"
-extern "C" const char* run(void** parameters, u32 seed, u32 x, u32 y, u32 z, u32 threads, u32 rows, u32 shared,
-                           u32 cluster) {{
-    return emulation::run({entry}, parameters, seed, {{x, y, z}}, {{threads, rows, 1}}, shared, cluster);
+extern "C" const char* run(void** parameters, u32 seed, u32 x, u32 y, u32 z, u32 threads, u32 shared, u32 cluster) {{
+    return emulation::run({entry}, parameters, seed, {{x, y, z}}, threads, shared, cluster);
 }}
 """
 
@@ -117,7 +116,7 @@ class Emulated:
             self._libraries.append(library)
             ctypes.c_uint.in_dll(library, "filled_rows").value = 0  # a library stays loaded, and has counted for others
             library.run.restype = ctypes.c_char_p
-            library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 8)
+            library.run.argtypes = (ctypes.c_void_p, *[ctypes.c_uint] * 7)
             self.loaded[key] = launcher.Kernel(spec.name, 0, layout, launch=self._launch(spec.name, library.run))
         return self.loaded[key]
 
@@ -127,7 +126,7 @@ class Emulated:
 
     def _launch(self, name: str, run: Callable[..., bytes]) -> Callable[..., int]:
         def launch(config: int, _function: int, parameters: int, _extra: None) -> int:
-            *grid, threads, rows, _, shared_bytes, _stream, attributes, count = _CONFIG.unpack(
+            *grid, threads, _, _, shared_bytes, _stream, attributes, count = _CONFIG.unpack(
                 ctypes.string_at(config, _CONFIG.size)
             )
             cluster = 1
@@ -138,7 +137,7 @@ class Emulated:
             if self.at_once and cluster == 1:
                 cluster = grid[0]
             self.runs += 1
-            error = run(parameters, self.seed + 1000 * self.runs, *grid, threads, rows, shared_bytes, cluster).decode()
+            error = run(parameters, self.seed + 1000 * self.runs, *grid, threads, shared_bytes, cluster).decode()
             if error:
                 raise EmulationError(f"{name}: {error}")
             return 0

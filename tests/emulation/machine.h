@@ -291,7 +291,7 @@ inline void run_fibers(const std::vector<Fiber*>& order) {
                 moved = true;
             }
             if (fiber.done || (idle == 0 && is_late(fiber)) || (fiber.ready && !(*fiber.ready)())) continue;
-            thread_index = {fiber.thread.x % block_size.x, fiber.thread.x / block_size.x, 0};
+            thread_index = fiber.thread;
             block_index = fiber.cta->index;
             swapcontext(&machine->scheduler, &fiber.context);
             moved = true;
@@ -360,14 +360,13 @@ void call(void (*kernel)(Arguments...), void** parameters, std::index_sequence<k
 
 // Runs a grid, cluster after cluster; returns what went wrong, or an empty string.
 template <class... Arguments>
-const char* run(void (*kernel)(Arguments...), void** parameters, u32 seed, Dim3 grid, Dim3 block, u32 shared_bytes, u32 cluster) {
+const char* run(void (*kernel)(Arguments...), void** parameters, u32 seed, Dim3 grid, u32 threads, u32 shared_bytes, u32 cluster) {
     static std::string error;
     Machine here;
     machine = &here;
     here.body = [=] { call(kernel, parameters, std::index_sequence_for<Arguments...>()); };
-    block_size = block;
+    block_size = {threads, 1, 1};
     grid_size = grid;
-    const u32 threads = block.x * block.y;
     for (u32 z = 0; z < grid.z; ++z)
         for (u32 y = 0; y < grid.y; ++y)
             for (u32 x = 0; x < grid.x && here.error.empty(); x += cluster) run_cluster(seed++, {x, y, z}, cluster, threads, shared_bytes);
