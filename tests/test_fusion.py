@@ -277,6 +277,20 @@ def test_the_cache_is_written_with_the_heads(impl: type, vllm_config: VllmConfig
     assert not any("unified_kv_cache_update" in str(target) for target in compiled.targets)
 
 
+def test_slots_of_other_ranks_tokens_are_left_to_the_backend(vllm_config: VllmConfig) -> None:
+    given: list[Any] = []
+    layer = SimpleNamespace(impl=FlashAttentionImpl(), kv_cache=torch.zeros(3, 1, 4, 2 * HEAD, dtype=torch.bfloat16))
+    layer.impl.do_kv_cache_update = lambda *arguments: given.extend(arguments)  # type: ignore[method-assign]
+    vllm_config.compilation_config.static_forward_context["attention"] = layer
+    ones = torch.ones(64, HEAD, dtype=torch.bfloat16, device=DEVICE)
+    wide, positions, slots = rows(2, torch.bfloat16, 5 * HEAD), torch.arange(2).to(DEVICE), torch.arange(4).to(DEVICE)
+    with set_forward_context(None, vllm_config, slot_mapping={"attention": slots}):
+        operands = wide, positions, ones[0], ones[0], ones, 1e-6, 3, 1
+        _, keys, _ = ops.qk_norm_rope_cache(*operands, _encode_layer_name("attention"))
+    assert given[0] is layer and given[1] is not None and torch.equal(given[1], keys)
+    assert torch.equal(given[2], wide[:, 4 * HEAD :].view(2, 1, HEAD)) and given[4] is slots
+
+
 def other_values(self: Any, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
     query, key, value = attention_of(self, x, positions)
     return query, torch.ops.vllm.unified_kv_cache_update(key, torch.relu(value), _encode_layer_name("attention"))

@@ -124,7 +124,8 @@ def _qk_norm_rope_cache(
     layer, kv_cache, slots = compat.cache_of(layer_name)
     halves = None if slots is None else compat.keys_and_values(layer, kv_cache)
     kept = None
-    if slots is not None and halves is not None and norm_rope.fits_cache(*halves, rows.dtype):
+    # More slots than rows are those of other ranks' tokens, too, which the backend gathers.
+    if halves is not None and len(slots) <= rows.shape[0] and norm_rope.fits_cache(*halves, rows.dtype):
         kept = norm_rope.KeyValueCache(*halves, slots)
     queries, keys = norm_rope.qk_norm_rope(
         rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
