@@ -83,12 +83,35 @@ def check(version: str) -> None:
 
     assert callable(layerwise._place_kernel_tensors) and not compat.is_reloading()
     compat.undo_reload()
+    assert compat.names_are_inputs()
+    check_cache()
     x = torch.zeros(3, 256, dtype=torch.bfloat16, device="meta")
     weight = torch.zeros(2, 128, 128, dtype=torch.float8_e4m3fn, device="meta")
     y = torch.ops.fp8_backend.linear(x, weight, torch.zeros(1, 4, device="meta"), None, 128)
     assert tuple(y.shape) == (3, 128)
     assert not torch.cuda.is_initialized()
     print(f"vLLM {vllm.__version__}: registers, resolves, no abstract method left, no CUDA touched")
+
+
+def check_cache() -> None:
+    """Check that FlashAttention writes keys and values where `compat.keys_and_values` says."""
+    from types import SimpleNamespace
+
+    import torch
+    from vllm.v1.attention.backends import flash_attn
+
+    from fp8_backend.integration import compat
+
+    impl = flash_attn.FlashAttentionImpl.__new__(flash_attn.FlashAttentionImpl)
+    impl.head_size, impl.attn_type, impl.kv_cache_dtype = 64, "decoder", "auto"
+    layer = SimpleNamespace(impl=impl, _k_scale=None, _v_scale=None)
+    cache, written = torch.zeros(4, 2, 16, 128), []
+    flash_attn.reshape_and_cache_flash = lambda *given: written.extend(given[2:4])
+    impl.do_kv_cache_update(layer, None, None, cache, None)
+    halves = compat.keys_and_values(layer, cache)
+    assert halves is not None and halves[0].shape == (4, 16, 2, 64)
+    for half, theirs in zip(halves, written, strict=True):
+        assert (half.data_ptr(), half.shape, half.stride()) == (theirs.data_ptr(), theirs.shape, theirs.stride())
 
 
 def main() -> int:
