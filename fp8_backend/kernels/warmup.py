@@ -22,7 +22,6 @@ from fp8_backend.kernels import (
     norm,
     norm_rope,
     quantize,
-    router,
     silu,
 )
 from fp8_backend.kernels.compiler import KernelSpec
@@ -58,7 +57,6 @@ def all_specs() -> tuple[KernelSpec, ...]:
         *norm.SPECS.values(),
         silu.SPEC,
         norm_rope.SPEC,
-        router.SPEC,
         activation.SPEC,
         *experts,
     )
@@ -123,7 +121,6 @@ def load_all() -> None:
         norm.kernel(chunks, device)
     silu.kernel(device)
     norm_rope.kernel(device)
-    router.kernel(device)
     activation.kernel(device)
     for module in _EXPERTS:
         module.load_all()
