@@ -66,7 +66,9 @@ def join_heads(graph: fx.Graph) -> tuple[int, int]:
             continue
         first = min(query.result, key.result, key=place.__getitem__)
         if all(place[node] < place[first] for node in (query.weight, key.weight)):
-            update = _cache_update(graph, query, key, place[first])
+            update = _cache_update(graph, query, key)
+            if update is not None and place.get(update.args[2], -1) > place[first]:
+                update = None  # the layer's name is not there yet
             _replace(graph, first, query, key, update)
             joined += 1
             cached += update is not None
@@ -171,18 +173,16 @@ def _kernel_takes(query: Rotated, key: Rotated) -> bool:
     )
 
 
-def _cache_update(graph: fx.Graph, query: Rotated, key: Rotated, before: int) -> fx.Node | None:
-    """Return the node that writes these keys and the values behind them to a cache whose layer is known before."""
+def _cache_update(graph: fx.Graph, query: Rotated, key: Rotated) -> fx.Node | None:
+    """Return the node that writes these keys, and the values behind them in the same rows, to a cache."""
     rows, sizes = query.source.args[:2]
-    place = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=_UPDATE):
-        keys, values, layer_name = node.args
+        keys, values, _ = node.args
         value = _through(values)
         if _through(keys) is not key.result or not _is(value, operator.getitem):
             continue
         behind = value.args[0] is query.source and value.args[1] == 2 and len(sizes) == 3 and sizes[1] == sizes[2]
-        known = not isinstance(layer_name, fx.Node) or place[layer_name] < before
-        if behind and known and _value(values).shape == _value(keys).shape and _value(rows).shape[1] == sum(sizes):
+        if behind and _value(values).shape == _value(keys).shape and _value(rows).shape[1] == sum(sizes):
             return node
     return None
 

@@ -131,8 +131,7 @@ def _qk_norm_rope_cache(
         rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
     )
     if slots is not None and kept is None:
-        head = query_weight.shape[0]
-        values = rows[:, (query_heads + key_heads) * head :][:, : key_heads * head].unflatten(1, (key_heads, head))
+        values = norm_rope.values_behind(rows, query_heads, key_heads, query_weight.shape[0])
         layer.impl.do_kv_cache_update(layer, keys, values, kv_cache, slots)
     # What attention takes to run behind the update.
     return queries, keys, rows.new_empty(0)

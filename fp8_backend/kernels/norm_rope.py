@@ -24,7 +24,8 @@ class KeyValueCache(NamedTuple):
     """Where keys and values of tokens are kept.
 
     keys, values: [blocks, block, heads, head] in the rows' dtype, of the same strides, which are even but for that of
-    the elements, 1. slots: [at most m] int64: block * blocks' size + row of each token, or below 0 for none.
+    the elements, 1. slots: [at most m] int64, of the first tokens: slot s is row s % block of block s // block, and
+    below 0 there is none.
     """
 
     keys: torch.Tensor
@@ -109,21 +110,42 @@ def qk_norm_rope(
         UnsupportedError: the rows are on a GPU for which there are no kernels.
     """
     check(rows, positions, query_weight, key_weight, cos_sin_cache, query_heads, key_heads)
-    head, value_heads = query_weight.shape[0], 0 if kept is None else key_heads
+    head = query_weight.shape[0]
     check_cache(rows, kept, head, query_heads, key_heads)
     if not runs_cuda_kernels(rows.device):
         queries, keys = reference.qk_norm_rope(
             rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
         )
         if kept is not None:
-            values = rows[:, (query_heads + key_heads) * head :][:, : key_heads * head].unflatten(1, (key_heads, head))
-            reference.keep(keys, values, *kept)
+            reference.keep(keys, values_behind(rows, query_heads, key_heads, head), *kept)
         return queries, keys
     if not is_current(rows.device):
         with torch.cuda.device(rows.device):
             return qk_norm_rope(
                 rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
             )
+    return _launch(rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept)
+
+
+def values_behind(rows: torch.Tensor, query_heads: int, key_heads: int, head: int) -> torch.Tensor:
+    """Return the values [m, key_heads, head] that lie behind queries and keys in rows [m, n], a view."""
+    first = (query_heads + key_heads) * head
+    return rows[:, first : first + key_heads * head].view(-1, key_heads, head)
+
+
+def _launch(
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    epsilon: float,
+    query_heads: int,
+    key_heads: int,
+    kept: KeyValueCache | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel on the current device; as `qk_norm_rope`, and nothing is checked."""
+    head, value_heads = query_weight.shape[0], 0 if kept is None else key_heads
     # Only the heads: a copy of whole rows would keep an odd length, and every second row would lie two bytes off.
     rows = _paired(rows[:, : (query_heads + key_heads + value_heads) * head])
     weights = [_paired(weight.contiguous()) for weight in (query_weight, key_weight)]
@@ -151,7 +173,7 @@ def qk_norm_rope(
 
 
 def fits_cache(keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether the kernel can write to caches [blocks, block, heads, head] like these."""
+    """Return whether the kernel can write rows of a dtype to caches [blocks, block, heads, head] like these."""
     aligned = all(tensor.data_ptr() % 4 == 0 for tensor in (keys, values))
     even = keys.stride(3) == 1 and not any(stride % 2 for stride in keys.stride()[:3])
     same = keys.shape == values.shape and keys.stride() == values.stride()
@@ -171,20 +193,21 @@ def check_cache(rows: torch.Tensor, kept: KeyValueCache | None, head: int, query
         raise ArgumentError(
             f"kept: got keys {list(keys.shape)} {keys.dtype} of strides {keys.stride()} and values "
             f"{list(values.shape)} {values.dtype} of strides {values.stride()}; expected [blocks, block, {key_heads}, "
-            f"{head}] {rows.dtype} of the same even strides, contiguous heads"
+            f"{head}] {rows.dtype} of the same even strides, contiguous heads; write another cache apart"
         )
     if slots.dim() != 1 or len(slots) > rows.shape[0] or slots.dtype != torch.int64:
         raise ArgumentError(
-            f"kept: got slots {list(slots.shape)} {slots.dtype}; expected [at most {rows.shape[0]}] torch.int64"
+            f"kept: got slots {list(slots.shape)} {slots.dtype}; expected [at most {rows.shape[0]}] torch.int64, one "
+            "for each of the first tokens; cut or convert them"
         )
     if rows.shape[1] < (query_heads + 2 * key_heads) * head:
         raise ArgumentError(
             f"rows: got {rows.shape[1]} columns; expected {key_heads} values behind {query_heads} queries and "
-            f"{key_heads} keys of {head}"
+            f"{key_heads} keys of {head}; leave `kept` out where values lie elsewhere"
         )
     if {keys.device, values.device, slots.device} != {rows.device}:
         raise ArgumentError(
-            f"kept: got {keys.device}, {values.device} and {slots.device}; expected all on {rows.device}"
+            f"kept: got {keys.device}, {values.device} and {slots.device}; expected all on {rows.device}; move them"
         )
 
 

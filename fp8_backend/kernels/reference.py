@@ -218,7 +218,15 @@ def keep(
     value_cache: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """Write keys and values [m, heads, head] of tokens that have a slot to caches [blocks, block, heads, head]."""
+    """Write keys and values of tokens that have a slot to caches of the same dtype.
+
+    Args:
+        keys: [m, heads, head].
+        values: [m, heads, head].
+        key_cache: [blocks, block, heads, head], any strides; overwritten where a token has a slot.
+        value_cache: likewise.
+        slots: [at most m] int64 of the first tokens: row s % block of block s // block, or below 0 for none.
+    """
     wanted = slots >= 0
     block, row = slots[wanted] // key_cache.shape[1], slots[wanted] % key_cache.shape[1]
     for heads, cache in ((keys, key_cache), (values, value_cache)):

@@ -264,7 +264,6 @@ DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
     if (reinterpret_cast<std::uintptr_t>(source) % 16) emulation::fail("reads 16 bytes at an address that is not a multiple of them");
     std::memcpy(words, source, 16);
 }
-DEVICE void prefetch_line(const void*) {}
 template <class T> DEVICE T __ldcg(const T* source) {
     if (reinterpret_cast<std::uintptr_t>(source) % sizeof(T)) emulation::fail("reads " + std::to_string(sizeof(T)) + " bytes at an address that is not a multiple of them");
     return *source;

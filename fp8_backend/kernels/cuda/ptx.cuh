@@ -213,9 +213,6 @@ DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(source) : "memory");
 }
 
-// Brings a line into L2, of which no kernel can read an old state.
-DEVICE void prefetch_line(const void* source) { asm volatile("prefetch.global.L2 [%0];" ::"l"(source)); }
-
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
 DEVICE bool elect_lane() {
