@@ -89,7 +89,9 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise every query's and key's head and rotate its halves by the token's position (NeoX style).
 
-    Numerics: see `fp8_backend.kernels.reference.qk_norm_rope`, which rounds every step; the kernel rounds once.
+    Numerics: see `fp8_backend.kernels.reference.qk_norm_rope`, which rounds every step; the kernel rounds once. On a
+    GPU all but the rows may be read before earlier kernels of the stream have ended, as `gemm.fp8_linear` says of its
+    weight.
 
     Args:
         rows: [m, n] bfloat16 or float16, any row stride: query heads, key heads, and what is left alone.

@@ -1,6 +1,8 @@
 // RMSNorm of every query's and key's head and its rotary embedding, behind the linear that gives them, and keys and values into the cache: one kernel
 // where a compiled model has three.
 //
+// What does not come from the linear is complete by contract, and read before that has ended.
+//
 // A warp takes a head of a token; a lane holds neighbours of its first half and those that are rotated with them, half a head further on. All is
 // computed in float32 and rounded once. No shared memory and few registers: a CTA starts beside those of the linear, whose rows it waits for.
 #include "elements.cuh"
@@ -23,6 +25,10 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
     auto high = [&](u32 pair) { return type == kBf16 ? high_bf16(pair) : high_f16(pair); };
 
     launch_next_kernel();
+    // Two loads one behind the other, from memory where the layers' weights have gone through L2 since: on their way while the linear still runs.
+    const u32 known = min(token, m - 1);
+    const u16* const angle = cosines + __ldcg(positions + known) * head;
+    const i64 slot = !is_query && token < num_slots ? __ldcg(slots + token) : -1;
     const u16* const weight = is_query ? query_weight : key_weight;
     u32 weights[kPairs][2] = {}, values[kPairs][2] = {}, angles[kPairs][2] = {};
 #pragma unroll
@@ -31,30 +37,28 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
         if (at >= half) continue;
         weights[i][0] = pair_at(weight + at);
         weights[i][1] = pair_at(weight + half + at);
+        angles[i][0] = pair_at(angle + at);
+        angles[i][1] = pair_at(angle + half + at);
     }
     wait_for_previous_kernel();
     if (token >= m) return;
     const u16* const source = rows + token * stride + which * head;
     u16* cached = nullptr;
-    if (!is_query && token < num_slots) {
-        const i64 slot = __ldcg(slots + token);
+    if (slot >= 0) {
         const u32 of_cache = which - (is_value ? rotated : query_heads), place = static_cast<u32>(slot);
         u16* const cache = is_value ? value_cache : key_cache;
-        if (slot >= 0) cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
+        cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
     }
     if (is_value) {
         for (u32 at = lane * 2; at < (cached ? head : 0); at += 64) *reinterpret_cast<u32*>(cached + at) = pair_at(source + at);
         return;
     }
-    const u16* const angle = cosines + __ldcg(positions + token) * head;
 #pragma unroll
     for (u32 i = 0; i < kPairs; ++i) {
         const u32 at = i * 64 + lane * 2;
         if (at >= half) continue;
         values[i][0] = pair_at(source + at);
         values[i][1] = pair_at(source + half + at);
-        angles[i][0] = pair_at(angle + at);
-        angles[i][1] = pair_at(angle + half + at);
     }
     float sum = 0.f;
 #pragma unroll
