@@ -65,7 +65,7 @@ def places() -> list[Place]:
         loop: f"    u32 noted = {FIRST_TILE_SLOT};\n",
         "        const u32 column = tile.z": note(_MATH, GEMMS, "noted"),
         "        const bool valid_low = row_in": note(_MATH, GEMMS, "noted + 1") + of_gemm,
-        "            continue;\n        }\n        float low[16]": written,
+        "            continue;\n        }\n        const i64 row = tile.x": written,
         "        __syncwarp();\n        if (warp * 16 < count": written,
     }
     return found + [Place("experts_joint.cuh", text, planted) for text, planted in of_tiles.items()]

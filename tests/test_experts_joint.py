@@ -14,8 +14,9 @@ from fp8_backend.kernels.reference import align
 from tests.device_source import constants, parameter_kinds
 
 
-def test_no_spills_no_stack_no_warnings():
-    compiled = compile_kernel(experts_joint.SPEC)
+@pytest.mark.parametrize("spec", experts_joint.all_specs(), ids=lambda spec: str(spec.defines))
+def test_no_spills_no_stack_no_warnings(spec):
+    compiled = compile_kernel(spec)
     assert (compiled.spill_bytes, compiled.stack_bytes, compiled.warnings) == (0, 0, ())
 
 
@@ -51,14 +52,34 @@ def test_the_gemms_start_when_ids_are_there():
 
 def test_workspace_is_m_times_top_k_rows():
     m, top_k, hidden, intermediate = 64, 8, 7168, 2048
-    size = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate)
+    size = experts_joint.experts_joint_workspace_bytes(m, top_k, 256, hidden, intermediate, 132)
     rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
     counters = align(
         hidden // 128 * 64 * 4 + (1 + m * top_k) * 4, 128
     )  # behind the scales; a part starts in a line of L2
     assert size == rows + m * hidden + counters
-    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, True)
+    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, 256, hidden, intermediate, 132, True)
     assert weighted > size + m * top_k * hidden * 4
+
+
+# Qwen3-235B at TP4 at 8 tokens, 151 tiles, and fewer columns of x; at 4, less than a round; at 16, more than a half
+# beyond the first; at 8 on one of two ranks, half of the tiles.
+@pytest.mark.parametrize(
+    ("entries", "num_ids", "num_groups", "hidden", "cuts"),
+    [
+        (64, 128, 128, 4096, 4),
+        (64, 128, 128, 1152, 2),
+        (64, 128, 128, 256, 1),
+        (32, 128, 128, 4096, 1),
+        (128, 128, 128, 4096, 1),
+        (64, 128, 64, 4096, 1),
+    ],
+)
+def test_tiles_a_little_beyond_a_round_are_cut_in_k(entries, num_ids, num_groups, hidden, cuts):
+    """Each cut of a tile has four k-blocks at least, and there is room for the sums of all cuts but the last."""
+    assert experts_joint.most_cuts(entries, num_ids, num_groups, hidden, 384, 132) == cuts
+    *_, sums = experts_joint.workspace_parts(entries, entries, hidden, 384, cuts, 132)
+    assert sums == (cuts - 1) * entries * 768 * 4
 
 
 def test_more_experts_than_it_sorts_are_refused():

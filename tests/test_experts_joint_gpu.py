@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from fp8_backend.kernels.backend import num_sms
 from fp8_backend.kernels.experts_joint import experts_joint, experts_joint_workspace_bytes
 from fp8_backend.kernels.reference import fp8_experts, relative_error
 from tests.gpu_experts import LIMIT, draw_routing, make_weights
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.gpu
         (2, 8, 7168, 256, 256, "even"),
         (8, 8, 4096, 384, 128, "even"),
         (64, 8, 2048, 768, 128, "even"),
+        (4, 8, 2048, 768, 128, "even"),  # tiles cut in k: these two
+        (8, 8, 4096, 384, 128, "few"),
         (64, 16, 512, 256, 16, "skipped"),
         (100, 10, 272, 128, 512, "skipped"),
         (128, 8, 1032, 2048, 8, "one"),
@@ -75,7 +78,7 @@ def test_experts_are_captured_and_take_the_bytes_they_say():
     weights, ids = draw_routing("even", m, top_k, num_groups)
     arguments = (x, weights, ids, *packed_13, *packed_2, out)
     taken = requested_bytes(partial(experts_joint, *arguments))
-    assert taken == experts_joint_workspace_bytes(m, top_k, hidden, intermediate)
+    assert taken == experts_joint_workspace_bytes(m, top_k, num_groups, hidden, intermediate, num_sms(0))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         experts_joint(*arguments)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fp8_backend.kernels import experts, quantize, reference
+from fp8_backend.kernels import experts, experts_joint, quantize, reference
 from fp8_backend.kernels.problem import Machine
 from tests.emulation import emulated
 from tests.test_device_code import EXPERTS_ERROR, make_experts, planted
@@ -64,9 +64,31 @@ def test_both_gemms_in_one_launch(call, folder):
         assert (launch(given) == 0).all()
 
 
-# Tokens, experts a token, columns of x and of h, experts, CTAs: many tiles; one, whose rows of h another CTA wants.
-MANY, ONE = (9, 2, 128, 384, 6, 1), (5, 1, 128, 128, 1, 2)
-PARTS = "wait_for_count(counters + 1 + tile, 2 * ceil_div(count, 16u) * first_columns);"
+@pytest.fixture
+def cut_always(monkeypatch):
+    monkeypatch.setattr(experts_joint, "CUT_ROUNDS", (0, 100))
+
+
+# In two cuts and in three, behind whole rounds and without any.
+@pytest.mark.parametrize("call", [(5, 2, 1032, 640, 3, 2), (6, 2, 1672, 128, 4, 13), (7, 3, 1104, 384, 5, 4)], ids=str)
+def test_tiles_that_are_cut_in_k(call, folder, cut_always):
+    *sizes, ctas = call
+    given, expected = make_call(*sizes)
+    with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
+        outs = []
+        for machine.seed, machine.at_once in ((0, False), (1, True)):
+            outs.append(launch(given))
+            assert reference.relative_error(outs[-1], expected) < EXPERTS_ERROR and (outs[-1][1] == 0).all()
+        assert torch.equal(*outs) and ("CUTS", 1) in [define for spec, _ in machine.loaded for define in spec.defines]
+        given[2].fill_(-1)
+        assert (launch(given) == 0).all()
+
+
+# Tokens, experts a token, columns of x and of h, experts, CTAs: many tiles; one, whose rows of h another CTA wants; one
+# in two cuts.
+MANY, ONE, CUT = (9, 2, 128, 384, 6, 1), (5, 1, 128, 128, 1, 2), (5, 1, 1024, 128, 1, 2)
+PARTS = "wait_for_count(counters + 1 + part.tile, 2 * ceil_div(count, 16u) * first_columns);"
+SUMS = "wait_for_count(counter, cut * 2 * ceil_div(count, 16u));"
 # What is planted, and in which call it shows.
 FAULTS = {
     "rows of h that are not there yet": (PARTS, ";", ONE),
@@ -77,13 +99,16 @@ FAULTS = {
         "",
         MANY,
     ),
+    "sums of a cut that are not there yet": (SUMS, ";", CUT),
     "a stage is filled before it is free": ("barrier_wait(empty + 8 * s, ring.parity ^ 1);", "", MANY),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault, folder, tmp_path):
+def test_planted_faults_are_found(fault, folder, tmp_path, monkeypatch):
     right, wrong, (*sizes, ctas) = FAULTS[fault]
+    if FAULTS[fault][2] is CUT:
+        monkeypatch.setattr(experts_joint, "CUT_ROUNDS", (0, 100))
     sources = planted(tmp_path, "experts_joint.cuh", right, wrong)
     with emulated(folder, Machine(ctas, (1, 1, 1)), sources, at_once=True) as machine, pytest.raises(AssertionError):
         for machine.seed in range(32):

@@ -17,7 +17,7 @@ def test_device_code_with_notes_compiles(tmp_path: Path) -> None:
     from fp8_backend.kernels.compiler import compile_kernel
 
     notes.instrument(tmp_path, 0x7F0000000000, timeline.places())
-    for spec in (experts_joint.SPEC, combine.SPEC, quantize.SPECS[1]):
+    for spec in (*experts_joint.all_specs(), combine.SPEC, quantize.SPECS[1]):
         compiled = compile_kernel(replace(spec, folder=tmp_path))
         assert compiled.spill_bytes == 0 and not compiled.warnings
 

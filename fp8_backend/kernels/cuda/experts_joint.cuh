@@ -6,8 +6,9 @@
 // the second GEMM follow those of the first without a pause.
 //
 // A tile is up to 64 of the rows sorted by expert x 256 rows of its weight: of w13 128 gate and the 128 up rows that belong to them, of w2 neighbours. CTAs draw
-// tiles by tickets, all of the first GEMM before those of the second. A tile of the second waits until `counters` has all parts of its rows of h; whoever computes
-// these has drawn them before, and waits for nobody, so it does not matter how many CTAs run at once.
+// tiles by tickets, all of the first GEMM before those of the second. A tile of the second waits until `counters` has all parts of its rows of h. With CUTS, tiles of
+// the first GEMM beyond the last whole round of CTAs are cut in k, so that all CTAs have a part of them: the first cuts leave their sums in memory, and the last one
+// waits for these. Who is waited for has drawn before, and in the end waits for nobody, so it does not matter how many CTAs run at once.
 //
 // Warp roles:
 //   warpgroup 0     producers. Warp 0, one lane: tickets, weights, their scales, and what the tile is; it runs ahead of the others as far as stages are empty.
@@ -33,6 +34,12 @@ struct Side {
     const u8* weight;
     const float* scale_b;
     u32 k_blocks, n_aligned, scale_stride, scale_b_stride;
+};
+
+// What a ticket stands for: a tile of rows, which column of tiles of the weight, and which of how many cuts of k, with its k-blocks.
+struct Part {
+    u32 tile, column, cut, cuts, begin, end;
+    bool is_first;  // of the first GEMM
 };
 
 // Rows sorted by expert, in tiles.
@@ -135,12 +142,13 @@ DEVICE void multiply_tile(float (&sum)[2][64], u32 rows, u32 weight, u32 scale_a
 // x: codes, a row every k_blocks * 128 bytes, and scale_x [k_blocks][scale_x_stride]; the row of entry e is e / divisor. w13: [group][k_blocks][2 * intermediate][128]
 // packed, scale_13 [group][k_blocks][scale_13_stride]; w2: [group][intermediate / 128][n_aligned][128], scale_2 alike. h: [rows][intermediate] codes in sorted order,
 // scale_h [intermediate / 128][scale_h_stride]. rows: [entries][hidden] 16-bit elements of `type`, hidden % 8 == 0, 16-byte aligned. ids, map, num_ids: as in
-// route.cuh, complete before the previous kernel let this one start. entries: at most kMaxEntries. counters: zero when the previous kernel has ended; a ticket, then
-// how many parts of each tile's rows of h are there.
+// route.cuh, complete before the previous kernel let this one start. entries: at most kMaxEntries. most_cuts: of a tile, 1 if
+// none may be cut. sums: [most_cuts - 1][rows][2 * intermediate] of all cuts but the last. counters: zero when the previous kernel has ended; a ticket; how many parts of
+// each tile's rows of h are there; of each cut tile, how many parts of its sums.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* scale_13, const u8* w2, const float* scale_2, u8* h, float* scale_h, u8* rows,
-              const int* ids, const int* map, u32* counters, u32 entries, u32 num_ids, u32 num_groups, u32 divisor, u32 k_blocks, u32 intermediate, u32 hidden,
-              u32 n_aligned, u32 scale_x_stride, u32 scale_13_stride, u32 scale_h_stride, u32 scale_2_stride, u32 type) {
+              float* sums, const int* ids, const int* map, u32* counters, u32 entries, u32 num_ids, u32 num_groups, u32 divisor, u32 k_blocks, u32 intermediate, u32 hidden,
+              u32 n_aligned, u32 scale_x_stride, u32 scale_13_stride, u32 scale_h_stride, u32 scale_2_stride, u32 most_cuts, u32 type) {
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Tiles tiles_of_cta[1];
     __shared__ float largest_of_rows[kLargest];
@@ -163,7 +171,19 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
     launch_next_kernel();
     sort_entries(tiles, reinterpret_cast<u32*>(shared), ids, map, entries, num_ids, num_groups);
     const u32 first_columns = intermediate / kHalf, second_columns = ceil_div(hidden, 2 * kHalf);
-    const u32 first_items = tiles.count * first_columns, items = first_items + tiles.count * second_columns;
+    const u32 first_tiles = tiles.count * first_columns, cut_tiles = CUTS ? first_tiles % gridDim.x : 0, whole = first_tiles - cut_tiles;
+    const u32 cuts = CUTS && cut_tiles ? min(most_cuts, max(gridDim.x / cut_tiles, 1u)) : 1;
+    const u32 first_items = whole + cut_tiles * cuts, items = first_items + tiles.count * second_columns;
+    auto item_of = [&](u32 ticket) {
+        if (ticket >= first_items) {
+            const u32 index = ticket - first_items;
+            return Part{index / second_columns, index % second_columns, 0, 1, 0, first_columns, false};
+        }
+        if (!CUTS) return Part{ticket / first_columns, ticket % first_columns, 0, 1, 0, k_blocks, true};
+        const u32 of = ticket < whole ? 1 : cuts, beyond = ticket - whole, cut = ticket < whole ? 0 : beyond % cuts;
+        const u32 index = ticket < whole ? ticket : whole + beyond / cuts;
+        return Part{index / first_columns, index % first_columns, cut, of, cut * k_blocks / of, (cut + 1) * k_blocks / of, true};
+    };
     Ring ring;
 
     if (warpgroup == 0) {
@@ -182,14 +202,13 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
                 at_ticket.advance(kTickets);
                 if (t >= items) break;
                 const u32 next = atomicAdd(counters, 1u);  // on its way while this tile is fetched
-                const bool is_first = t < first_items;
-                const Side side = is_first ? first : second;
-                const u32 index = is_first ? t : t - first_items, columns = is_first ? first_columns : second_columns;
-                const u32 tile = index / columns, column = index % columns, k_block = tiles.group[tile] * side.k_blocks;
-                const u32 block_0 = is_first ? column : 2 * column, block_1 = is_first ? first_columns + column : block_0 + 1;
-                const int4 info = make_int4(tiles.rows[tile] & 0xffff, tiles.rows[tile] >> 16, column, is_first ? tile : ~tile);
-                const float* of_weight = side.scale_b + static_cast<i64>(k_block) * side.scale_b_stride;
-                for (u32 kb = 0; kb < side.k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                const Part part = item_of(t);
+                const Side side = part.is_first ? first : second;
+                const u32 block_0 = part.is_first ? part.column : 2 * part.column, block_1 = part.is_first ? first_columns + part.column : block_0 + 1;
+                const u32 k_block = tiles.group[part.tile] * side.k_blocks, rows_of_tile = tiles.rows[part.tile];
+                const int4 info = make_int4(rows_of_tile & 0xffff, rows_of_tile >> 16, part.column | part.cut << 16 | part.cuts << 24, part.is_first ? part.tile : ~part.tile);
+                const float* of_weight = side.scale_b + static_cast<i64>(k_block + part.begin) * side.scale_b_stride;
+                for (u32 kb = part.begin; kb < part.end; ++kb, ring.advance(NUM_STAGES)) {
                     const u32 s = ring.stage, bar = full + 8 * s, scales = base + kOffsetScaleB + s * 32;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = info;
@@ -216,20 +235,19 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
             barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, arrives_for_warp(lane));
             at_ticket.advance(kTickets);
             if (t >= items) break;
-            const bool is_first = t < first_items;
-            const Side side = is_first ? first : second;
-            const u32 tile = is_first ? t / first_columns : (t - first_items) / second_columns;
-            const u32 start = tiles.rows[tile] & 0xffff, count = tiles.rows[tile] >> 16;
-            auto source_of = [&](u32 row) { return is_first ? tiles.sorted[start + min(row, count - 1)] / divisor : start + row; };
-            if (!is_first) {
-                if (lane == 0) wait_for_count(counters + 1 + tile, 2 * ceil_div(count, 16u) * first_columns);
+            const Part part = item_of(t);
+            const Side side = part.is_first ? first : second;
+            const u32 start = tiles.rows[part.tile] & 0xffff, count = tiles.rows[part.tile] >> 16;
+            auto source_of = [&](u32 row) { return part.is_first ? tiles.sorted[start + min(row, count - 1)] / divisor : start + row; };
+            if (!part.is_first) {
+                if (lane == 0) wait_for_count(counters + 1 + part.tile, 2 * ceil_div(count, 16u) * first_columns);
                 __syncwarp();
             }
             if (warp == 3) {
                 const float* of_rows[2];
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) of_rows[i] = side.scale + source_of(i * 32 + lane);
-                for (u32 kb = 0; kb < side.k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+                for (u32 kb = part.begin; kb < part.end; ++kb, ring.advance(NUM_STAGES)) {
                     barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
                     for (u32 i = 0; i < 2; ++i) {
@@ -243,7 +261,7 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
             u32 offsets[kTileRows / 8];  // in units of 16 bytes
 #pragma unroll
             for (u32 i = 0; i < kTileRows / 8; ++i) offsets[i] = source_of(first_row + 8 * i) * (side.k_blocks * 8) + chunk;
-            for (u32 kb = 0; kb < side.k_blocks; ++kb, ring.advance(NUM_STAGES)) {
+            for (u32 kb = part.begin; kb < part.end; ++kb, ring.advance(NUM_STAGES)) {
                 const u32 stage = base + ring.stage * kStageBytes;
                 barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
 #pragma unroll
@@ -267,10 +285,12 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         const u32 count = __shfl_sync(0xffffffffu, static_cast<u32>(tile.y), 0);
         if (count == 0) break;
         const bool is_first = __shfl_sync(0xffffffffu, tile.w, 0) >= 0;
-        const u32 column = tile.z, block_0 = is_first ? column : 2 * column, block_1 = is_first ? first_columns + column : block_0 + 1;
+        const u32 column = tile.z & 0xffff, cut = tile.z >> 16 & 0xff, of_cuts = static_cast<u32>(tile.z) >> 24;
+        const u32 block_0 = is_first ? column : 2 * column, block_1 = is_first ? first_columns + column : block_0 + 1;
         const u32 scale_b[2] = {base + kOffsetScaleB + block_0 % 4 * 4, base + kOffsetScaleB + (4 + block_1 % 4) * 4};
+        const u32 blocks = !is_first ? first_columns : CUTS ? (cut + 1) * k_blocks / of_cuts - cut * k_blocks / of_cuts : k_blocks;
         float sum[2][64];  // the first half of each is used
-        multiply_tile(sum, rows_at, weight, scale_a, scale_b, full, empty, ring, is_first ? k_blocks : first_columns, lane);
+        multiply_tile(sum, rows_at, weight, scale_a, scale_b, full, empty, ring, blocks, lane);
         const bool valid_low = row_in_tile < count, valid_high = row_in_tile + 8 < count;
         if (!is_first) {
             auto row_of = [&](u32 r) { return rows + static_cast<i64>(tiles.sorted[tile.x + min(r, count - 1)]) * hidden * 2; };
@@ -279,6 +299,37 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
             write_rows<64>(sum[0], low, high, first_column, hidden, type, true, valid_low, valid_high, lane);
             write_rows<64>(sum[1], low, high, first_column + kHalf, hidden, type, true, valid_low, valid_high, lane);
             continue;
+        }
+        const i64 row = tile.x + row_in_tile;
+        if (CUTS && of_cuts > 1) {
+            u32* const counter = counters + 1 + entries + tile.w * first_columns + column - whole;
+            float* const of_row = sums + row * 2 * intermediate + column * kHalf + math * 64 + lane % 4 * 2;
+            auto place_of = [&](u32 of_cut, u32 half, u32 i) {
+                return of_row + (static_cast<i64>(of_cut) * entries * 2 + i % 4 / 2 * 16 + half) * intermediate + i / 4 * 8;
+            };
+            if (cut + 1 < of_cuts) {
+#pragma unroll
+                for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+                    for (u32 i = 0; i < 32; i += 2)
+                        if (i % 4 ? valid_high : valid_low) *reinterpret_cast<float2*>(place_of(cut, half, i)) = {sum[half][i], sum[half][i + 1]};
+                __syncwarp();
+                if (warp * 16 < count && lane == 0) count_one(counter);
+                continue;
+            }
+            if (warp * 16 < count && lane == 0) wait_for_count(counter, cut * 2 * ceil_div(count, 16u));
+            __syncwarp();
+#pragma unroll 1
+            for (u32 other = 0; other < cut; ++other)
+#pragma unroll
+                for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+                    for (u32 i = 0; i < 32; i += 2) {
+                        if (!(i % 4 ? valid_high : valid_low)) continue;
+                        const float2 more = __ldcg(reinterpret_cast<const float2*>(place_of(other, half, i)));
+                        sum[half][i] += more.x;
+                        sum[half][i + 1] += more.y;
+                    }
         }
         float low[16], high[16];
         float largest_low = activate<0, 64>(sum[0], sum[1], low), largest_high = activate<1, 64>(sum[0], sum[1], high);
@@ -292,7 +343,6 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         largest_turn ^= 2 * kTileRows;
         largest_low = fmaxf(largest_low, other[0]);
         largest_high = fmaxf(largest_high, other[8]);
-        const i64 row = tile.x + row_in_tile;
         u8* const codes = h + row * intermediate + column * kHalf + math * 64;
         write_codes<64>(low, group_inverse(largest_low), codes, valid_low, lane);
         write_codes<64>(high, group_inverse(largest_high), codes + 8ll * intermediate, valid_high, lane);
