@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.platforms import current_platform
@@ -29,6 +30,7 @@ from fp8_backend.integration import config as config_module
 from fp8_backend.integration import ops
 from fp8_backend.integration.config import DeepGemmFp8Config
 from fp8_backend.integration.moe import check_features
+from fp8_backend.integration.router import RouterLinearMethod
 from fp8_backend.kernels import layout
 from fp8_backend.kernels.reference import BLOCK, ceil_div, dequantize, relative_error
 from fp8_backend.quantize import written_config
@@ -129,6 +131,23 @@ def test_one_byte_scales_are_loaded_exactly(kind: str, method: Any) -> None:
     assert torch.equal(layout.unpack_weight(layer.weight, n, k).view(torch.uint8).cpu(),
                        torch.cat([codes for codes, _ in powers.values()]).view(torch.uint8))  # fmt: skip
     assert torch.equal(layout.unpack_scale(getattr(layer, config.scale_name), n), loaded)
+
+
+def test_a_router_has_a_method_of_its_own() -> None:
+    entries = ["lm_head", "model.layers.0.mlp.gate"]
+    config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", entries))
+    with DEVICE:
+        layer = ReplicatedLinear(128, 8, bias=False, params_dtype=torch.bfloat16)
+    router = config.get_quant_method(layer, entries[1])
+    assert isinstance(router, UnquantizedLinearMethod) and type(router) is RouterLinearMethod
+    assert type(config.get_quant_method(layer, entries[0])) is UnquantizedLinearMethod
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(8, 128))
+    x, bias = torch.randn(3, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(8, device=DEVICE).bfloat16()
+    expected = x.double() @ layer.weight.double().t()
+    router.process_weights_after_loading(layer)
+    assert relative_error(router.apply(layer, x), expected) < 0.004
+    assert relative_error(router.apply(layer, x, bias), expected + 1) < 0.004
 
 
 def test_compressed_tensors_names_what_is_not_quantised() -> None:

@@ -248,7 +248,7 @@ def test_other_gpu_is_served_by_vllm_with_one_warning(
     with set_current_vllm_config(chosen):
         layer = ReplicatedLinear(128, 128, params_dtype=torch.bfloat16)
         methods = [quant_config.get_quant_method(layer, f"layers.{index}.up_proj") for index in range(3)]
-        assert isinstance(quant_config.get_quant_method(layer, "lm_head"), UnquantizedLinearMethod)
+        assert type(quant_config.get_quant_method(layer, "lm_head")) is UnquantizedLinearMethod
     assert all(type(method) is Fp8LinearMethod for method in methods)
     warnings = [line for line in caplog_vllm if "NVIDIA L40S" in line]
     assert len(warnings) == 1

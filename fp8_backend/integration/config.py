@@ -147,7 +147,7 @@ class DeepGemmFp8Config(Fp8Config):
             if select_backend().name != "vllm":
                 fusion.install(vllm_config)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if self.is_skipped(prefix) else self._linear_method(layer, prefix)
+            return self._skipped_method(prefix) if self.is_skipped(prefix) else self._linear_method(layer, prefix)
         if isinstance(layer, RoutedExperts):
             if self.is_skipped(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
@@ -181,6 +181,14 @@ class DeepGemmFp8Config(Fp8Config):
                 "requantise the model"
             )
         return all(skipped)
+
+    def _skipped_method(self, prefix: str) -> QuantizeMethodBase:
+        # The linear in front of experts takes longer to start than to run.
+        if not prefix.endswith(".gate") or select_backend().name == "vllm":
+            return UnquantizedLinearMethod()
+        from fp8_backend.integration.router import RouterLinearMethod
+
+        return RouterLinearMethod()
 
     def _linear_method(self, layer: LinearBase, prefix: str) -> QuantizeMethodBase | None:
         backend = select_backend()

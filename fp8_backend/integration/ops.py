@@ -10,7 +10,7 @@ from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from fp8_backend import counters
 from fp8_backend.integration import compat
-from fp8_backend.kernels import fused_linear, gemm, norm_rope
+from fp8_backend.kernels import fused_linear, gemm, norm_rope, router
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
@@ -153,6 +153,15 @@ def _qk_norm_rope_cache_fake(
     return queries, keys, rows.new_empty(0)
 
 
+def _router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    counters.calls["router_linear"] += 1
+    return router.router_linear(x, weight)
+
+
+def _router_linear_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _experts(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -223,6 +232,7 @@ direct_register_custom_op("qk_norm_rope", _qk_norm_rope, fake_impl=_qk_norm_rope
 direct_register_custom_op(
     "qk_norm_rope_cache", _qk_norm_rope_cache, fake_impl=_qk_norm_rope_cache_fake, target_lib=_LIBRARY
 )
+direct_register_custom_op("router_linear", _router_linear, fake_impl=_router_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("experts", _experts, mutates_args=["out"], fake_impl=_experts_fake, target_lib=_LIBRARY)
 direct_register_custom_op(
     "masked_experts",
@@ -237,5 +247,6 @@ rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
 silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
 qk_norm_rope = torch.ops.fp8_backend.qk_norm_rope
 qk_norm_rope_cache = torch.ops.fp8_backend.qk_norm_rope_cache
+router_linear = torch.ops.fp8_backend.router_linear
 experts = torch.ops.fp8_backend.experts
 masked_experts = torch.ops.fp8_backend.masked_experts

@@ -22,6 +22,7 @@ from fp8_backend.kernels import (
     norm,
     norm_rope,
     quantize,
+    router,
     silu,
 )
 from fp8_backend.kernels.compiler import KernelSpec
@@ -57,6 +58,7 @@ def all_specs() -> tuple[KernelSpec, ...]:
         *norm.SPECS.values(),
         silu.SPEC,
         norm_rope.SPEC,
+        router.SPEC,
         activation.SPEC,
         *experts,
     )
@@ -121,6 +123,7 @@ def load_all() -> None:
         norm.kernel(chunks, device)
     silu.kernel(device)
     norm_rope.kernel(device)
+    router.kernel(device)
     activation.kernel(device)
     for module in _EXPERTS:
         module.load_all()

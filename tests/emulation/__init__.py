@@ -39,6 +39,7 @@ from fp8_backend.kernels import (
     norm_rope,
     quantize,
     quantize_sorted,
+    router,
     routing,
     silu,
     tensor_map,
@@ -175,7 +176,7 @@ MODULES = (
     ),
     *(fused_linear, gemm, gemm_plan),
     *(gemm_quantize, grouped_gathered, grouped_sorted, grouped_tall, launcher, m_grouped, masked, norm, norm_rope),
-    *(quantize, quantize_sorted, routing, silu, tensor_map),
+    *(quantize, quantize_sorted, router, routing, silu, tensor_map),
 )
 
 

@@ -35,7 +35,7 @@ struct Dim3 {
 };
 
 constexpr u32 kStackBytes = 96 * 1024, kChunk = 4, kRankShift = 24;
-constexpr u32 kStaticBytes = 32 * 1024;
+constexpr u32 kStaticBytes = 48 * 1024;
 constexpr u32 kSharedBase = 1024;  // what the system takes of a CTA's shared memory lies before it
 
 struct Barrier {

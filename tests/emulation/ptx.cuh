@@ -364,6 +364,23 @@ DEVICE float high_bf16(u32 pair) { return bits_as<float>(pair & 0xffff0000u); }
 DEVICE float low_f16(u32 pair) { return bits_as<_Float16>(static_cast<u16>(pair)); }
 DEVICE float high_f16(u32 pair) { return low_f16(pair >> 16); }
 
+template <class Low, class High> DEVICE void multiply_pairs(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high, Low low, High high) {
+    u32 rows[32][4], columns[32][2], own[2] = {b_low, b_high};
+    const u8(*words)[16] = emulation::exchange(kWholeWarp, a, 16);
+    for (u32 of = 0; of < 32; ++of) std::memcpy(rows[of], words[of], 16);
+    words = emulation::exchange(kWholeWarp, own, 8);
+    for (u32 of = 0; of < 32; ++of) std::memcpy(columns[of], words[of], 8);
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 row = emulation::lane() / 4, column = emulation::lane() % 4 * 2 + i % 2;
+        for (u32 k = 0; k < 16; ++k) {
+            const u32 of_row = rows[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], of_column = columns[column * 4 + k % 8 / 2][k / 8];
+            d[i] += k % 2 ? high(of_row) * high(of_column) : low(of_row) * low(of_column);
+        }
+    }
+}
+DEVICE void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) { multiply_pairs(d, a, b_low, b_high, low_bf16, high_bf16); }
+DEVICE void multiply_f16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) { multiply_pairs(d, a, b_low, b_high, low_f16, high_f16); }
+
 // Of each half; sign is that of the product. infinity: its bits, behind which NaN begin.
 DEVICE u32 larger_magnitude(u32 a, u32 b, u32 infinity) {
     u32 larger = 0;

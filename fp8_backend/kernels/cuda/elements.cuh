@@ -14,4 +14,10 @@ DEVICE void store_element(void* base, i64 index, u32 type, float value) {
     if (type == kF32) static_cast<float*>(base)[index] = value;
     else static_cast<u16*>(base)[index] = static_cast<u16>(type == kBf16 ? pack_bf16(value, 0.f) : pack_f16(value, 0.f));
 }
+// d += a . b of 16 rows, 8 columns and 16 elements of k, over a warp: lane l has pairs l % 4 and l % 4 + 4 of rows l / 4 and l / 4 + 8 in a[0], a[2] and a[1],
+// a[3], of column l / 4 in b, and sums of columns 2 * (l % 4) and the next one of both rows in d.
+DEVICE void multiply_16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high, u32 type) {
+    if (type == kBf16) multiply_bf16(d, a, b_low, b_high);
+    else multiply_f16(d, a, b_low, b_high);
+}
 DEVICE u32 pack_elements(float low, float high, u32 type) { return type == kBf16 ? pack_bf16(low, high) : pack_f16(low, high); }

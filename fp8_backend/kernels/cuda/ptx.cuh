@@ -238,6 +238,17 @@ struct Ring {
     }
 };
 
+// ---- products of 16 bits ----------------------------------------------------------------------------------------------
+
+#define MULTIPLY_16(name, type)                                                                                                            \
+    DEVICE void name(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) {                                                            \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #type "." #type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high)); \
+    }
+MULTIPLY_16(multiply_bf16, bf16)
+MULTIPLY_16(multiply_f16, f16)
+#undef MULTIPLY_16
+
 // ---- conversions -------------------------------------------------------------------------------------------------------
 
 DEVICE u32 pack_bf16(float low, float high) {
