@@ -96,24 +96,6 @@ def test_every_gemm_config(config, packed, folder):
         assert not packed or machine.filled_rows() == 0  # the last tile of rows is a whole one
 
 
-# Of one CTA: five tiles and six, fewer k-blocks than stages, as many, and more.
-@pytest.mark.parametrize(("m", "n"), [(140, 264), (600, 136)])
-@pytest.mark.parametrize("k_blocks", [1, 4, 5, 13])
-def test_tiles_in_turn(m, n, k_blocks, folder):
-    torch.manual_seed(m + k_blocks)
-    k = k_blocks * BLOCK - 8
-    (codes, scale), x = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16)
-    weight = gemm.Weight(layout.pack_weight(codes), layout.arrange_scale(scale, n, k), n, k)
-    (config,) = (config for config in heuristics.GEMM_CONFIGS if config.in_turn)
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    with emulated(folder, MACHINE) as machine:
-        for machine.seed in range(3):
-            out.fill_(float("nan"))
-            choice = heuristics.GemmChoice(config, 0, 1)
-            gemm.launch_gemm(choice, *reference.per_token_group_quant(x), weight, out, None)
-            assert reference.relative_error(out, truth(x, codes, scale)) < BF16_ERROR
-
-
 # What racecheck watches (benchmarks/sanitize.py) must be right, too.
 def test_every_lane_may_arrive(folder, monkeypatch):
     torch.manual_seed(4)
@@ -475,15 +457,13 @@ def test_masked_weights_are_guessed(name, folder, monkeypatch):
 BEHIND = "barrier_wait(full + 8 * ring.stage, ring.parity);\n" + 24 * " "
 RING, EXCHANGE = 0, -1  # which choice of a configuration: k by one CTA, or by as many as can be
 AHEAD, PLAIN = (next(c for c in heuristics.GEMM_CONFIGS if c.block_m == 64 and c.ahead == at) for at in (True, False))
-TURNS = next(c for c in heuristics.GEMM_CONFIGS if c.in_turn)
 FAULTS = {
     "a stage is filled before it is free": (PLAIN, RING, "barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
-    "a stage is free when one warp has read it": (PLAIN, RING, "kOwners * 4 * kArrivalsOfWarp;", "1;"),
-    "a stage is read at once": (PLAIN, RING, "if (!full_already) barrier_wait(own_full + 8 * s, parity_of(s));", ""),
+    "a stage is free when one warp has read it": (PLAIN, RING, "MATH_WARPGROUPS * 4 * kArrivalsOfWarp;", "1;"),
+    "a stage is read at once": (PLAIN, RING, "if (!full_already) barrier_wait(full + 8 * s, ring.parity);", ""),
     "half of the sums are waited for": (PLAIN, EXCHANGE, "kShares * kShareBytes);", "kShares * kShareBytes / 2);"),
     "the next product is issued at once": (AHEAD, RING, BEHIND + "issue(next", "issue(next"),
     "a product is promoted before it has ended": (AHEAD, RING, "wgmma_wait<1>();", "wgmma_wait<2>();"),
-    "data of the other warpgroup's tile": (TURNS, RING, "own_full = full + turn * NUM_STAGES * 8;", "own_full = full;"),
 }
 
 

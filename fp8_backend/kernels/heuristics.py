@@ -41,7 +41,6 @@ GEMM_CONFIGS = (
     GemmConfig(128, 64, 2, 7, split_k=True, unrolled=True),
     GemmConfig(128, 96, 2, 6, split_k=True),
     GemmConfig(128, 128, 2, 5, split_k=True, ahead=True),
-    GemmConfig(128, 128, 2, 5, in_turn=True),
     GemmConfig(128, 160, 2, 5, unrolled=True),
     GemmConfig(128, 192, 2, 4, unrolled=True),
     GemmConfig(256, 128, 2, 3, unrolled=True),
@@ -149,8 +148,6 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),
 }
-# The same of tiles of 128 x 128 that math warpgroups take in turn.
-_IN_TURN_NS = (420.0, 300.0, 0.0)
 # The same of the GEMM that quantises by itself, and its launch (one H100, 2026-11-27, docs/kernel-notes-gemm.md).
 _QUANTIZING_NS, _QUANTIZING_LAUNCH_NS = (1180, 1800, 9200), 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
@@ -239,10 +236,8 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) -> float:
     """most: tiles at once."""
     config, split = choice.config, choice.split
-    block_ns, tile_ns, split_ns = _IN_TURN_NS if config.in_turn else _GEMM_NS[config.block_m, config.block_n]
+    block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n]
     num_sms, waves = problem.machine.num_sms, ceil_div(tiles, most)
-    if config.in_turn:
-        waves += waves % 2  # a tile alone leaves the tensor core idle
     if (problem.m + problem.n) * problem.k > _BEYOND_L2_BYTES and waves > _BEYOND_L2_WAVES:
         block_ns = max(block_ns, (config.block_m + config.block_n) * BLOCK / _BEYOND_L2_BYTES_PER_NS)
     last = (tiles - (waves - 1) * most) * split  # CTAs of the last wave

@@ -56,8 +56,7 @@ class GemmConfig:
 
     split_k: can be launched in clusters that share the k-blocks of a tile. ctas_per_sm: CTAs that fit a multiprocessor.
     unrolled: the loop over k takes all stages a round. ahead: a product is issued before the last one is waited for; of
-    one slice of 64 rows a math warpgroup, whose registers do for two. in_turn: each math warpgroup has tiles of its
-    own.
+    one slice of 64 rows a math warpgroup, whose registers do for two.
     """
 
     block_m: int
@@ -68,7 +67,6 @@ class GemmConfig:
     ctas_per_sm: int = 1
     unrolled: bool = False
     ahead: bool = False
-    in_turn: bool = False
 
     @property
     def threads(self) -> int:
@@ -88,12 +86,10 @@ class GemmConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: tiles, scales, barriers of a stage; outputs or exchanged sums, a barrier."""
-        outputs = self.math_warpgroups if self.in_turn else 2 if self.split_k else 1
-        room = self.block_m * self.block_n * 2 * outputs
+        """Dynamic shared memory of a CTA: tiles, scales, two barriers a stage; outputs or exchanged sums, a barrier."""
+        room = self.block_m * self.block_n * (4 if self.split_k else 2)
         stage = (self.block_m + self.block_n) * BLOCK + self.block_m * 4 + _STAGE_EXTRA_BYTES
-        more_barriers = (self.math_warpgroups - 1) * self.num_stages if self.in_turn else 0
-        return self.num_stages * stage + room + (1 + more_barriers) * 8
+        return self.num_stages * stage + room + 8
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
@@ -109,7 +105,6 @@ class GemmConfig:
                 ("CTAS_PER_SM", self.ctas_per_sm),
                 ("UNROLLED", int(self.unrolled)),
                 ("AHEAD", int(self.ahead)),
-                ("IN_TURN", int(self.in_turn)),
             ),
         )
 

@@ -320,11 +320,6 @@ struct Ring {
             parity ^= 1;
         }
     }
-    DEVICE void skip(u32 count, u32 stages) {
-        stage += count;
-        parity ^= stage / stages & 1;
-        stage %= stages;
-    }
 };
 
 // ---- conversions and arithmetic ----------------------------------------------------------------------------------------

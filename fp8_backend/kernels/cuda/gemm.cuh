@@ -3,10 +3,8 @@
 // Persistent CTAs walk output tiles of BLOCK_M x BLOCK_N. Warp roles:
 //   warpgroup 0      producers. A lane each of warps 0, 1 and 2 fetches, per stage, the tile of a, the tile of b (tensor copies), and the
 //                    scales (bulk copies); the other warp idles (a warpgroup is the unit that can give registers away).
-//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns. With IN_TURN each has tiles of its own, every W-th: where k is
-//                    short, the end of one is as long as the products of the next, and data come in the order of tiles, so they do not end together.
-// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp that reads it). IN_TURN each math warpgroup has full barriers of its own: a phase is told by its parity, so none may be missed.
-// The tensor core accumulates one
+//   warpgroups 1..W  math. Each owns BLOCK_M / W rows: WAVES slices of 64 rows and BLOCK_N columns.
+// Barriers per stage: full (3 arrivals + bytes), filled by the copies; empty (one arrival per math warp). The tensor core accumulates one
 // 128-deep block of k in `partial`; promotion scales it into fp32 `sum`, because the FP8 accumulator keeps fewer bits than fp32.
 //
 // AHEAD kernels, of one slice a warpgroup, issue the product of the next block before they wait for that of the last one: two sets of
@@ -30,24 +28,22 @@
 #include "output.cuh"
 #include "tiles.cuh"
 
-constexpr u32 kOwners = IN_TURN ? 1 : MATH_WARPGROUPS, kTurns = MATH_WARPGROUPS / kOwners;  // math warpgroups of a tile, and groups of these that take tiles in turn
-constexpr u32 kWaves = BLOCK_M / (64 * kOwners);
+constexpr u32 kWaves = BLOCK_M / (64 * MATH_WARPGROUPS);
 // Columns that share a scale of b in every tile: tiles start at multiples of BLOCK_N, blocks of scales at multiples of 128.
 constexpr u32 kScaled = BLOCK_N % 128 == 0 ? 128 : BLOCK_N % 64 == 0 ? 64 : 32;
 constexpr u32 kScales = BLOCK_N / kScaled;
 constexpr u32 kStored = BLOCK_N % 64 == 0 ? 64 : 32;  // columns of a box of outputs, as many bytes as its rows are swizzled by
 constexpr bool kPeeled = UNROLLED && NUM_STAGES <= 4;
 constexpr u32 kShares = kWaves * (BLOCK_N / 8);  // of a math warpgroup in the exchange
-constexpr u32 kOutputBytes = BLOCK_M * BLOCK_N * 2, kRoomBytes = kOutputBytes * (SPLIT_K ? 2 : kTurns);  // outputs on their way to memory, or sums to another CTA
+constexpr u32 kRoomBytes = BLOCK_M * BLOCK_N * (SPLIT_K ? 4 : 2);  // outputs on their way to memory, or sums to another CTA
 constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB, kStageStep = kStageBytes / 16;  // of descriptors
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
-constexpr u32 kEmptyArrivals = kOwners * 4 * kArrivalsOfWarp;
+constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
 constexpr u32 kShareBytes = kExchangedBytes<MATH_WARPGROUPS>;
 
-static_assert(BLOCK_M % (64 * kOwners) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
-static_assert(!IN_TURN || (!SPLIT_K && !AHEAD && !UNROLLED), "tiles in turn begin at any stage");
+static_assert(BLOCK_M % (64 * MATH_WARPGROUPS) == 0 && BLOCK_N % 32 == 0, "tiles are whole wgmma slices, and boxes of outputs");
 static_assert(!AHEAD || kWaves == 1, "two sets of products for one slice alone");
 static_assert(!SPLIT_K || kShares % 4 == 0, "up to 4 CTAs, and 8 where GemmConfig.splits says so, own as many shares each");
 
@@ -74,7 +70,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     extern __shared__ __align__(1024) u8 shared[];
     const u32 tiles = smem_address(shared);
     const u32 room = tiles + NUM_STAGES * kStageBytes, scales = room + kRoomBytes;
-    const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + kTurns * NUM_STAGES * 8;
+    const u32 full = scales + NUM_STAGES * kStageScaleBytes, empty = full + NUM_STAGES * 8;
     const u32 exchanged = empty + NUM_STAGES * 8;  // of SPLIT_K kernels
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), split = SPLIT_K ? cluster_size() : 1;
     const u32 split_rank = SPLIT_K ? cluster_rank() : 0;
@@ -83,7 +79,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         prefetch_map(&map_a);
         if (!packed_b) prefetch_map(&map_b);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
-            for (u32 i = 0; i < kTurns; ++i) barrier_init(full + 8 * (i * NUM_STAGES + s), kProducers);
+            barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
         }
         if (split > 1) {
@@ -106,8 +102,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         const u32 producer = threadIdx.x / 32;
         if (producer < kProducers && elect_lane()) {
             if (producer != 1 || !packed_b) wait_for_previous_kernel();
-            u32 of_turn = 0;  // where the full barriers of the tile's warpgroup begin
-            for (u32 t = first_tile; t < num_tiles; t += tile_step, of_turn ^= IN_TURN ? NUM_STAGES * 8 : 0) {
+            for (u32 t = first_tile; t < num_tiles; t += tile_step) {
                 const Tile tile = tile_at(t, tiles_m, tiles_n, strip, last_m);
                 const u32 scale_rows = min(u32(BLOCK_M), m_aligned - tile.m);
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
@@ -115,7 +110,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const float* tile_scale_a = scale_a + tile.m;
                 const float* tile_scale_b = scale_b + first_scale_of(tile.n, scale_b_stride);
                 for (u32 kb = first_block; kb < end_block; ++kb, ring.advance(NUM_STAGES)) {
-                    const u32 s = ring.stage, bar = full + of_turn + 8 * s;
+                    const u32 s = ring.stage, bar = full + 8 * s;
                     barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     if (producer == 0) {
                         barrier_expect(bar, bytes_a);
@@ -139,8 +134,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     } else {
         if (MATH_WARPGROUPS == 2) take_registers<232>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-        const u32 turn = IN_TURN ? warpgroup - 1 : 0, own_full = full + turn * NUM_STAGES * 8;
-        const u32 row_in_tile = IN_TURN ? 0 : (warpgroup - 1) * kWaves * 64, own_room = room + turn * kOutputBytes;
+        const u32 row_in_tile = (warpgroup - 1) * kWaves * 64;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
         const bool stores_by_copy = mapped_out && split == 1;
         const u32 own_a = matrix_descriptor_low(tiles + row_in_tile * kBlockK), own_b = matrix_descriptor_low(tiles + kBytesA);
@@ -153,18 +147,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             at_b = ring.stage ? at_b + kStageStep : own_b;
         };
         bool full_already = false;
-        // Past the stages of tiles that are others'.
-        auto skip_tiles = [&](u32 count) {
-            ring.skip(count * (end_block - first_block), NUM_STAGES);
-            at_a = own_a + ring.stage * kStageStep;
-            at_b = own_b + ring.stage * kStageStep;
-            full_already = false;
-        };
-        if (IN_TURN) skip_tiles(turn);
-        u32 phases = 0;  // IN_TURN: the parity of each stage's next phase, a bit each
-        auto parity_of = [&](u32 s) { return IN_TURN ? phases >> s & 1 : ring.parity; };
 
-        for (u32 t = first_tile + turn * tile_step; t < num_tiles; t += kTurns * tile_step) {
+        for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, last_m);
             u32 block_scale[kScales];
 #pragma unroll
@@ -190,10 +174,8 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
                 wgmma_commit();
             };
-            u32 remaining = end_block - first_block;
             auto multiply_block = [&](u32 s) {
-                if (!full_already) barrier_wait(own_full + 8 * s, parity_of(s));
-                if (IN_TURN) phases ^= 1u << s;
+                if (!full_already) barrier_wait(full + 8 * s, ring.parity);
                 float scale_of_block[kScales];
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) {
@@ -218,12 +200,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         find_stage();
-                        full_already = barrier_passed(own_full + 8 * ring.stage, parity_of(ring.stage));
+                        full_already = barrier_passed(full + 8 * ring.stage, ring.parity);
                     }
 #pragma unroll
                     for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high)[i * 2 / kScaled] * partial[i];
                 }
             };
+            u32 remaining = end_block - first_block;
             if constexpr (AHEAD) {
                 float even[BLOCK_N / 2], odd[BLOCK_N / 2];
                 auto finish = [&](float (&partial)[BLOCK_N / 2], float (&next)[BLOCK_N / 2], bool more) {
@@ -286,8 +269,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     }
             }
             for (; remaining > 0; --remaining) multiply_block(ring.stage);
-            if (IN_TURN) skip_tiles(kTurns - 1);
-            if (IN_TURN ? t < first_tile + kTurns * tile_step : t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
+            if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (SPLIT_K && split > 1) {
                 const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
                 send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot);
@@ -310,7 +292,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll
                 for (u32 j = 0; j < BLOCK_N / kStored; ++j) {
                     constexpr u32 kRowBytes = kStored * 2;
-                    const u32 target = own_room + (j * BLOCK_M + first_row) * kRowBytes;
+                    const u32 target = room + (j * BLOCK_M + first_row) * kRowBytes;
 #pragma unroll
                     for (u32 wave = 0; wave < kWaves; ++wave) {
                         const float* columns = sum[wave] + j * (kStored / 2);

@@ -236,11 +236,6 @@ struct Ring {
             parity ^= 1;
         }
     }
-    DEVICE void skip(u32 count, u32 stages) {
-        stage += count;
-        parity ^= stage / stages & 1;
-        stage %= stages;
-    }
 };
 
 // ---- products of 16 bits ----------------------------------------------------------------------------------------------
