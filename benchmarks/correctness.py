@@ -66,14 +66,20 @@ def main() -> None:
         "edge_cases": seed + (["--small"] if arguments.small else []),
         "sanitize": [],
     }
-    env = {**environment(arguments.commit), "seed": arguments.seed, "deepgemm": {}, "failures": [], "failed_parts": {}}
+    parts = arguments.parts.split(",")
+    # A run that is stopped leaves a result that says so.
+    failed = dict.fromkeys(parts, "did not end")
+    env = {**environment(arguments.commit), "seed": arguments.seed, "deepgemm": {}, "failures": []}
+    env["failed_parts"] = failed
     result: dict[str, Any] = {"env": env, "rows": []}
     with tempfile.TemporaryDirectory(prefix="fp8-correctness-") as folder:
-        for part in arguments.parts.split(","):
+        for part in parts:
             start = time.monotonic()
             written, failure = run_part(part, options[part], Path(folder), TIME_LIMITS[part])
-            if failure is not None:
-                env["failed_parts"][part] = failure
+            if failure is None:
+                del failed[part]
+            else:
+                failed[part] = failure
             if arguments.logs:
                 arguments.logs.mkdir(parents=True, exist_ok=True)
                 for log in Path(folder).glob("*.log"):

@@ -8,6 +8,7 @@ import sys
 import time
 from math import log
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,23 @@ def test_small_run(tmp_path: Path) -> None:
     assert {found["m"] for found in result["rows"]} >= {0, 1, 17}
     assert all(found["verified"] for found in result["rows"])
     assert result["env"]["failures"] == [] and result["env"]["failed_parts"] == {}
+
+
+def test_a_run_that_is_stopped_names_what_did_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "correctness.json"
+
+    def run_part(part: str, options: list[str], folder: Path, time_limit: float) -> tuple[dict[str, Any], str | None]:
+        if part == "sanitize":
+            raise KeyboardInterrupt
+        (folder / f"{part}.log").touch()
+        return {"rows": []}, None
+
+    monkeypatch.setattr(correctness, "run_part", run_part)
+    monkeypatch.setattr(correctness, "stop_children_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["correctness", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        correctness.main()
+    assert json.loads(out.read_text())["env"]["failed_parts"] == {"sanitize": "did not end"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows a part that fails for want of a GPU")

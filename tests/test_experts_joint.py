@@ -52,13 +52,13 @@ def test_the_gemms_start_when_ids_are_there():
 
 def test_workspace_is_m_times_top_k_rows():
     m, top_k, hidden, intermediate = 64, 8, 7168, 2048
-    size = experts_joint.experts_joint_workspace_bytes(m, top_k, 256, hidden, intermediate, 132)
+    size = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, 256, 132)
     rows = m * top_k * (intermediate + intermediate // 128 * 4 + hidden * 2)
     counters = align(
         hidden // 128 * 64 * 4 + (1 + m * top_k) * 4, 128
     )  # behind the scales; a part starts in a line of L2
     assert size == rows + m * hidden + counters
-    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, 256, hidden, intermediate, 132, True)
+    weighted = experts_joint.experts_joint_workspace_bytes(m, top_k, hidden, intermediate, 256, 132, True)
     assert weighted > size + m * top_k * hidden * 4
 
 

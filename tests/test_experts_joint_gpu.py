@@ -78,7 +78,7 @@ def test_experts_are_captured_and_take_the_bytes_they_say():
     weights, ids = draw_routing("even", m, top_k, num_groups)
     arguments = (x, weights, ids, *packed_13, *packed_2, out)
     taken = requested_bytes(partial(experts_joint, *arguments))
-    assert taken == experts_joint_workspace_bytes(m, top_k, num_groups, hidden, intermediate, num_sms(0))
+    assert taken == experts_joint_workspace_bytes(m, top_k, hidden, intermediate, num_groups, num_sms(0))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         experts_joint(*arguments)

@@ -49,37 +49,41 @@ def launch(given, form="joint"):
     return out
 
 
+def launch_and_judge(machine, given, expected):
+    """Return the answer, the same bits with CTAs one after the other and all at once."""
+    outs = []
+    for machine.seed, machine.at_once in ((0, False), (1, True)):
+        outs.append(launch(given))
+        assert reference.relative_error(outs[-1], expected) < EXPERTS_ERROR and (outs[-1][1] == 0).all()
+    assert torch.equal(*outs)
+    return outs[0]
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_both_gemms_in_one_launch(call, folder):
     *sizes, ctas = call
     given, expected = make_call(*sizes)
     with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
-        outs = []
-        for machine.seed, machine.at_once in ((0, False), (1, True)):
-            outs.append(launch(given))
-            assert reference.relative_error(outs[-1], expected) < EXPERTS_ERROR and (outs[-1][1] == 0).all()
+        out = launch_and_judge(machine, given, expected)
         # The form for many rows adds the same products in the same order.
-        assert all(torch.equal(outs[0], out) for out in (outs[1], launch(given, "prefill")))
+        assert torch.equal(out, launch(given, "prefill"))
         given[2].fill_(-1)
         assert (launch(given) == 0).all()
 
 
-@pytest.fixture
 def cut_always(monkeypatch):
     monkeypatch.setattr(experts_joint, "CUT_ROUNDS", (0, 100))
 
 
 # In two cuts and in three, behind whole rounds and without any.
 @pytest.mark.parametrize("call", [(5, 2, 1032, 640, 3, 2), (6, 2, 1672, 128, 4, 13), (7, 3, 1104, 384, 5, 4)], ids=str)
-def test_tiles_that_are_cut_in_k(call, folder, cut_always):
+def test_tiles_that_are_cut_in_k(call, folder, monkeypatch):
+    cut_always(monkeypatch)
     *sizes, ctas = call
     given, expected = make_call(*sizes)
     with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
-        outs = []
-        for machine.seed, machine.at_once in ((0, False), (1, True)):
-            outs.append(launch(given))
-            assert reference.relative_error(outs[-1], expected) < EXPERTS_ERROR and (outs[-1][1] == 0).all()
-        assert torch.equal(*outs) and ("CUTS", 1) in [define for spec, _ in machine.loaded for define in spec.defines]
+        launch_and_judge(machine, given, expected)
+        assert ("CUTS", 1) in [define for spec, _ in machine.loaded for define in spec.defines]
         given[2].fill_(-1)
         assert (launch(given) == 0).all()
 
@@ -106,9 +110,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, folder, tmp_path, monkeypatch):
-    right, wrong, (*sizes, ctas) = FAULTS[fault]
-    if FAULTS[fault][2] is CUT:
-        monkeypatch.setattr(experts_joint, "CUT_ROUNDS", (0, 100))
+    right, wrong, call = FAULTS[fault]
+    *sizes, ctas = call
+    if call is CUT:
+        cut_always(monkeypatch)
     sources = planted(tmp_path, "experts_joint.cuh", right, wrong)
     with emulated(folder, Machine(ctas, (1, 1, 1)), sources, at_once=True) as machine, pytest.raises(AssertionError):
         for machine.seed in range(32):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from fp8_backend.kernels import activation, decode, gemm_plan, gemm_quantize, norm, norm_rope, quantize, silu, warmup
+from fp8_backend.kernels import (
+    activation,
+    decode,
+    gemm_plan,
+    gemm_quantize,
+    norm,
+    norm_rope,
+    quantize,
+    router,
+    silu,
+    warmup,
+)
 from fp8_backend.kernels.compiler import compile_kernel
 from tests.device_source import constants, parameter_kinds
 
@@ -32,6 +43,7 @@ def test_the_set_is_bounded():
         ("rms_norm_quantize.cuh", norm._LAYOUT),
         ("silu_mul_quantize.cuh", silu._LAYOUT),
         ("norm_rope.cuh", norm_rope._LAYOUT),
+        ("router.cuh", router._LAYOUT),
         ("activation.cuh", activation._LAYOUT),
     ],
 )
@@ -47,3 +59,6 @@ def test_constants_shared_with_the_device_code():
     assert device["kFp8Max"] == reference.FP8_MAX and device["kMinAmax"] == reference.MIN_AMAX
     assert device["kScaleFloats"] == layout.SCALES_FETCHED
     assert device["kThreads"] == problem.DECODE_THREADS
+    device = constants("router.cuh")
+    assert (device["kMostRows"], device["kWarps"] * 32) == (router.MAX_ROWS, router._THREADS)
+    assert (device["kColumns"], device["kRanks"]) == (router._COLUMNS, router._RANKS)

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.platforms import current_platform
 
+from fp8_backend import counters
 from fp8_backend.errors import CheckpointError, UnsupportedError
 from fp8_backend.integration import config as config_module
 from fp8_backend.integration import ops
@@ -146,8 +147,11 @@ def test_a_router_has_a_method_of_its_own() -> None:
     x, bias = torch.randn(3, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(8, device=DEVICE).bfloat16()
     expected = x.double() @ layer.weight.double().t()
     router.process_weights_after_loading(layer)
+    before = counters.calls["router_linear"]
     assert relative_error(router.apply(layer, x), expected) < 0.004
     assert relative_error(router.apply(layer, x, bias), expected + 1) < 0.004
+    # On a CPU vLLM multiplies by itself, and so it does with a bias.
+    assert counters.calls["router_linear"] - before == int(x.is_cuda)
 
 
 def test_compressed_tensors_names_what_is_not_quantised() -> None:

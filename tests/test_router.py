@@ -75,8 +75,9 @@ def test_it_waits_for_the_rows_on_a_gpu():
 
 def test_operands_that_do_not_fit_are_refused():
     x, weight, _ = operands(2, 8, 64, torch.bfloat16)
-    for one, other in ((x, weight.float()), (x, weight[:, :-1]), (x[0], weight)):
-        with pytest.raises(ArgumentError, match=r"expected \[m, "):
+    wrong = weight.float(), weight[:, :-1], weight[0], weight.to("meta")
+    for one, other in ((x[0], weight), *((x, each) for each in wrong)):
+        with pytest.raises(ArgumentError, match=r"expected \[m, k\] for a weight .*; reshape, convert or move it"):
             router.router_linear(one, other)
 
 

@@ -17,6 +17,7 @@ class RouterLinearMethod(UnquantizedLinearMethod):
         """Return x @ weight^T + bias."""
         weight = layer.weight  # on a CPU vLLM keeps an empty one
         rows = x.is_cuda and x.dim() == 2 and x.dtype in router.DTYPES
+        # For the same bits in any batch vLLM has a linear of its own.
         if not rows or bias is not None or weight.dtype != x.dtype or batch_invariant():
             return super().apply(layer, x, bias)
         product: torch.Tensor = ops.router_linear(x, weight)

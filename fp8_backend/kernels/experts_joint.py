@@ -28,7 +28,8 @@ MAX_GROUPS = 1024  # for each a bit of every entry, where stages lie later
 # Where tiles beyond the first whole round are so many rounds in all, they are cut in k: else few multiprocessors fetch
 # them while the others have nothing left to multiply. Sums of a cut take room, and the end of a cut time: one H200, us
 # without and with cuts, Qwen3-235B at TP4 at 8 tokens (1.2 rounds) 71.2 and 66.3, Qwen3-30B at 4 (1.3) 46.1 and 45.5,
-# but at 8 (2.4) 64.6 and 66.2, and 0.3 to 3.8 % more for less than a round and for more than two.
+# but at 8 (2.4) 64.6 and 66.2, and 0.3 to 3.8 % more for less than a round and for more than two
+# (docs/kernel-notes-moe-decode.md, 2026-11-28, leads).
 CUT_ROUNDS, MAX_CUTS, _LEAST_K_BLOCKS = (1.1, 1.5), 4, 4
 _STAGE_BYTES = (TILE_ROWS + 2 * BLOCK) * BLOCK
 _SHARED_BYTES = _STAGES * (_STAGE_BYTES + TILE_ROWS * 4 + 32 + 16 + 2 * 8) + TICKETS * (2 * 8 + 16)
@@ -97,14 +98,24 @@ def workspace_parts(rows: int, entries: int, hidden: int, intermediate: int, cut
 
 
 def num_counters(entries: int, cuts: int, sms: int) -> int:
-    """Return how many words of 4 bytes the kernel counts in."""
+    """Return how many words of 4 bytes the kernel counts in; arguments as of `workspace_parts`."""
     return 1 + entries + (sms if cuts > 1 else 0)
 
 
 def experts_joint_workspace_bytes(
-    m: int, top_k: int, num_groups: int, hidden: int, intermediate: int, sms: int, router_weight_on_input: bool = False
+    m: int, top_k: int, hidden: int, intermediate: int, num_groups: int, sms: int, router_weight_on_input: bool = False
 ) -> int:
-    """Return the bytes of all tensors that `experts_joint` allocates for 16-bit activations and int32 ids, no map."""
+    """Return the bytes of all tensors that `experts_joint` allocates for 16-bit activations, int32 ids and no map.
+
+    Args:
+        m: tokens.
+        top_k: experts a token.
+        hidden: columns of x.
+        intermediate: columns of h.
+        num_groups: experts, all on this rank.
+        sms: multiprocessors.
+        router_weight_on_input: whether each entry has a weighted row of its own.
+    """
     entries = m * top_k
     cuts = most_cuts(entries, num_groups, num_groups, hidden, intermediate, sms)
     rows, weighted = (entries, entries * hidden * 4) if router_weight_on_input else (m, 0)

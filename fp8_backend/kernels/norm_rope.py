@@ -111,42 +111,36 @@ def qk_norm_rope(
         ArgumentError: a dtype, shape or device that does not fit.
         UnsupportedError: the rows are on a GPU for which there are no kernels.
     """
-    check(rows, positions, query_weight, key_weight, cos_sin_cache, query_heads, key_heads)
+    operands = rows, positions, query_weight, key_weight, cos_sin_cache
+    check(*operands, query_heads, key_heads)
     head = query_weight.shape[0]
     check_cache(rows, kept, head, query_heads, key_heads)
     if not runs_cuda_kernels(rows.device):
-        queries, keys = reference.qk_norm_rope(
-            rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
-        )
+        queries, keys = reference.qk_norm_rope(*operands, epsilon, query_heads, key_heads)
         if kept is not None:
             reference.keep(keys, values_behind(rows, query_heads, key_heads, head), *kept)
         return queries, keys
     if not is_current(rows.device):
         with torch.cuda.device(rows.device):
-            return qk_norm_rope(
-                rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept
-            )
-    return _launch(rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads, kept)
+            return qk_norm_rope(*operands, epsilon, query_heads, key_heads, kept)
+    return _launch(operands, epsilon, query_heads, key_heads, kept)
 
 
 def values_behind(rows: torch.Tensor, query_heads: int, key_heads: int, head: int) -> torch.Tensor:
     """Return the values [m, key_heads, head] that lie behind queries and keys in rows [m, n], a view."""
     first = (query_heads + key_heads) * head
-    return rows[:, first : first + key_heads * head].view(-1, key_heads, head)
+    return rows[:, first : first + key_heads * head].view(rows.shape[0], key_heads, head)
 
 
 def _launch(
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
+    operands: tuple[torch.Tensor, ...],
     epsilon: float,
     query_heads: int,
     key_heads: int,
     kept: KeyValueCache | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel on the current device; as `qk_norm_rope`, and nothing is checked."""
+    """Launch the kernel on the current device; operands: the tensors of `qk_norm_rope` in order, nothing is checked."""
+    rows, positions, query_weight, key_weight, cos_sin_cache = operands
     head, value_heads = query_weight.shape[0], 0 if kept is None else key_heads
     # Only the heads: a copy of whole rows would keep an odd length, and every second row would lie two bytes off.
     rows = _paired(rows[:, : (query_heads + key_heads + value_heads) * head])

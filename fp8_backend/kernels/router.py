@@ -31,18 +31,21 @@ def router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     fetched before earlier kernels of the stream have ended, as `gemm.fp8_linear` says.
 
     Args:
-        x: [m, k] bfloat16 or float16.
-        weight: [n, k] in x's dtype.
+        x: [m, k] bfloat16 or float16, any strides.
+        weight: [n, k] in x's dtype, on its device, any strides.
 
     Returns:
         [m, n] in x's dtype, contiguous.
 
     Raises:
-        ArgumentError: a dtype or shape that does not fit.
+        ArgumentError: a dtype, shape or device that does not fit.
+        UnsupportedError: x is on a GPU for which there are no kernels.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+    alike = x.dtype == weight.dtype and x.device == weight.device
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not alike:
         raise ArgumentError(
-            f"x: got {list(x.shape)} {x.dtype}; expected [m, {weight.shape[-1]}] {weight.dtype}, as the weight has it"
+            f"x: got {list(x.shape)} {x.dtype} on {x.device}; expected [m, k] for a weight [n, k], here "
+            f"{list(weight.shape)} {weight.dtype} on {weight.device}; reshape, convert or move it"
         )
     if not _served(x, weight):
         return torch.nn.functional.linear(x, weight)

@@ -142,9 +142,9 @@ DEVICE void multiply_tile(float (&sum)[2][64], u32 rows, u32 weight, u32 scale_a
 // x: codes, a row every k_blocks * 128 bytes, and scale_x [k_blocks][scale_x_stride]; the row of entry e is e / divisor. w13: [group][k_blocks][2 * intermediate][128]
 // packed, scale_13 [group][k_blocks][scale_13_stride]; w2: [group][intermediate / 128][n_aligned][128], scale_2 alike. h: [rows][intermediate] codes in sorted order,
 // scale_h [intermediate / 128][scale_h_stride]. rows: [entries][hidden] 16-bit elements of `type`, hidden % 8 == 0, 16-byte aligned. ids, map, num_ids: as in
-// route.cuh, complete before the previous kernel let this one start. entries: at most kMaxEntries. most_cuts: of a tile, 1 if
-// none may be cut. sums: [most_cuts - 1][rows][2 * intermediate] of all cuts but the last. counters: zero when the previous kernel has ended; a ticket; how many parts of
-// each tile's rows of h are there; of each cut tile, how many parts of its sums.
+// route.cuh, complete before the previous kernel let this one start. entries: at most kMaxEntries. most_cuts: of a tile, 1 if none may be cut. sums:
+// [most_cuts - 1][rows][2 * intermediate] of all cuts but the last. counters: zero when the previous kernel has ended; a ticket; how many parts of each tile's rows of h
+// are there; of each cut tile, how many parts of its sums.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* scale_13, const u8* w2, const float* scale_2, u8* h, float* scale_h, u8* rows,
               float* sums, const int* ids, const int* map, u32* counters, u32 entries, u32 num_ids, u32 num_groups, u32 divisor, u32 k_blocks, u32 intermediate, u32 hidden,
