@@ -82,22 +82,6 @@ def test_tiles_a_little_beyond_a_round_are_cut_in_k(entries, num_ids, num_groups
     assert sums == (cuts - 1) * entries * 768 * 4
 
 
-# Qwen3-30B at 32 tokens; at 4, where most experts have no rows; all experts of a small layer; on one of two ranks; more
-# entries than can be sorted beside the weights.
-@pytest.mark.parametrize(
-    ("entries", "num_ids", "num_groups", "intermediate", "groups"),
-    [
-        (256, 128, 128, 768, 22),
-        (32, 128, 128, 768, 0),
-        (64, 16, 16, 128, 16),
-        (256, 128, 64, 768, 22),
-        (512, 256, 256, 256, 0),
-    ],
-)
-def test_first_tiles_are_guessed_where_most_experts_have_rows(entries, num_ids, num_groups, intermediate, groups):
-    assert experts_joint.guessed_groups(entries, num_ids, num_groups, intermediate, 132) == groups
-
-
 def test_more_experts_than_it_sorts_are_refused():
     tensors = [torch.empty(1025, 1, 256, 128, device="meta"), torch.empty(1025, 1, 8, device="meta")]
     x = torch.empty(1, 128, device="meta", dtype=torch.bfloat16)

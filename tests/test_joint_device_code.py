@@ -88,28 +88,9 @@ def test_tiles_that_are_cut_in_k(call, folder, monkeypatch):
         assert (launch(given) == 0).all()
 
 
-# Some of the experts that are guessed without rows, all with, all experts guessed; k-blocks fewer than stages and more.
-@pytest.mark.parametrize("call", [(4, 2, 264, 256, 12, 7), (9, 8, 136, 128, 16, 5), (5, 2, 656, 128, 3, 4)], ids=str)
-def test_tiles_that_are_guessed(call, folder, monkeypatch):
-    """Of CTAs that are late, as those of a grid that runs one after the other are, others take the tiles."""
-    *sizes, ctas = call
-    m, top_k, _, intermediate, num_groups = sizes
-    monkeypatch.setattr(experts_joint, "LEAST_HIT", 0)
-    assert experts_joint.guessed_groups(m * top_k, num_groups, num_groups, intermediate, ctas) > 0
-    with emulated(folder, Machine(ctas, (1, 1, 1))) as machine:
-        for machine.seed, machine.at_once in ((0, False), (1, True), (2, True)):
-            given, expected = make_call(*sizes, machine.seed)
-            out = launch(given)
-            assert reference.relative_error(out, expected) < EXPERTS_ERROR and (out[1] == 0).all()
-            assert torch.equal(out, launch(given, "prefill"))
-        given[2].fill_(-1)
-        assert (launch(given) == 0).all()
-
-
 # Tokens, experts a token, columns of x and of h, experts, CTAs: many tiles; one, whose rows of h another CTA wants; one
-# in two cuts; several that are guessed.
+# in two cuts.
 MANY, ONE, CUT = (9, 2, 128, 384, 6, 1), (5, 1, 128, 128, 1, 2), (5, 1, 1024, 128, 1, 2)
-GUESSED = (9, 4, 136, 128, 8, 3)
 PARTS = "wait_for_count(counters + 1 + part.tile, 2 * ceil_div(count, 16u) * first_columns);"
 SUMS = "wait_for_count(counter, cut * 2 * ceil_div(count, 16u));"
 # What is planted, and in which call it shows.
@@ -123,21 +104,7 @@ FAULTS = {
         MANY,
     ),
     "sums of a cut that are not there yet": (SUMS, ";", CUT),
-    "a stage is filled before it is free": (
-        "barrier_wait(is_there ? guessed + 8 * s : empty + 8 * s, is_there ? 0 : ring.parity ^ 1);",
-        "if (is_there) barrier_wait(guessed + 8 * s, 0);",
-        MANY,
-    ),
-    "guessed weights that are not there yet": (
-        "barrier_wait(is_there ? guessed + 8 * s : empty + 8 * s, is_there ? 0 : ring.parity ^ 1);",
-        "if (!is_there) barrier_wait(empty + 8 * s, ring.parity ^ 1);",
-        GUESSED,
-    ),
-    "a stage is filled anew while the weights of a wrong guess are under way": (
-        "for (u32 s = 0; s < ahead; ++s) barrier_wait(guessed + 8 * s, 0);",
-        ";",
-        GUESSED,
-    ),
+    "a stage is filled before it is free": ("barrier_wait(empty + 8 * s, ring.parity ^ 1);", "", MANY),
 }
 
 

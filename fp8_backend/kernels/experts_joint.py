@@ -22,7 +22,7 @@ SPECS = {
     cuts: KernelSpec("experts_joint.cuh", "experts_joint", (("NUM_STAGES", _STAGES), ("CUTS", int(cuts))))
     for cuts in (False, True)
 }
-LAYOUT = launcher.ParamLayout(("u64",) * 13 + ("u32",) * 15)
+LAYOUT = launcher.ParamLayout(("u64",) * 13 + ("u32",) * 14)
 THREADS, MAX_ENTRIES, TILE_ROWS, TICKETS = 384, 1024, 64, 4  # of experts_joint.cuh
 MAX_GROUPS = 1024  # for each a bit of every entry, where stages lie later
 # Where tiles beyond the first whole round are so many rounds in all, they are cut in k: else few multiprocessors fetch
@@ -32,9 +32,7 @@ MAX_GROUPS = 1024  # for each a bit of every entry, where stages lie later
 # (docs/kernel-notes-moe-decode.md, 2026-11-28, leads).
 CUT_ROUNDS, MAX_CUTS, _LEAST_K_BLOCKS = (1.1, 1.5), 4, 4
 _STAGE_BYTES = (TILE_ROWS + 2 * BLOCK) * BLOCK
-_SHARED_BYTES = _STAGES * (_STAGE_BYTES + TILE_ROWS * 4 + 32 + 16 + 3 * 8) + TICKETS * (2 * 8 + 16)
-# How likely an expert must have rows for a CTA to fetch its weights on that guess.
-LEAST_HIT = 0.3
+_SHARED_BYTES = _STAGES * (_STAGE_BYTES + TILE_ROWS * 4 + 32 + 16 + 2 * 8) + TICKETS * (2 * 8 + 16)
 
 
 def all_specs() -> tuple[KernelSpec, ...]:
@@ -72,23 +70,6 @@ def most_cuts(entries: int, num_ids: int, num_groups: int, hidden: int, intermed
     return max(1, min(MAX_CUTS, ceil_div(hidden, BLOCK) // _LEAST_K_BLOCKS))
 
 
-@lru_cache(maxsize=4096)
-def guessed_groups(entries: int, num_ids: int, num_groups: int, intermediate: int, ctas: int) -> int:
-    """Return of how many experts CTAs fetch the first weights before they know whether these have rows.
-
-    Args:
-        entries: tokens times experts a token.
-        num_ids: experts in all.
-        num_groups: experts on this rank.
-        intermediate: columns of h.
-        ctas: of the grid, of whom each guesses one tile.
-    """
-    hit = 1 - (1 - 1 / max(num_ids, 1)) ** entries
-    # Entries are sorted in the first stage's room for rows meanwhile.
-    fits = ceil_div(entries, 32) * num_groups * 4 <= TILE_ROWS * BLOCK
-    return min(num_groups, ctas // (intermediate // BLOCK)) if fits and hit >= LEAST_HIT else 0
-
-
 def workspace_parts(rows: int, entries: int, hidden: int, intermediate: int, cuts: int, sms: int) -> list[int]:
     """Return the bytes of each part of the workspace, in order.
 
@@ -102,8 +83,8 @@ def workspace_parts(rows: int, entries: int, hidden: int, intermediate: int, cut
 
     Returns:
         Of codes of h, and their scales; what each entry gives in 16-bit elements; codes of x; their scales, and behind
-        these a ticket, a counter for each tile of rows and, where tiles may be cut, one for each of these, else a bit
-        for each CTA; sums of all cuts but the last.
+        these a ticket, a counter for each tile of rows and, where tiles may be cut, one for each of these; sums of all
+        cuts but the last.
     """
     k_blocks = ceil_div(hidden, BLOCK)
     return [
@@ -118,7 +99,7 @@ def workspace_parts(rows: int, entries: int, hidden: int, intermediate: int, cut
 
 def num_counters(entries: int, cuts: int, sms: int) -> int:
     """Return how many words of 4 bytes the kernel counts in; arguments as of `workspace_parts`."""
-    return 1 + entries + (sms if cuts > 1 else ceil_div(sms, 32))
+    return 1 + entries + (sms if cuts > 1 else 0)
 
 
 def experts_joint_workspace_bytes(
@@ -178,16 +159,12 @@ class JointPlan:
         self._counters, self._device = k_blocks * align(rows, 4) * 4, device
         # The routing needs no codes, but what came before: the GEMMs start when that has ended.
         self._quantise = quantize.launch_like(x, lets_in=2, zeros=num_counters(entries, cuts, sms)).prepared()
-        tiles = min(entries, num_groups) * max(intermediate // BLOCK * cuts, ceil_div(hidden, 2 * BLOCK))
-        grid = min(sms, tiles), 1
-        guesses = 0
-        if cuts == 1:
-            guesses = guessed_groups(entries, map_length or num_groups, num_groups, intermediate, grid[0])
         params = (
             *(entries, map_length, num_groups, 1 if weighted else top_k, k_blocks, intermediate, hidden, w2.shape[2]),
-            *(align(rows, 4), scale_13.stride(1), align(entries, 4), scale_2.stride(1), cuts, guesses),
-            ELEMENT_TYPES[out.dtype],
+            *(align(rows, 4), scale_13.stride(1), align(entries, 4), scale_2.stride(1), cuts, ELEMENT_TYPES[out.dtype]),
         )
+        tiles = min(entries, num_groups) * max(intermediate // BLOCK * cuts, ceil_div(hidden, 2 * BLOCK))
+        grid = min(sms, tiles), 1
         self._gemms = Launch(_kernel(cuts > 1, device), grid, THREADS, _SHARED_BYTES, params).prepared()
         self._combine = combine.launch_like(out, top_k, map_length, num_groups, device).prepared()
 

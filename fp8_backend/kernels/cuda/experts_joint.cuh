@@ -10,15 +10,12 @@
 // the first GEMM beyond the last whole round of CTAs are cut in k, so that all CTAs have a part of them: the first cuts leave their sums in memory, and the last one
 // waits for these. Who is waited for has drawn before, and in the end waits for nobody, so it does not matter how many CTAs run at once.
 //
-// With `guesses`, a CTA fetches the first stages of a tile by its own place in the grid, before it knows whether that expert has rows: memory would rest until they
-// are sorted. The tile is its own if it has, and if no other CTA was there before: who draws one of the tickets between the GEMMs takes what late CTAs have left.
-//
 // Warp roles:
 //   warpgroup 0     producers. Warp 0, one lane: tickets, weights, their scales, and what the tile is; it runs ahead of the others as far as stages are empty.
 //                   Warps 1, 2: rows, 16 bytes a copy (cp.async, swizzled here); warp 3: their scales.
 //   warpgroups 1, 2 math: both own all rows, each 64 of the gate and of the up rows, or of both halves of w2's.
 // Barriers per stage: full (96 threads whose copies have landed, 2 arrivals of warp 0 + bytes), empty (one arrival a math warp). A stage of no rows ends the walk. Per
-// ticket: full (who drew it), empty (an arrival each of warps 1 to 3). Per stage, once: guessed (2 arrivals + bytes). Named barrier 1: largest magnitudes are written (256 math threads).
+// ticket: full (who drew it), empty (an arrival each of warps 1 to 3). Named barrier 1: largest magnitudes are written (256 math threads).
 #include "gated.cuh"
 #include "tiles.cuh"
 
@@ -29,8 +26,6 @@ constexpr u32 kFullArrivals = 3 * 32 + 2, kEmptyArrivals = 8 * kArrivalsOfWarp, 
 constexpr u32 kOffsetScaleA = NUM_STAGES * kStageBytes, kOffsetScaleB = kOffsetScaleA + NUM_STAGES * kTileRows * 4, kOffsetInfo = kOffsetScaleB + NUM_STAGES * 32;
 constexpr u32 kOffsetFull = kOffsetInfo + NUM_STAGES * 16, kOffsetEmpty = kOffsetFull + NUM_STAGES * 8, kOffsetTicketFull = kOffsetEmpty + NUM_STAGES * 8;
 constexpr u32 kOffsetTicketEmpty = kOffsetTicketFull + kTickets * 8, kOffsetTicket = kOffsetTicketEmpty + kTickets * 8;
-constexpr u32 kOffsetGuessed = kOffsetTicket + kTickets * 16;
-constexpr u32 kTileNamed = 1u << 31;  // what warp 0 tells the other producers: a ticket, or with this bit a tile of the first GEMM << 16 and its column
 
 // A weight and the rows that it multiplies: what differs between the GEMMs.
 struct Side {
@@ -52,12 +47,10 @@ struct Tiles {
     u32 group[kMaxEntries], rows[kMaxEntries];  // rows: the first one and, << 16, how many
     u16 sorted[kMaxEntries];                    // entries; those of one expert in their own order, so that all CTAs have the same one
     u32 of_warps[kThreads / 32], count;
-    u32 guessed;  // those of the first `guesses` experts
 };
 
-// Sets `tiles` to the entries' order; by the whole CTA. words: a word of shared memory for 32 entries and each group, which copies may overwrite afterwards.
-// Returns whether each of the first `guesses` groups has one tile at most.
-DEVICE bool sort_entries(Tiles& tiles, u32* words, const int* ids, const int* map, u32 entries, u32 num_ids, u32 num_groups, u32 guesses) {
+// Sets `tiles` to the entries' order; by the whole CTA. words: 32 * num_groups words of shared memory at most, which copies may overwrite afterwards.
+DEVICE void sort_entries(Tiles& tiles, u32* words, const int* ids, const int* map, u32 entries, u32 num_ids, u32 num_groups) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, rounds = ceil_div(entries, 32u);
     for (u32 i = threadIdx.x; i < rounds * num_groups; i += kThreads) words[i] = 0;
     __syncthreads();
@@ -92,16 +85,10 @@ DEVICE bool sort_entries(Tiles& tiles, u32* words, const int* ids, const int* ma
         if (w < warp) before += tiles.of_warps[w];
         all += tiles.of_warps[w];
     }
-    if (threadIdx.x == 0) {
-        tiles.count = all & 0xffff;
-        if (guesses == num_groups) tiles.guessed = all & 0xffff;
-    }
+    if (threadIdx.x == 0) tiles.count = all & 0xffff;
     u32 row = before >> 16, tile = before & 0xffff;
-    bool crowded = false;
     for (u32 group = first; group < past; ++group) {
         const u32 rows = rows_of(group);
-        if (group == guesses) tiles.guessed = tile;
-        crowded = crowded || (group < guesses && rows > kTileRows);
         for (u32 start = 0; start < rows; start += kTileRows, ++tile) {
             tiles.group[tile] = group;
             tiles.rows[tile] = row + start | min(kTileRows, rows - start) << 16;
@@ -110,7 +97,7 @@ DEVICE bool sort_entries(Tiles& tiles, u32* words, const int* ids, const int* ma
             for (u32 bits = words[r * num_groups + group]; bits; bits &= bits - 1) tiles.sorted[row++] = static_cast<u16>(r * 32 + __ffs(bits) - 1);
     }
     fence_async_shared();
-    return !__syncthreads_or(crowded);
+    __syncthreads();
 }
 
 // Sets sum[half] to the sum of k_blocks products of all rows and the warpgroup's 64 columns of each half, from the stage at which the ring stands, which has been
@@ -157,26 +144,23 @@ DEVICE void multiply_tile(float (&sum)[2][64], u32 rows, u32 weight, u32 scale_a
 // scale_h [intermediate / 128][scale_h_stride]. rows: [entries][hidden] 16-bit elements of `type`, hidden % 8 == 0, 16-byte aligned. ids, map, num_ids: as in
 // route.cuh, complete before the previous kernel let this one start. entries: at most kMaxEntries. most_cuts: of a tile, 1 if none may be cut. sums:
 // [most_cuts - 1][rows][2 * intermediate] of all cuts but the last. counters: zero when the previous kernel has ended; a ticket; how many parts of each tile's rows of h
-// are there; of each cut tile, how many parts of its sums, or a bit for each CTA that has taken the tile it guessed. guesses: experts whose tiles are guessed, 0 with CUTS;
-// guesses * (intermediate / 128) <= gridDim.x, and their words for sorting fit the rows of a stage.
+// are there; of each cut tile, how many parts of its sums.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* scale_13, const u8* w2, const float* scale_2, u8* h, float* scale_h, u8* rows,
               float* sums, const int* ids, const int* map, u32* counters, u32 entries, u32 num_ids, u32 num_groups, u32 divisor, u32 k_blocks, u32 intermediate, u32 hidden,
-              u32 n_aligned, u32 scale_x_stride, u32 scale_13_stride, u32 scale_h_stride, u32 scale_2_stride, u32 most_cuts, u32 guesses, u32 type) {
+              u32 n_aligned, u32 scale_x_stride, u32 scale_13_stride, u32 scale_h_stride, u32 scale_2_stride, u32 most_cuts, u32 type) {
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Tiles tiles_of_cta[1];
     __shared__ float largest_of_rows[kLargest];
     Tiles& tiles = tiles_of_cta[0];
     const u32 base = smem_address(shared), full = base + kOffsetFull, empty = base + kOffsetEmpty;
-    const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = base + kOffsetTicketEmpty, tickets = base + kOffsetTicket, guessed = base + kOffsetGuessed;
-    const u32 first_columns = intermediate / kHalf, second_columns = ceil_div(hidden, 2 * kHalf), guessed_tiles = guesses * first_columns;
+    const u32 ticket_full = base + kOffsetTicketFull, ticket_empty = base + kOffsetTicketEmpty, tickets = base + kOffsetTicket;
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kFullArrivals);
             barrier_init(empty + 8 * s, kEmptyArrivals);
-            barrier_init(guessed + 8 * s, 2);
         }
         for (u32 i = 0; i < kTickets; ++i) {
             barrier_init(ticket_full + 8 * i, 1);
@@ -184,34 +168,18 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         }
         barrier_init_fence();
     }
-    // Both blocks of weights, and their scales, of a k-block counted over all groups.
-    auto fetch_stage = [&](const u8* codes, const float* scale, u32 scale_stride, u32 rows, u32 k_block, u32 block_0, u32 block_1, u32 s, u32 bar) {
-        const u32 scales = base + kOffsetScaleB + s * 32;
-        const float* const of_weight = scale + static_cast<i64>(k_block) * scale_stride;
-        fetch_weight(codes, k_block, block_0, block_1, rows, bar, base + s * kStageBytes + kBytesRows);
-        barrier_expect(bar, 32);
-        bulk_copy(scales, of_weight + (block_0 & ~3u), 16, bar);
-        bulk_copy(scales + 16, of_weight + (block_1 & ~3u), 16, bar);
-    };
-    const bool has_guessed = !CUTS && blockIdx.x < guessed_tiles;
-    const u32 ahead = min(u32(NUM_STAGES), k_blocks);
-    if (has_guessed && threadIdx.x == 0) {
-        const u32 column = blockIdx.x % first_columns, k_block = blockIdx.x / first_columns * k_blocks;
-        for (u32 s = 0; s < ahead; ++s) fetch_stage(w13, scale_13, scale_13_stride, 2 * intermediate, k_block + s, column, first_columns + column, s, guessed + 8 * s);
-    }
     launch_next_kernel();
-    const bool guesses_hold = sort_entries(tiles, reinterpret_cast<u32*>(shared), ids, map, entries, num_ids, num_groups, guesses) && !CUTS && guesses > 0;
-    const u32 given = guesses_hold ? tiles.guessed : 0, left = guesses_hold ? ceil_div(guessed_tiles, 32u) : 0;  // tiles without a ticket; tickets for what is left of them
-    const u32 first_tiles = (tiles.count - given) * first_columns, cut_tiles = CUTS ? first_tiles % gridDim.x : 0, whole = first_tiles - cut_tiles;
+    sort_entries(tiles, reinterpret_cast<u32*>(shared), ids, map, entries, num_ids, num_groups);
+    const u32 first_columns = intermediate / kHalf, second_columns = ceil_div(hidden, 2 * kHalf);
+    const u32 first_tiles = tiles.count * first_columns, cut_tiles = CUTS ? first_tiles % gridDim.x : 0, whole = first_tiles - cut_tiles;
     const u32 cuts = CUTS && cut_tiles ? min(most_cuts, max(gridDim.x / cut_tiles, 1u)) : 1;
-    const u32 first_items = whole + cut_tiles * cuts, second_items = first_items + left, items = second_items + tiles.count * second_columns;
+    const u32 first_items = whole + cut_tiles * cuts, items = first_items + tiles.count * second_columns;
     auto item_of = [&](u32 ticket) {
-        if (ticket & kTileNamed) return Part{ticket >> 16 & 0x7fff, ticket & 0xffff, 0, 1, 0, k_blocks, true};
         if (ticket >= first_items) {
-            const u32 index = ticket - second_items;
+            const u32 index = ticket - first_items;
             return Part{index / second_columns, index % second_columns, 0, 1, 0, first_columns, false};
         }
-        if (!CUTS) return Part{given + ticket / first_columns, ticket % first_columns, 0, 1, 0, k_blocks, true};
+        if (!CUTS) return Part{ticket / first_columns, ticket % first_columns, 0, 1, 0, k_blocks, true};
         const u32 of = ticket < whole ? 1 : cuts, beyond = ticket - whole, cut = ticket < whole ? 0 : beyond % cuts;
         const u32 index = ticket < whole ? ticket : whole + beyond / cuts;
         return Part{index / first_columns, index % first_columns, cut, of, cut * k_blocks / of, (cut + 1) * k_blocks / of, true};
@@ -226,63 +194,32 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
         wait_for_previous_kernel();
         if (warp == 0) {
             if (lane > 0) return;
-            u32* const taken = counters + 1 + entries;
-            // Whether the tile that CTA `of` has guessed becomes this one's, and its name.
-            auto take = [&](u32 of, u32& name) {
-                const bool is_free = !(atomicOr(taken + of / 32, 1u << of % 32) >> of % 32 & 1);
-                for (u32 i = 0; is_free && i < given; ++i)
-                    if (tiles.group[i] == of / first_columns) {
-                        name = kTileNamed | i << 16 | of % first_columns;
-                        return true;
-                    }
-                return false;
-            };
-            auto tell = [&](u32 t) {
+            u32 t = atomicAdd(counters, 1u);
+            while (true) {
                 barrier_wait(ticket_empty + 8 * at_ticket.stage, at_ticket.parity ^ 1);
                 *reinterpret_cast<volatile u32*>(shared + kOffsetTicket + 16 * at_ticket.stage) = t;
                 barrier_arrive(ticket_full + 8 * at_ticket.stage);
                 at_ticket.advance(kTickets);
-            };
-            u32 t = atomicAdd(counters, 1u), item = 0, left_over = 0, past_left_over = 0;
-            bool is_guessed = has_guessed && guesses_hold && take(blockIdx.x, item);
-            if (has_guessed && !is_guessed)
-                for (u32 s = 0; s < ahead; ++s) barrier_wait(guessed + 8 * s, 0);
-            while (true) {
-                bool is_drawn = false;
-                if (left_over < past_left_over) {
-                    if (!take(left_over++, item)) continue;
-                } else if (!is_guessed) {
-                    if (t >= items) break;
-                    if (!CUTS && t >= first_items && t < second_items) {
-                        left_over = (t - first_items) * 32;
-                        past_left_over = min(left_over + 32, guessed_tiles);
-                        t = atomicAdd(counters, 1u);
-                        continue;
-                    }
-                    item = t;
-                    is_drawn = true;
-                }
-                tell(item);
-                const u32 next = is_drawn ? atomicAdd(counters, 1u) : t;  // on its way while this tile is fetched
-                const Part part = item_of(item);
+                if (t >= items) break;
+                const u32 next = atomicAdd(counters, 1u);  // on its way while this tile is fetched
+                const Part part = item_of(t);
                 const Side side = part.is_first ? first : second;
                 const u32 block_0 = part.is_first ? part.column : 2 * part.column, block_1 = part.is_first ? first_columns + part.column : block_0 + 1;
                 const u32 k_block = tiles.group[part.tile] * side.k_blocks, rows_of_tile = tiles.rows[part.tile];
                 const int4 info = make_int4(rows_of_tile & 0xffff, rows_of_tile >> 16, part.column | part.cut << 16 | part.cuts << 24, part.is_first ? part.tile : ~part.tile);
+                const float* of_weight = side.scale_b + static_cast<i64>(k_block + part.begin) * side.scale_b_stride;
                 for (u32 kb = part.begin; kb < part.end; ++kb, ring.advance(NUM_STAGES)) {
-                    const u32 s = ring.stage, bar = full + 8 * s;
-                    const bool is_there = is_guessed && kb < ahead;
-                    barrier_wait(is_there ? guessed + 8 * s : empty + 8 * s, is_there ? 0 : ring.parity ^ 1);
+                    const u32 s = ring.stage, bar = full + 8 * s, scales = base + kOffsetScaleB + s * 32;
+                    barrier_wait(empty + 8 * s, ring.parity ^ 1);
                     *reinterpret_cast<int4*>(shared + kOffsetInfo + s * 16) = info;
-                    if (is_there) {
-                        barrier_arrive(bar);
-                        barrier_arrive(bar);
-                    } else fetch_stage(side.weight, side.scale_b, side.scale_b_stride, side.n_aligned, k_block + kb, block_0, block_1, s, bar);
+                    fetch_weight(side.weight, k_block + kb, block_0, block_1, side.n_aligned, bar, base + s * kStageBytes + kBytesRows);
+                    barrier_expect(bar, 32);
+                    bulk_copy(scales, of_weight + (block_0 & ~3u), 16, bar);
+                    bulk_copy(scales + 16, of_weight + (block_1 & ~3u), 16, bar);
+                    of_weight += side.scale_b_stride;
                 }
-                is_guessed = false;
                 t = next;
             }
-            tell(items);
             barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
             *reinterpret_cast<int4*>(shared + kOffsetInfo + ring.stage * 16) = make_int4(0, 0, 0, 0);
             barrier_arrive(full + 8 * ring.stage);
@@ -297,7 +234,7 @@ experts_joint(const u8* x, const float* scale_x, const u8* w13, const float* sca
             __syncwarp();
             barrier_arrive_after_words(ticket_empty + 8 * at_ticket.stage, __uint_as_float(t), 0.f, arrives_for_warp(lane));
             at_ticket.advance(kTickets);
-            if (!(t & kTileNamed) && t >= items) break;
+            if (t >= items) break;
             const Part part = item_of(t);
             const Side side = part.is_first ? first : second;
             const u32 start = tiles.rows[part.tile] & 0xffff, count = tiles.rows[part.tile] >> 16;
