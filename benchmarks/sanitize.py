@@ -71,6 +71,8 @@ def launches() -> Iterator[str]:
         if decode_config is not None:
             launch_decode(decode_config)
             yield str(decode_config)
+    launch_stationary()
+    yield str(heuristics.STATIONARY_CONFIG)
     launch_quantizing(heuristics.QUANTIZING_CONFIG)
     yield str(heuristics.QUANTIZING_CONFIG)
     yield from sanitize_experts.launches()
@@ -142,6 +144,14 @@ def launch_gemm(config: GemmConfig, packed: bool) -> None:
             out.fill_(float("nan"))
             gemm.launch_gemm(choice, codes, scale, weight, out, None)
             assert reference.relative_error(out.cpu(), truth) < LIMIT, choice
+
+
+def launch_stationary() -> None:
+    """Launch the GEMM whose weights stay, on partial tiles of more columns than weights fit, two CTAs for all."""
+    x, weight, out, truth = operands(3 * 64 + 3, 3 * 128 + 7, 4 * 128 - 8)
+    choice = heuristics.GemmChoice(heuristics.STATIONARY_CONFIG, 3, 2)
+    gemm.launch_gemm(choice, *per_token_group_quant(x.cuda()), weight, out, None)
+    assert reference.relative_error(out.cpu(), truth) < LIMIT, choice
 
 
 def launch_quantizing(config: QuantizingGemmConfig) -> None:

@@ -32,7 +32,7 @@ from fp8_backend.bench.operands import RandomLinear
 from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import cache, gemm, gemm_plan, heuristics, launcher
 from fp8_backend.kernels.compiler import CUDA_FOLDER, KernelSpec
-from fp8_backend.kernels.problem import GemmConfig, GemmProblem
+from fp8_backend.kernels.problem import GemmConfig, GemmProblem, StationaryGemmConfig
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import Captured, capture, interleaved_us
@@ -57,7 +57,7 @@ def parse_problems(text: str) -> list[Problem]:
     return found
 
 
-def spec_of(config: GemmConfig, folder: Path) -> KernelSpec:
+def spec_of(config: GemmConfig | StationaryGemmConfig, folder: Path) -> KernelSpec:
     """Return what to compile of a configuration, from a copy of the device code."""
     return replace(config.spec(), folder=folder)
 
@@ -73,7 +73,7 @@ def captured(
     (codes, scale), m = a, a[0].shape[0]
     outs = [torch.full((m, weight.n), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(count)]
 
-    def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
+    def kernel(config: GemmConfig | StationaryGemmConfig, device: int) -> launcher.Kernel:
         return launcher.load(spec_of(config, folder), gemm_plan._LAYOUT)
 
     with patch.object(gemm_plan, "kernel", kernel):

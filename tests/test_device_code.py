@@ -96,6 +96,26 @@ def test_every_gemm_config(config, packed, folder):
         assert not packed or machine.filled_rows() == 0  # the last tile of rows is a whole one
 
 
+# Columns of tiles with one tile of rows and with several; runs of one tile, of some, of all, that one CTA has or more.
+@pytest.mark.parametrize(("m", "n", "packed"), [(20, 1100, True), (140, 648, True), (600, 136, False)])
+@pytest.mark.parametrize("k_blocks", [1, 2, 3, 4])
+def test_stationary_weights(m, n, packed, k_blocks, folder):
+    torch.manual_seed(m + k_blocks)
+    k = k_blocks * BLOCK - (8 if packed else 0)
+    (codes, scale), x, bias = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n)
+    rows = layout.pack_weight(codes) if packed else codes
+    weight = gemm.Weight(rows, layout.arrange_scale(scale, n, k), n, k)
+    surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16 if packed else torch.float32)
+    out = surroundings[1:-1, 8:-8]
+    with emulated(folder, MACHINE) as machine:
+        for machine.seed, (run, grid) in enumerate([(1, 1), (2, 2), (3, 5), (99, 1)]):
+            choice = heuristics.GemmChoice(heuristics.STATIONARY_CONFIG, run, grid)
+            gemm.launch_gemm(choice, *reference.per_token_group_quant(x), weight, out, bias)
+            assert reference.relative_error(out, truth(x, codes, scale, bias)) < BF16_ERROR
+            out.fill_(float("nan"))
+            assert surroundings.isnan().all()
+
+
 # What racecheck watches (benchmarks/sanitize.py) must be right, too.
 def test_every_lane_may_arrive(folder, monkeypatch):
     torch.manual_seed(4)

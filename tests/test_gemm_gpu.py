@@ -115,6 +115,36 @@ def test_every_gemm_config(config, packed, out_dtype):
     assert surroundings.isnan().all()
 
 
+# Tiles of rows and columns that one CTA has, that many share, and that take every CTA from column to column.
+@pytest.mark.parametrize(
+    ("m", "n", "run", "grid"), [(1, 128, 1, 1), (389, 712, 2, 3), (389, 712, 1, 42), (2085, 7168, 5, 132)]
+)
+@pytest.mark.parametrize("k", [128, 200, 384, 512])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_stationary_weights_give_the_bits_of_other_gemms(m, n, run, grid, k, out_dtype):
+    codes, scale = make_weight(n, k)
+    q, s = per_token_group_quant(make_x(m, k))
+    bias = make_x(1, n)[0]
+    weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+    if k % 128 == 0 and out_dtype == torch.float32:
+        weight = gemm.Weight(codes, layout.arrange_scale(scale, n, k), n, k)
+    surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=out_dtype, device="cuda")
+    out, expected = surroundings[1:-1, 8:-8], torch.empty(m, n, dtype=out_dtype, device="cuda")
+    other = next(config for config in heuristics.GEMM_CONFIGS if (config.block_m, config.block_n) == (128, 128))
+    gemm.launch_gemm(
+        heuristics.GemmChoice(other, 0, min(132, ceil_div(m, 128) * ceil_div(n, 128))), q, s, weight, expected, bias
+    )
+    assert reference.relative_error(expected, truth(make_x(m, k), codes, scale, bias)) < BF16_ERROR
+    choice, different = heuristics.GemmChoice(heuristics.STATIONARY_CONFIG, run, grid), torch.zeros((), device="cuda")
+    for _ in range(100):
+        out.fill_(float("nan"))
+        gemm.launch_gemm(choice, q, s, weight, out, bias)
+        different += (out != expected).any()
+    assert not different
+    out.fill_(float("nan"))
+    assert surroundings.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("config", "rows"),
     [(config, rows) for config in heuristics.DECODE_CONFIGS for rows in (8, 40, 72, 128)],

@@ -1,4 +1,7 @@
-"""The host half of gemm.cuh: its launch, and with the quantisation before it those of a linear layer, prepared once."""
+"""The host half of gemm.cuh and gemm_stationary.cuh: a launch, and with the quantisation before it those of a linear.
+
+Both are prepared once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from fp8_backend.kernels import launcher, layout, quantize
 from fp8_backend.kernels.heuristics import GemmChoice
 from fp8_backend.kernels.layout import ROW_ALIGNMENT
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
-from fp8_backend.kernels.problem import GemmConfig
+from fp8_backend.kernels.problem import GemmConfig, StationaryGemmConfig
 from fp8_backend.kernels.quantize import ELEMENT_TYPES
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 from fp8_backend.kernels.tensor_map import BYTES, MovableMap, Swizzle, row_major_map
@@ -22,13 +25,13 @@ _NO_MAP = bytes(BYTES)
 
 
 @cache
-def kernel(config: GemmConfig, device: int) -> launcher.Kernel:
+def kernel(config: GemmConfig | StationaryGemmConfig, device: int) -> launcher.Kernel:
     """Return the loaded kernel of a configuration on the current device, whose index is part of the key only."""
     return launcher.load(config.spec(), _LAYOUT)
 
 
 class GemmLaunch:
-    """The launch of gemm.cuh for tensors of one shape, stride and dtype; used by one thread at a time."""
+    """The launch of either for tensors of one shape, stride and dtype; used by one thread at a time."""
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from fp8_backend.kernels.problem import (
     GemmConfig,
     GemmProblem,
     QuantizingGemmConfig,
+    StationaryGemmConfig,
 )
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
@@ -45,6 +46,7 @@ GEMM_CONFIGS = (
     GemmConfig(128, 192, 2, 4, unrolled=True),
     GemmConfig(256, 128, 2, 3, unrolled=True),
 )
+STATIONARY_CONFIG = StationaryGemmConfig()
 DECODE_CONFIGS = tuple(
     DecodeConfig(tokens, fused, split) for fused in (True, False) for tokens in TOKENS for split in SPLITS
 )
@@ -52,6 +54,8 @@ QUANTIZING_CONFIG = QuantizingGemmConfig(4, 3)
 # Where the GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows again, and
 # the codes of few rows stay in L2.
 QUANTIZING_ROWS, QUANTIZING_COLUMNS = 2048, 512
+# Into how many runs of tiles a column may be cut where its weights stay.
+MAX_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ class DecodeChoice:
 class GemmChoice:
     """A GEMM kernel, its grid, and the order of tiles.
 
-    strip: columns of tiles that are walked before the next rows of them; 0: every column from top to bottom. split:
+    strip: columns of tiles that are walked before the next rows of them; 0: every column from top to bottom. Where
+    weights stay, rows of tiles that a CTA takes of a column before it goes on to another. split:
     CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
     """
 
-    config: GemmConfig
+    config: GemmConfig | StationaryGemmConfig
     strip: int
     grid: int
     split: int = 1
@@ -148,6 +153,8 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),
 }
+# One k-block of a tile of gemm_stationary.cuh, its end, and a k-block of new weights: a guess.
+_STATIONARY_NS = (140.0, 160.0, 100.0)
 # The same of the GEMM that quantises by itself, and its launch (one H100, 2026-11-27, docs/kernel-notes-gemm.md).
 _QUANTIZING_NS, _QUANTIZING_LAUNCH_NS = (1180, 1800, 9200), 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
@@ -231,6 +238,21 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
             strip = 0 if tiles_m <= FEW_TILES_M else STRIP
             choice = GemmChoice(config, strip, clusters * split, split)
             yield _gemm_ns(problem, choice, tiles_m * tiles_n, most), choice
+    if 0 < problem.k_blocks <= STATIONARY_CONFIG.max_k_blocks:
+        tiles_m = ceil_div(problem.m, STATIONARY_CONFIG.block_m)
+        for runs in range(1, min(tiles_m, MAX_RUNS) + 1):
+            yield _stationary(problem, ceil_div(tiles_m, runs))
+
+
+def _stationary(problem: GemmProblem, run: int) -> tuple[float, GemmChoice]:
+    """Return the cost and the choice of a GEMM whose CTAs take `run` rows of tiles of a column at a time."""
+    config, num_sms = STATIONARY_CONFIG, problem.machine.num_sms
+    runs = ceil_div(ceil_div(problem.m, config.block_m), run) * ceil_div(problem.n, config.block_n)
+    block_ns, tile_ns, weights_ns = _STATIONARY_NS
+    memory_ns = problem.n * problem.k_blocks * BLOCK / (_STREAM_BYTES_PER_NS * num_sms)
+    run_ns = run * (problem.k_blocks * block_ns + tile_ns) + problem.k_blocks * weights_ns
+    cost = _GEMM_LAUNCH_NS + max(ceil_div(runs, num_sms) * run_ns, memory_ns)
+    return cost, GemmChoice(config, run, min(runs, num_sms))
 
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) -> float:
@@ -316,6 +338,6 @@ def select_gemm(problem: GemmProblem, batch_invariant: bool = False) -> GemmChoi
     return min(choices, key=lambda pair: pair[0])[1]
 
 
-def all_configs() -> tuple[GemmConfig | DecodeConfig | QuantizingGemmConfig, ...]:
+def all_configs() -> tuple[GemmConfig | StationaryGemmConfig | DecodeConfig | QuantizingGemmConfig, ...]:
     """Return every configuration that serving can need."""
-    return GEMM_CONFIGS + DECODE_CONFIGS + (QUANTIZING_CONFIG,)
+    return (*GEMM_CONFIGS, STATIONARY_CONFIG, *DECODE_CONFIGS, QUANTIZING_CONFIG)

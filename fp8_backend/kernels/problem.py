@@ -110,6 +110,24 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
+class StationaryGemmConfig:
+    """gemm_stationary.cuh: FP8 activations, any m, few k-blocks; weights stay in shared memory for a run of tiles."""
+
+    block_m: ClassVar[int] = 64
+    block_n: ClassVar[int] = 128
+    ctas_per_sm: ClassVar[int] = 1
+    stored_columns: ClassVar[int] = 64
+    threads: ClassVar[int] = 384
+    shared_bytes: ClassVar[int] = MAX_SHARED_BYTES
+    # Twice the weights of 128 columns are half of the shared memory then.
+    max_k_blocks: ClassVar[int] = 4
+
+    def spec(self) -> KernelSpec:
+        """Return what to compile."""
+        return KernelSpec("gemm_stationary.cuh", "gemm", (("SHARED_BYTES", self.shared_bytes),))
+
+
+@dataclass(frozen=True)
 class DecodeConfig:
     """One compiled form of decode.cuh: at most 16 tokens.
 

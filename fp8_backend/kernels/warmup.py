@@ -26,7 +26,7 @@ from fp8_backend.kernels import (
     silu,
 )
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.problem import GemmConfig, QuantizingGemmConfig
+from fp8_backend.kernels.problem import GemmConfig, QuantizingGemmConfig, StationaryGemmConfig
 
 # A kernel takes a core a second: whoever holds the lock this long without a new one is a process that hangs.
 PATIENCE_S = 120.0
@@ -111,7 +111,7 @@ def load_all() -> None:
 
     device = torch.cuda.current_device()
     for config in heuristics.all_configs():
-        if isinstance(config, GemmConfig):
+        if isinstance(config, GemmConfig | StationaryGemmConfig):
             gemm_plan.kernel(config, device)
         elif isinstance(config, QuantizingGemmConfig):
             gemm_quantize.kernel(config, device)
