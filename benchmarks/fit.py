@@ -20,9 +20,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import heuristics
+from fp8_backend.kernels import decode_heuristics, heuristics
 from fp8_backend.kernels.heuristics import GemmChoice
-from fp8_backend.kernels.problem import GemmProblem
+from fp8_backend.kernels.problem import GemmConfig, GemmProblem
 from fp8_backend.kernels.reference import ceil_div
 
 Tile = tuple[int, int]
@@ -78,9 +78,10 @@ def read_cells(paths: Sequence[Path]) -> list[Cell]:
         problem = GemmProblem(row["m"], row["n"], row["k"])
         quantise = heuristics.quantisation_ns(problem)
         known: dict[str, tuple[GemmChoice | None, float]] = {
-            str(choice): (choice, quantise) for _, choice in heuristics.gemm_choices(problem)
+            str(choice): (choice, quantise) if isinstance(choice.config, GemmConfig) else (None, cost + quantise)
+            for cost, choice in heuristics.gemm_choices(problem)
         }
-        for cost, other in (*heuristics.decode_choices(problem), *heuristics.quantizing_choices(problem)):
+        for cost, other in (*decode_heuristics.decode_choices(problem), *heuristics.quantizing_choices(problem)):
             known[str(other)] = (None, cost)
         found = tuple(Candidate(us, name, *known[name]) for us, name, _ in row["found"] if name in known)
         if found:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
+from fp8_backend.kernels import decode_heuristics, gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
@@ -63,7 +63,7 @@ def launches() -> Iterator[str]:
             launch_heads(m, dtype)
             yield f"norm and rotation of {m} x 5 heads {dtype}"
     # In turns, so that a run cut short has seen both kernels.
-    for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, heuristics.DECODE_CONFIGS):
+    for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, decode_heuristics.DECODE_CONFIGS):
         if gemm_config is not None:
             for packed in (True, False):
                 launch_gemm(gemm_config, packed)
@@ -171,9 +171,9 @@ def launch_decode(config: DecodeConfig) -> None:
     m, n, k, rows = config.tokens - 1, 93, 128 * 2 * config.split + 128, 40
     x, weight, out, truth = operands(m, n, k)
     tiles = ceil_div(n, rows)
-    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128))
+    stages = decode_heuristics.decode_stages(config, rows, ceil_div(k, 128))
     grid = min(tiles, 2) if config.split == 1 else tiles * config.split
-    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
+    choice = decode_heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
     tokens = x.cuda()
     DecodePlan(choice, tokens, out, None)(tokens, weight.codes, weight.scale, out, None)
     assert reference.relative_error(out.cpu(), truth) < LIMIT, config

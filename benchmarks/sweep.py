@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from fp8_backend.kernels import gemm, heuristics, layout, reference
-from fp8_backend.kernels.heuristics import DecodeChoice, GemmChoice
+from fp8_backend.kernels import decode_heuristics, gemm, heuristics, layout, reference
+from fp8_backend.kernels.decode_heuristics import DecodeChoice
+from fp8_backend.kernels.heuristics import GemmChoice
 from fp8_backend.kernels.problem import GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
 from fp8_backend.kernels.reference import BLOCK
@@ -44,8 +45,8 @@ def decode_candidates(problem: GemmProblem, per_config: int, ahead_kib: Sequence
     ahead_kib: with each of these amounts of weights in flight ahead of the activations instead of the one chosen.
     """
     by_config: dict[object, list[tuple[float, DecodeChoice]]] = {}
-    for residency in range(len(heuristics.RESIDENCIES)):
-        for cost, choice in heuristics.resident_choices(problem, residency):
+    for residency in range(len(decode_heuristics.RESIDENCIES)):
+        for cost, choice in decode_heuristics.resident_choices(problem, residency):
             by_config.setdefault((choice.config, residency), []).append((cost, choice))
     best = [choice for found in by_config.values() for _, choice in sorted(found, key=itemgetter(0))[:per_config]]
     if not ahead_kib:

@@ -137,7 +137,7 @@ def test_results_lie_in_the_folder_of_their_gpu(name, folder):
 
 def test_the_sweep_tries_every_residency_and_amount_ahead():
     from benchmarks.sweep import decode_candidates
-    from fp8_backend.kernels.heuristics import HALF_SHARED_BYTES
+    from fp8_backend.kernels.decode_heuristics import HALF_SHARED_BYTES
     from fp8_backend.kernels.problem import GemmProblem
 
     problem = GemmProblem(1, 4096, 4096)

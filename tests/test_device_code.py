@@ -16,6 +16,7 @@ import torch
 from benchmarks import sanitize
 from benchmarks.experts_parts import launches_up_to
 from fp8_backend.kernels import (
+    decode_heuristics,
     experts,
     experts_prefill_plan,
     gemm,
@@ -96,26 +97,6 @@ def test_every_gemm_config(config, packed, folder):
         assert not packed or machine.filled_rows() == 0  # the last tile of rows is a whole one
 
 
-# Columns of tiles with one tile of rows and with several; runs of one tile, of some, of all, that one CTA has or more.
-@pytest.mark.parametrize(("m", "n", "packed"), [(20, 1100, True), (140, 648, True), (600, 136, False)])
-@pytest.mark.parametrize("k_blocks", [1, 2, 3, 4])
-def test_stationary_weights(m, n, packed, k_blocks, folder):
-    torch.manual_seed(m + k_blocks)
-    k = k_blocks * BLOCK - (8 if packed else 0)
-    (codes, scale), x, bias = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n)
-    rows = layout.pack_weight(codes) if packed else codes
-    weight = gemm.Weight(rows, layout.arrange_scale(scale, n, k), n, k)
-    surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16 if packed else torch.float32)
-    out = surroundings[1:-1, 8:-8]
-    with emulated(folder, MACHINE) as machine:
-        for machine.seed, (run, grid) in enumerate([(1, 1), (2, 2), (3, 5), (99, 1)]):
-            choice = heuristics.GemmChoice(heuristics.STATIONARY_CONFIG, run, grid)
-            gemm.launch_gemm(choice, *reference.per_token_group_quant(x), weight, out, bias)
-            assert reference.relative_error(out, truth(x, codes, scale, bias)) < BF16_ERROR
-            out.fill_(float("nan"))
-            assert surroundings.isnan().all()
-
-
 # What racecheck watches (benchmarks/sanitize.py) must be right, too.
 def test_every_lane_may_arrive(folder, monkeypatch):
     torch.manual_seed(4)
@@ -134,7 +115,9 @@ def test_every_lane_may_arrive(folder, monkeypatch):
         assert all(("EVERY_LANE_ARRIVES", 1) in spec.defines for spec, _ in machine.loaded)
 
 
-@pytest.mark.parametrize("config", [config for config in heuristics.DECODE_CONFIGS if config.split in (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "config", [config for config in decode_heuristics.DECODE_CONFIGS if config.split in (1, 4)], ids=str
+)
 def test_decode_configs(config, folder):
     torch.manual_seed(1)
     m, n, k = config.tokens - 1, 200, 11 * BLOCK - 8
@@ -142,10 +125,12 @@ def test_decode_configs(config, folder):
     weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
     with emulated(folder, MACHINE):
         for rows in (40, 72):
-            stages = heuristics.decode_stages(config, rows, ceil_div(k, BLOCK), heuristics.HALF_SHARED_BYTES)
+            stages = decode_heuristics.decode_stages(
+                config, rows, ceil_div(k, BLOCK), decode_heuristics.HALF_SHARED_BYTES
+            )
             tiles = ceil_div(n, rows)
             grid = min(tiles, MACHINE.num_sms) if config.split == 1 else tiles * config.split
-            choice = heuristics.DecodeChoice(config, rows, stages, grid, prefetch=2)
+            choice = decode_heuristics.DecodeChoice(config, rows, stages, grid, prefetch=2)
             out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
             DecodePlan(choice, x, out, None)(x, *weight, out, None)
             assert reference.relative_error(out, truth(x, codes, scale)) < BF16_ERROR, choice
@@ -628,7 +613,7 @@ def test_lanes_left_behind_are_found(folder, tmp_path):
     x, out = torch.randn(8, k, dtype=torch.bfloat16), torch.empty(8, n, dtype=torch.bfloat16)
     codes, scale = make_weight(n, k)
     weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
-    choice = heuristics.DecodeChoice(config, rows=40, num_stages=4, grid=1, prefetch=4)
+    choice = decode_heuristics.DecodeChoice(config, rows=40, num_stages=4, grid=1, prefetch=4)
     with emulated(folder, MACHINE, sources) as machine, pytest.raises(EmulationError):
         for machine.seed in range(8):
             DecodePlan(choice, x, out, None)(x, *weight, out, None)

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import fit
 from fp8_backend.errors import ArgumentError
-from fp8_backend.kernels import heuristics
+from fp8_backend.kernels import decode_heuristics, heuristics
 from fp8_backend.kernels.problem import GemmProblem
 
 TILES = [(64, 32), (128, 64)]
@@ -23,7 +23,9 @@ def sweep(tmp_path):
             problem = GemmProblem(m, n, k)
             quantise = heuristics.quantisation_ns(problem)
             found = [((cost + quantise) / 1e3, str(choice), 0.0) for cost, choice in heuristics.gemm_choices(problem)]
-            found += [(cost / 1e3, str(choice), 0.0) for cost, choice in list(heuristics.decode_choices(problem))[::9]]
+            found += [
+                (cost / 1e3, str(choice), 0.0) for cost, choice in list(decode_heuristics.decode_choices(problem))[::9]
+            ]
             rows.append({"m": m, "n": n, "k": k, "found": sorted(found), "chosen": ""})
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(rows))

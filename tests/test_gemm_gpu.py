@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fp8_backend.kernels import gemm, heuristics, launcher, layout, prepared, quantize, reference
+from fp8_backend.kernels import decode_heuristics, gemm, heuristics, launcher, layout, prepared, quantize, reference
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.problem import MAX_SHARED_BYTES, DecodeConfig, GemmProblem
 from fp8_backend.kernels.quantize import per_token_group_quant
@@ -147,19 +147,19 @@ def test_stationary_weights_give_the_bits_of_other_gemms(m, n, run, grid, k, out
 
 @pytest.mark.parametrize(
     ("config", "rows"),
-    [(config, rows) for config in heuristics.DECODE_CONFIGS for rows in (8, 40, 72, 128)],
+    [(config, rows) for config in decode_heuristics.DECODE_CONFIGS for rows in (8, 40, 72, 128)],
     ids=str,
 )
-@pytest.mark.parametrize("shared_bytes", [MAX_SHARED_BYTES, heuristics.HALF_SHARED_BYTES])
+@pytest.mark.parametrize("shared_bytes", [MAX_SHARED_BYTES, decode_heuristics.HALF_SHARED_BYTES])
 def test_every_decode_config(config, rows, shared_bytes):
     m, n, k = config.tokens - 1, 712, 2176
     codes, scale = make_weight(n, k)
     x, bias = make_x(m, k), make_x(1, n)[0]
     weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
     tiles = ceil_div(n, rows)
-    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), shared_bytes)
+    stages = decode_heuristics.decode_stages(config, rows, ceil_div(k, 128), shared_bytes)
     grid = min(tiles, 3) if config.split == 1 else tiles * config.split
-    choice = heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
+    choice = decode_heuristics.DecodeChoice(config, rows, stages, grid, min(2, stages))
     surroundings = torch.full((m + 2, n + 16), float("nan"), dtype=torch.bfloat16, device="cuda")
     out = surroundings[1:-1, 8:-8]
     plan = DecodePlan(choice, x, out, bias)
@@ -181,8 +181,8 @@ def test_overlapping_launches_give_the_same_bits(tokens, rows):
     weight = layout.pack_weight(codes), layout.pack_scale(scale, n, k)
     x = make_x(tokens, k)
     outs = [torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for _ in range(24)]
-    stages = heuristics.decode_stages(config, rows, ceil_div(k, 128), heuristics.HALF_SHARED_BYTES)
-    plan = DecodePlan(heuristics.DecodeChoice(config, rows, stages, 132, stages), x, outs[0], None)
+    stages = decode_heuristics.decode_stages(config, rows, ceil_div(k, 128), decode_heuristics.HALF_SHARED_BYTES)
+    plan = DecodePlan(decode_heuristics.DecodeChoice(config, rows, stages, 132, stages), x, outs[0], None)
     plan(x, *weight, outs[0], None)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from fp8_backend.kernels import quantize
+from fp8_backend.kernels.decode_heuristics import HALF_SHARED_BYTES, DecodeChoice, decode_choices
 from fp8_backend.kernels.heuristics import (
-    HALF_SHARED_BYTES,
-    DecodeChoice,
+    STATIONARY_CONFIG,
     QuantizingGemmChoice,
     adds_in_order,
     all_configs,
-    decode_choices,
+    gemm_choices,
     quantizing_choices,
     select,
     select_gemm,
@@ -114,6 +114,15 @@ def test_gemms_of_few_tokens_share_a_multiprocessor():
 
 def test_large_codes_are_written_before_the_gemm_starts():
     assert quantize.early(1024, 4096) == 1 and quantize.early(8192, 4096) == 0
+
+
+# Where L2 bounds the GEMM, and no deeper than two tiles' weights fit; one candidate a problem, of runs that cover it.
+def test_weights_of_few_k_blocks_stay():
+    assert all(select(GemmProblem(4096, n, k)).config == STATIONARY_CONFIG for n, k in ((7168, 256), (32768, 512)))
+    assert select(GemmProblem(4096, 7168, 640)).config != STATIONARY_CONFIG != select(GemmProblem(64, 7168, 256)).config
+    for m in ROWS:
+        found = [choice for _, choice in gemm_choices(GemmProblem(m, 7168, 256)) if choice.config == STATIONARY_CONFIG]
+        assert len(found) == 1 and 1 <= found[0].strip <= ceil_div(m, 64)
 
 
 # Where few columns make the codes as dear as the products, and nowhere else.

@@ -34,11 +34,11 @@ def test_notes_are_told_from_when_what_came_before_had_ended() -> None:
 
 
 def test_linears_with_notes_compile(tmp_path: Path) -> None:
-    from fp8_backend.kernels import heuristics, norm, quantize, silu
+    from fp8_backend.kernels import decode_heuristics, heuristics, norm, quantize, silu
     from fp8_backend.kernels.compiler import compile_kernel
 
     notes.instrument(tmp_path, 0x7F0000000000, layer_timeline.places({0x7F1000000000 + row: row for row in range(8)}))
-    linears = heuristics.GEMM_CONFIGS[0].spec(), heuristics.DECODE_CONFIGS[0].spec()
+    linears = heuristics.GEMM_CONFIGS[0].spec(), decode_heuristics.DECODE_CONFIGS[0].spec()
     for spec in (*linears, norm.SPECS[1], silu.SPEC, quantize.SPECS[1]):
         compiled = compile_kernel(replace(spec, folder=tmp_path))
         assert compiled.spill_bytes == 0 and not compiled.warnings

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from fp8_backend.kernels import launcher, layout, quantize
-from fp8_backend.kernels.heuristics import DecodeChoice
+from fp8_backend.kernels.decode_heuristics import DecodeChoice
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div

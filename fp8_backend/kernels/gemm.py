@@ -13,9 +13,10 @@ from fp8_backend.kernels import backend, decode, gemm_quantize, heuristics, laun
 from fp8_backend.kernels.arguments import check_gemm, check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
+from fp8_backend.kernels.decode_heuristics import DecodeChoice
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
-from fp8_backend.kernels.heuristics import Choice, DecodeChoice, GemmChoice, QuantizingGemmChoice
+from fp8_backend.kernels.heuristics import Choice, GemmChoice, QuantizingGemmChoice
 from fp8_backend.kernels.prepared import Prepared, PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fp8_backend.kernels.decode_heuristics import DECODE_CONFIGS, STREAM_BYTES_PER_NS, DecodeChoice, decode_choices
 from fp8_backend.kernels.problem import (
-    MAX_DECODE_ROWS,
-    MAX_DECODE_TOKENS,
-    MAX_SHARED_BYTES,
     SPLITS,
     DecodeConfig,
     GemmConfig,
@@ -17,16 +15,8 @@ from fp8_backend.kernels.problem import (
     QuantizingGemmConfig,
     StationaryGemmConfig,
 )
-from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.reference import BLOCK, ceil_div
 
-TOKENS = (8, MAX_DECODE_TOKENS)
-MAX_STAGES = 16
-HALF_SHARED_BYTES = MAX_SHARED_BYTES // 2 - 1024  # two CTAs fit a multiprocessor, with 1 KiB of the system's own each
-# CTAs a multiprocessor and the shared memory of each: all, or half, the other half to the next kernel or a second CTA.
-RESIDENCIES = ((1, MAX_SHARED_BYTES), (1, HALF_SHARED_BYTES), (2, HALF_SHARED_BYTES))
-PREFETCH_BYTES = 48 * 1024
-# Of each of two CTAs on a multiprocessor that quantise by themselves (docs/kernel-notes.md, sweep of 2026-11-26).
-PREFETCH_BYTES_OF_TWO = 32 * 1024
 # Rows of tiles up to which the CTAs beside each other share a tile of b, which comes from memory, and columns in a
 # strip where there are more: 16 read half as much from memory as 4 (8192 x 7168x16384: 1.15 and 2.15 GB) and on end
 # are from 1 % slower to 7 % faster (one H100, leads; docs/kernel-notes-power.md, 2026-11-28).
@@ -47,30 +37,12 @@ GEMM_CONFIGS = (
     GemmConfig(256, 128, 2, 3, unrolled=True),
 )
 STATIONARY_CONFIG = StationaryGemmConfig()
-DECODE_CONFIGS = tuple(
-    DecodeConfig(tokens, fused, split) for fused in (True, False) for tokens in TOKENS for split in SPLITS
-)
 QUANTIZING_CONFIG = QuantizingGemmConfig(4, 3)
 # Where the GEMM that quantises by itself is a candidate: every further tile of columns quantises the rows again, and
 # the codes of few rows stay in L2.
 QUANTIZING_ROWS, QUANTIZING_COLUMNS = 2048, 512
 # Into how many runs of tiles a column may be cut where its weights stay.
 MAX_RUNS = 64
-
-
-@dataclass(frozen=True)
-class DecodeChoice:
-    """A decode kernel and how it cuts the weight.
-
-    rows: of the weight, a CTA; a multiple of 8, at most 128. prefetch: stages of weights that may be in flight ahead of
-    the activations.
-    """
-
-    config: DecodeConfig
-    rows: int
-    num_stages: int
-    grid: int
-    prefetch: int
 
 
 @dataclass(frozen=True)
@@ -103,31 +75,7 @@ class QuantizingGemmChoice:
 Choice = DecodeChoice | GemmChoice | QuantizingGemmChoice
 
 
-def decode_stages(config: DecodeConfig, rows: int, k_blocks: int, shared_bytes: int = MAX_SHARED_BYTES) -> int:
-    """Return how many stages fit a CTA's shared memory, at most MAX_STAGES; 0 if fewer than the kernel needs do."""
-    for stages in range(MAX_STAGES, config.unroll - 1, -1):
-        if config.shared_bytes(rows, k_blocks, stages) <= shared_bytes:
-            return stages
-    return 0
-
-
-# The cost model, in nanoseconds. Its constants were fitted together to sweeps on H100s, of linears back to back and in
-# layers, those of tiles again to sweeps on an H200 (docs/kernel-notes.md): they rank kernels, and do not predict.
-_LAUNCH_NS = 1620  # from the start of a kernel to its first product, and its end
-_FREE_NS = 3520  # what a kernel saves that leaves room on all multiprocessors to the next ones' weights; in proportion
-_STREAM_BYTES_PER_NS = 34.4  # a multiprocessor's share of memory bandwidth; by data sheet 25 (H100), 37 (H200)
-_FILL_BYTES_PER_NS = 48.9  # what it gets from L2, weights on their way from memory included
-_ROUND_TRIP_NS = 4160  # of a stage, from its release to new data in it, with all multiprocessors at work
-_BLOCK_NS, _BLOCK_TOKEN_NS = 186, 8.9  # one k-block through a CTA, and more for each token
-_BLOCK_ROWS_TOKEN_NS = 56.7  # and for each where both math warpgroups multiply every k-block
-_SHARED_SM = 1.22  # how much longer a k-block takes beside another CTA
-_EXCHANGE_NS, _EXCHANGE_CTA_NS, _EXCHANGE_TOKEN_NS = 204, 60, 7.0  # sums to another CTA of the cluster
-_OUTPUT_TOKEN_NS = 6.3  # sums to the output without a cluster
-_GROUPS_AT_ONCE, _GROUP_NS = 2.95, 1980  # groups of a half-warp whose latencies overlap; each more
-_HALF_WARPS = 20  # that quantise
-_SMALL_BYTES, _SMALL_TOKEN_NS = 8e6, 232  # each token and k-block of weights of fewer bytes
-_LATE_TOKENS_NS, _LATE_GROUP_NS = 4080, 1.6  # tokens through a kernel of their own
-_LATE_TOKEN_NS = 2900  # a single one, which is quantised inside by the time that this kernel needs to start
+# The cost model of decode_heuristics.py goes on here, in nanoseconds.
 # Quantisation ahead of a GEMM; for more than 16 and at most FEW_ROWS tokens it is behind the weights' way.
 _QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
 _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
@@ -140,7 +88,8 @@ _GEMM_LAUNCH_NS = 418
 # More, for at most FEW_ROWS tokens, where one CTA fills a multiprocessor: it leaves the next weights no room, either (a
 # layer of Qwen3-8B at m = 48: 88.4 us with tiles of 128 x 192 for its largest weight, 86.5 with 64 x 64).
 _FULL_NS = 2860
-# One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these.
+# One k-block of a tile with all multiprocessors at work, its start and epilogue, and what sharing k adds to these
+# (fitted again to sweeps on an H200).
 _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (64, 32): (331, 85, 2280),
     (64, 64): (475, 237, 3690),
@@ -153,73 +102,14 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (128, 192): (531, 1990, 0),
     (256, 128): (713, 1900, 0),
 }
-# One k-block of a tile of gemm_stationary.cuh, its end, and a k-block of new weights: a guess.
-_STATIONARY_NS = (140.0, 160.0, 100.0)
+# One k-block of a tile of gemm_stationary.cuh, its end, a k-block of new weights, and the launch. So choices between it
+# and the tiles above lose least (eight shapes on one H200, 2026-11-28, docs/kernel-notes-gemm.md).
+_STATIONARY_NS = (200.0, 250.0, 150.0, 1000.0)
 # The same of the GEMM that quantises by itself, and its launch (one H100, 2026-11-27, docs/kernel-notes-gemm.md).
 _QUANTIZING_NS, _QUANTIZING_LAUNCH_NS = (1180, 1800, 9200), 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there
 # Operands that L2 does not hold, in more waves than this: what a multiprocessor is sent then.
 _BEYOND_L2_BYTES, _BEYOND_L2_WAVES, _BEYOND_L2_BYTES_PER_NS = 100e6, 8, 66
-
-
-def decode_choices(problem: GemmProblem) -> Iterator[tuple[float, DecodeChoice]]:
-    """Yield every way to solve the problem with a decode kernel, and its predicted cost in nanoseconds.
-
-    There is none for more than MAX_DECODE_TOKENS tokens.
-    """
-    for residency in range(len(RESIDENCIES)):
-        yield from resident_choices(problem, residency)
-
-
-def resident_choices(problem: GemmProblem, residency: int) -> Iterator[tuple[float, DecodeChoice]]:
-    """Yield those of one of `RESIDENCIES`."""
-    ctas, shared_bytes = RESIDENCIES[residency]
-    if problem.m > MAX_DECODE_TOKENS:
-        return
-    tokens = next(t for t in TOKENS if t >= problem.m)
-    for config in DECODE_CONFIGS:
-        if config.tokens != tokens or config.split > max(1, problem.k_blocks):
-            continue
-        most = ctas * problem.machine.max_clusters(config.split)
-        for rows in range(8, min(MAX_DECODE_ROWS, align(problem.n, 8)) + 8, 8):
-            tiles = ceil_div(problem.n, rows)
-            num_stages = decode_stages(config, rows, problem.k_blocks, shared_bytes)
-            if not num_stages or (config.split > 1 and tiles > most):
-                continue
-            # Fused, tokens wait in line with the weights; else they come later, through another kernel.
-            prefetch = num_stages
-            if config.fused:
-                limit = PREFETCH_BYTES_OF_TWO if ctas > 1 else PREFETCH_BYTES
-                prefetch = min(num_stages, max(1, limit // (rows * BLOCK)))
-            choice = DecodeChoice(config, rows, num_stages, min(tiles, most) * config.split, prefetch)
-            yield _decode_ns(problem, choice, residency), choice
-
-
-def _decode_ns(problem: GemmProblem, choice: DecodeChoice, residency: int) -> float:
-    config, rows, tokens, m = choice.config, choice.rows, choice.config.tokens, problem.m
-    (ctas, shared_bytes), num_sms = RESIDENCIES[residency], problem.machine.num_sms
-    fit = 2 if shared_bytes == HALF_SHARED_BYTES else 1  # of these CTAs, a multiprocessor
-    blocks = ceil_div(problem.k_blocks, config.split)
-    rounds = ceil_div(ceil_div(problem.n, rows) * config.split, choice.grid)
-    both = tokens if rows > 64 else 0
-    block_ns = max(
-        rows * BLOCK / _STREAM_BYTES_PER_NS * choice.grid / num_sms,
-        (rows + (0 if config.fused else tokens)) * BLOCK / _FILL_BYTES_PER_NS * ctas,
-        (_BLOCK_NS + _BLOCK_TOKEN_NS * tokens + _BLOCK_ROWS_TOKEN_NS * both) * (_SHARED_SM if ctas > 1 else 1),
-        _ROUND_TRIP_NS / choice.num_stages,
-    )
-    cost = _LAUNCH_NS + rounds * blocks * block_ns - _FREE_NS * (1 - choice.grid / (fit * num_sms))
-    if config.split > 1:
-        cost += _EXCHANGE_NS + _EXCHANGE_CTA_NS * config.split + _EXCHANGE_TOKEN_NS * tokens * rows / 64
-    else:
-        cost += _OUTPUT_TOKEN_NS * tokens * rows / 64
-    small = problem.n * problem.k < _SMALL_BYTES
-    if config.fused:
-        if small:
-            cost += _SMALL_TOKEN_NS * m * blocks
-        return cost + _GROUP_NS * max(0, ceil_div(m * blocks, _HALF_WARPS) - _GROUPS_AT_ONCE)
-    late = _LATE_TOKENS_NS if m > 1 or small else _LATE_TOKEN_NS
-    return cost + late + _LATE_GROUP_NS * m * problem.k_blocks
 
 
 def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
@@ -240,23 +130,23 @@ def gemm_choices(problem: GemmProblem) -> Iterator[tuple[float, GemmChoice]]:
             yield _gemm_ns(problem, choice, tiles_m * tiles_n, most), choice
     if 0 < problem.k_blocks <= STATIONARY_CONFIG.max_k_blocks:
         tiles_m = ceil_div(problem.m, STATIONARY_CONFIG.block_m)
-        for runs in range(1, min(tiles_m, MAX_RUNS) + 1):
-            yield _stationary(problem, ceil_div(tiles_m, runs))
+        cuts = range(1, min(tiles_m, MAX_RUNS) + 1)
+        yield min((_stationary(problem, ceil_div(tiles_m, runs)) for runs in cuts), key=lambda pair: pair[0])
 
 
 def _stationary(problem: GemmProblem, run: int) -> tuple[float, GemmChoice]:
     """Return the cost and the choice of a GEMM whose CTAs take `run` rows of tiles of a column at a time."""
     config, num_sms = STATIONARY_CONFIG, problem.machine.num_sms
     runs = ceil_div(ceil_div(problem.m, config.block_m), run) * ceil_div(problem.n, config.block_n)
-    block_ns, tile_ns, weights_ns = _STATIONARY_NS
-    memory_ns = problem.n * problem.k_blocks * BLOCK / (_STREAM_BYTES_PER_NS * num_sms)
+    block_ns, tile_ns, weights_ns, launch_ns = _STATIONARY_NS
+    memory_ns = problem.n * problem.k_blocks * BLOCK / (STREAM_BYTES_PER_NS * num_sms)
     run_ns = run * (problem.k_blocks * block_ns + tile_ns) + problem.k_blocks * weights_ns
-    cost = _GEMM_LAUNCH_NS + max(ceil_div(runs, num_sms) * run_ns, memory_ns)
+    cost = launch_ns + max(ceil_div(runs, num_sms) * run_ns, memory_ns)
     return cost, GemmChoice(config, run, min(runs, num_sms))
 
 
 def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) -> float:
-    """most: tiles at once."""
+    """most: tiles at once. The choice is of gemm.cuh."""
     config, split = choice.config, choice.split
     block_ns, tile_ns, split_ns = _GEMM_NS[config.block_m, config.block_n]
     num_sms, waves = problem.machine.num_sms, ceil_div(tiles, most)
@@ -265,7 +155,7 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) ->
     last = (tiles - (waves - 1) * most) * split  # CTAs of the last wave
     full_waves = waves - 1 + (_ALONE if config.ctas_per_sm > 1 and last <= num_sms else 1)
     # With few rows of tiles the weights come from memory, not from L2.
-    memory_ns = problem.n * problem.k_blocks * BLOCK / (_STREAM_BYTES_PER_NS * num_sms)
+    memory_ns = problem.n * problem.k_blocks * BLOCK / (STREAM_BYTES_PER_NS * num_sms)
     cost = _GEMM_LAUNCH_NS + max(full_waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns) + waves * tile_ns
     if split > 1:
         cost += waves * split_ns
@@ -280,7 +170,7 @@ def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, Quantizing
     if problem.m < QUANTIZING_ROWS or problem.n > QUANTIZING_COLUMNS:
         return
     # Rows of activations come from memory once, whatever the number of tiles that they are part of.
-    memory_ns = problem.m * problem.k * 2 / (_STREAM_BYTES_PER_NS * problem.machine.num_sms)
+    memory_ns = problem.m * problem.k * 2 / (STREAM_BYTES_PER_NS * problem.machine.num_sms)
     config, (block_ns, tile_ns, split_ns) = QUANTIZING_CONFIG, _QUANTIZING_NS
     tiles = ceil_div(problem.m, config.block_m) * ceil_div(problem.n, config.block_n)
     for split in SPLITS:
