@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from collections.abc import Callable
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,16 +71,16 @@ def test_verdicts(default: list[float], ours: list[float], verdict: str) -> None
 class Scripted(worker.Engine):
     """An engine whose batches take the given seconds, and each further token a tenth of them."""
 
-    def __init__(self, times: list[float]) -> None:
-        self.times, self.asked, self.samples = times, 0, {}
+    def __init__(self, times: list[float], begun: Callable[[int], int] = lambda _: 1) -> None:
+        self.times, self.asked, self.samples, self.steps, self.begun = times, 0, {}, {}, begun
         self.request = worker.Request({}, [8], [], 1024, 1, 100, [])
 
-    def run(self, batch: int, input_len: int, output_len: int) -> tuple[float, float]:
+    def run(self, batch: int, input_len: int, output_len: int) -> worker.Run:
         """Return the next of the times; the last one from then on."""
         assert (batch, input_len, output_len) == (8, 1024, 1)
         self.asked += 1
         taken = self.times[min(self.asked, len(self.times)) - 1]
-        return taken, taken / 10
+        return worker.Run(taken, taken / 10, self.begun(self.asked))
 
 
 @pytest.mark.parametrize(
@@ -107,18 +108,28 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
     assert Scripted(times).tpot_ms(8) == pytest.approx(median * 100)
 
 
-def outputs_of(*stamps: tuple[float, float]) -> list[SimpleNamespace]:
-    """Return what vLLM gives of requests whose first and last tokens came so."""
-    return [SimpleNamespace(metrics=SimpleNamespace(first_token_ts=a, last_token_ts=b)) for a, b in stamps]
+@pytest.mark.parametrize(("among", "ms"), [(2, 300.0), (4, 500.0)], ids=["every second", "too few"])
+def test_prefills_count_whose_prompts_came_together(among: int, ms: float) -> None:
+    """Of the timed runs, 7 or 8, some; the others took two steps."""
+    engine = Scripted([0.5, 0.5, *([0.5] * (among - 1) + [0.3]) * 9], lambda number: 1 + bool((number - 2) % among))
+    assert engine.prefill_ms(8, 1024) == ms
+    assert sorted(set(engine.steps["8 x 1024 + 1"])) == [1, 2]
+
+
+def outputs_of(*stamps: tuple[float, float, float]) -> list[SimpleNamespace]:
+    """Return what vLLM gives of requests that began, and whose first and last tokens came, so."""
+    names = "scheduled_ts", "first_token_ts", "last_token_ts"
+    return [SimpleNamespace(metrics=SimpleNamespace(**dict(zip(names, stamp, strict=True)))) for stamp in stamps]
 
 
 def test_a_token_is_timed_by_the_request_that_joined_last() -> None:
     """The others' first tokens came in steps of fewer sequences, or waited for another prompt."""
     engine = Scripted([])
     engine.request, engine._random = worker.Request({}, [3], [], 4, 5, 100, []), random.Random(0)
-    answers = [outputs_of((1.0, 9.5), (2.0, 10.0), (1.5, 9.9)), [SimpleNamespace(metrics=None)]]
+    stamps = (0.1, 1.0, 9.5), (0.2, 2.0, 10.0), (0.1, 1.5, 9.9)
+    answers = [outputs_of(*stamps), [SimpleNamespace(metrics=None)]]
     engine.llm = SimpleNamespace(generate=lambda *_, **__: answers.pop(0))
-    assert worker.Engine.run(engine, 3, 4, 5)[1] == 2.0
+    assert worker.Engine.run(engine, 3, 4, 5)[1:] == (2.0, 2)
     with pytest.raises(RuntimeError, match="when tokens came"):
         worker.Engine.run(engine, 1, 4, 5)
 

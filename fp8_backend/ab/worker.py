@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Repeats whose median counts: at least so many, and short ones more, until these seconds are full. Prefills of 130 ms
 # came out 24 % apart in two runs of one arm as medians of 5.
@@ -25,6 +25,9 @@ TIMED, TIMED_S, MOST_TIMED = 5, 3.0, 25
 # first steps differ from run to run, and a backend that compiles for each number of tokens goes on doing so (seen:
 # -53 ms a token after two runs).
 SETTLED, MOST_UNTIMED = 0.2, 12
+# Prefills whose prompts came in the fewest steps count, if there are so many: a further step reads all experts' weights
+# once more (six layers of DeepSeek-V3, 4 x 2048 tokens: some runs 73 ms, the others 85).
+LEAST_TOGETHER = 3
 
 
 @dataclass
@@ -54,6 +57,14 @@ def peak_bytes(worker: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Run(NamedTuple):
+    """What one batch took: seconds as a whole, and of a token behind the first; in how many steps its prompts began."""
+
+    seconds: float
+    token_s: float
+    steps: int
+
+
 class Engine:
     """A running vLLM and the questions it is asked."""
 
@@ -65,13 +76,14 @@ class Engine:
         self.start_up_s = time.monotonic() - start
         self.request, self._random = request, random.Random(0)
         self.samples: dict[str, list[float]] = {}
+        self.steps: dict[str, list[int]] = {}
 
-    def run(self, batch: int, input_len: int, output_len: int) -> tuple[float, float]:
-        """Return the seconds one batch of random prompts takes, and those of each token behind the first.
+    def run(self, batch: int, input_len: int, output_len: int) -> Run:
+        """Return what one batch of random prompts takes.
 
-        The latter of the request that was the last to get its first token: requests reach the engine one by one, and
-        whether their prompts come in one step or in two moves the whole by more than a token takes. By the engine's own
-        clock.
+        A token is timed by the request that was the last to get its first one: requests reach the engine one by one,
+        and whether their prompts come in one step or in two moves the whole by more than a token takes. Tokens and
+        steps by the engine's own clock.
 
         Raises:
             RuntimeError: this vLLM does not say when tokens came.
@@ -92,29 +104,34 @@ class Engine:
         if any(output.metrics is None for output in outputs):
             raise RuntimeError(f"vLLM {__version__} does not say when tokens came; use 0.26 to 0.33")
         last = max((output.metrics for output in outputs), key=lambda metrics: metrics.first_token_ts)
-        return taken, (last.last_token_ts - last.first_token_ts) / max(1, output_len - 1)
+        steps = {output.metrics.scheduled_ts for output in outputs}
+        return Run(taken, (last.last_token_ts - last.first_token_ts) / max(1, output_len - 1), len(steps))
 
-    def settled(self, batch: int, input_len: int, output_len: int) -> list[tuple[float, float]]:
-        """Return what `run` does of each run once they have settled; keep the seconds of these in `samples`."""
-        last, _ = self.run(batch, input_len, output_len)
+    def settled(self, batch: int, input_len: int, output_len: int) -> list[Run]:
+        """Return what `run` does of each run once they have settled; keep what each took in `samples` and `steps`."""
+        last = self.run(batch, input_len, output_len).seconds
         for _ in range(MOST_UNTIMED):
-            before, (last, _) = last, self.run(batch, input_len, output_len)
+            before, last = last, self.run(batch, input_len, output_len).seconds
             if abs(last - before) <= SETTLED * before:
                 break
-        runs: list[tuple[float, float]] = []
-        while len(runs) < TIMED or (sum(whole for whole, _ in runs) < TIMED_S and len(runs) < MOST_TIMED):
+        runs: list[Run] = []
+        while len(runs) < TIMED or (sum(run.seconds for run in runs) < TIMED_S and len(runs) < MOST_TIMED):
             runs.append(self.run(batch, input_len, output_len))
-        self.samples[f"{batch} x {input_len} + {output_len}"] = [round(whole, 6) for whole, _ in runs]
+        name = f"{batch} x {input_len} + {output_len}"
+        self.samples[name], self.steps[name] = [round(run.seconds, 6) for run in runs], [run.steps for run in runs]
         return runs
 
     def tpot_ms(self, batch: int) -> float:
         """Return the median milliseconds of one more token of every sequence."""
         runs = self.settled(batch, self.request.input_len, self.request.output_len)
-        return statistics.median(token for _, token in runs) * 1e3
+        return statistics.median(run.token_s for run in runs) * 1e3
 
     def prefill_ms(self, batch: int, tokens: int) -> float:
-        """Return the median milliseconds from a batch of prompts to their first tokens."""
-        return statistics.median(whole for whole, _ in self.settled(batch, tokens, 1)) * 1e3
+        """Return the median milliseconds from a batch of prompts, taken together, to their first tokens."""
+        runs = self.settled(batch, tokens, 1)
+        fewest = min(run.steps for run in runs)
+        together = [run.seconds for run in runs if run.steps == fewest]
+        return statistics.median(together if len(together) >= LEAST_TOGETHER else [run.seconds for run in runs]) * 1e3
 
     def distributions(self) -> list[dict[str, float]]:
         """Return the log-probabilities of tokens, by id, after every token of the scored prompts."""
@@ -151,7 +168,7 @@ def main() -> None:
 
     def write(**found: Any) -> None:
         # Every run that counted, in order: whether an arm grew faster while it was timed shows there.
-        answer.update(found, samples_s=engine.samples)
+        answer.update(found, samples_s=engine.samples, steps=engine.steps)
         partial = out.with_name(out.name + ".part")
         partial.write_text(json.dumps(answer))
         partial.replace(out)
