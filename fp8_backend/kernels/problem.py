@@ -113,11 +113,11 @@ class GemmConfig:
 class StationaryGemmConfig:
     """gemm_stationary.cuh: FP8 activations, any m, few k-blocks; weights stay in shared memory for a run of tiles.
 
-    least_stages: of rows, a math warpgroup, however many k-blocks of weights there would be use for.
+    one_slot_blocks: from so many k-blocks on the next run's weights come behind this one, not beside it.
     """
 
     math_warpgroups: int = 2
-    least_stages: int = 4
+    one_slot_blocks: int = 5
     block_m: ClassVar[int] = 64
     block_n: ClassVar[int] = 128
     ctas_per_sm: ClassVar[int] = 1
@@ -133,7 +133,7 @@ class StationaryGemmConfig:
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("MATH_WARPGROUPS", self.math_warpgroups), ("LEAST_STAGES", self.least_stages)
+        defines = ("MATH_WARPGROUPS", self.math_warpgroups), ("ONE_SLOT_BLOCKS", self.one_slot_blocks)
         return KernelSpec("gemm_stationary.cuh", "gemm", (("SHARED_BYTES", self.shared_bytes), *defines))
 
 
