@@ -2,23 +2,23 @@
 //
 // A CTA takes runs of tiles of 64 rows x 128 columns that lie below each other, and keeps the weights of these columns for a run: L2 is asked for little but
 // activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long pieces of rows of outputs. Warp roles:
-//   warpgroup 0      producers. A lane each of the first warps fetches the tiles of a and their scales for one math warpgroup, a lane of the warp behind them
-//                    weights and their scales.
-//   warpgroups 1..W  math. They take tiles in turn, so that the end of one lies under the products of the others, and each has a ring of stages of its own. Of
-//                    two, the product of the next k-block is issued before the last one is waited for; three have no registers for that.
-// Barriers per stage: full (1 arrival + bytes), empty (one arrival per warp of its warpgroup). Per slot of weights, one or two: full (1 arrival +
+//   warpgroup 0      producers. A lane each of warps 0 and 1 fetches the tiles of a and their scales for one math warpgroup, a lane of warp 2 weights and their
+//                    scales, those of the next run while these are in use; the last warp idles.
+//   warpgroups 1, 2  math. Each has every second tile, so that the end of one lies under the products of the other, and a ring of stages of its own. The product
+//                    of the next k-block is issued before the last one is waited for.
+// Barriers per stage: full (1 arrival + bytes), empty (one arrival per warp of its warpgroup). Per slot of weights, of which there are two: full (1 arrival +
 // bytes), empty (one arrival per math warp). A warpgroup without a tile in a run waits for its weights all the same: a phase is told by its parity, so none may
 // be missed.
 #include "arrivals.cuh"
 #include "output.cuh"
 #include "tiles.cuh"
 
-constexpr u32 kRows = 64, kColumns = 128, kWarpgroups = MATH_WARPGROUPS;
+constexpr u32 kRows = 64, kColumns = 128, kWarpgroups = 2;
 constexpr u32 kBytesA = kRows * kBlockK, kBytesB = kColumns * kBlockK, kStageScaleBytes = kRows * 4, kBlockScaleBytes = kScaleFloats * 4;
 constexpr u32 kStored = 64;  // columns of a box of outputs
 constexpr u32 kRoomBytes = kRows * kColumns * 2;
 constexpr u32 kMaxStages = 8;  // of a math warpgroup; fewer where weights leave room for no more
-constexpr u32 kStages = kWarpgroups * (kBytesA + kStageScaleBytes + 2 * 8);  // bytes of one stage of every warpgroup
+constexpr u32 kStages = 2 * (kBytesA + kStageScaleBytes + 2 * 8);  // bytes of one stage of both warpgroups
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + kWarpgroups), 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
@@ -27,11 +27,10 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
      u32 n_aligned, u32 bytes_a) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 weights_bytes = k_blocks * kBytesB, scales_b_bytes = k_blocks * kBlockScaleBytes;
-    const u32 num_slots = k_blocks < ONE_SLOT_BLOCKS ? 2 : 1;  // of weights: those of the next run come while these are in use, or behind it
-    const u32 num_stages = min(kMaxStages, (SHARED_BYTES - num_slots * (weights_bytes + scales_b_bytes) - kWarpgroups * kRoomBytes - 4 * 8) / kStages);
-    const u32 weights = smem_address(shared), rooms = weights + num_slots * weights_bytes, tiles = rooms + kWarpgroups * kRoomBytes;
+    const u32 num_stages = min(kMaxStages, (SHARED_BYTES - 2 * (weights_bytes + scales_b_bytes + kRoomBytes) - 4 * 8) / kStages);
+    const u32 weights = smem_address(shared), rooms = weights + 2 * weights_bytes, tiles = rooms + kWarpgroups * kRoomBytes;
     const u32 scales_a = tiles + kWarpgroups * num_stages * kBytesA, scales_b = scales_a + kWarpgroups * num_stages * kStageScaleBytes;
-    const u32 full = scales_b + num_slots * scales_b_bytes, empty = full + kWarpgroups * num_stages * 8;
+    const u32 full = scales_b + 2 * scales_b_bytes, empty = full + kWarpgroups * num_stages * 8;
     const u32 weights_full = empty + kWarpgroups * num_stages * 8, weights_empty = weights_full + 2 * 8;
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
@@ -42,7 +41,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, 4 * kArrivalsOfWarp);
         }
-        for (u32 slot = 0; slot < num_slots; ++slot) {
+        for (u32 slot = 0; slot < 2; ++slot) {
             barrier_init(weights_full + 8 * slot, 1);
             barrier_init(weights_empty + 8 * slot, kWarpgroups * 4 * kArrivalsOfWarp);
         }
@@ -57,8 +56,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     auto row_of = [&](u32 index, u32 i) { return min((index / tiles_n * run + i) * kRows, last_m); };
 
     if (warpgroup == 0) {
-        if (kWarpgroups == 2) give_registers<40>();
-        else give_registers<32>();
+        give_registers<40>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kWarpgroups && elect_lane()) {
             wait_for_previous_kernel();
@@ -79,7 +77,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         } else if (producer == kWarpgroups && elect_lane()) {
             if (!packed_b) wait_for_previous_kernel();
             Ring slots;
-            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(num_slots)) {
+            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
                 const u32 slot = slots.stage, bar = weights_full + 8 * slot, column = index % tiles_n * kColumns;
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 bytes_b = packed_b ? min(kColumns, n_aligned - column) * kBlockK : kBytesB;
@@ -95,8 +93,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             }
         }
     } else {
-        if (kWarpgroups == 2) take_registers<232>();
-        else take_registers<160>();
+        take_registers<232>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, turn = warpgroup - 1, first_stage = turn * num_stages;
         const u32 own_full = full + 8 * first_stage, own_empty = empty + 8 * first_stage, own_room = rooms + turn * kRoomBytes;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
@@ -107,14 +104,14 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         bool waits = true;
         Ring ring, slots;
 
-        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(num_slots)) {
+        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
             const u32 count = tiles_of(index), slot = slots.stage, column = index % tiles_n * kColumns;
             const u32 own_b = matrix_descriptor_low(weights + slot * weights_bytes);
             const u32 block_scales = scales_b + slot * scales_b_bytes + (column / 128 - first_scale_of(column, scale_b_stride)) * 4;
             barrier_wait(weights_full + 8 * slot, slots.parity);
             for (; next < count; next += kWarpgroups) {
                 const u32 row = row_of(index, next);
-                float sum[kColumns / 2];
+                float sum[kColumns / 2], even[kColumns / 2], odd[kColumns / 2];
 #pragma unroll
                 for (u32 i = 0; i < kColumns / 2; ++i) sum[i] = 0.f;
                 // The product of the ring's stage and a k-block of the weights, under way.
@@ -146,26 +143,17 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 #pragma unroll
                     for (u32 i = 0; i < kColumns / 2; ++i) sum[i] += (i % 4 < 2 ? low : high) * partial[i];
                 };
-                if constexpr (kWarpgroups == 2) {
-                    float even[kColumns / 2], odd[kColumns / 2];
-                    u32 kb = 0;
-                    issue(even, 0);
-                    for (; kb + 2 < k_blocks; kb += 2) {
-                        finish(even, odd, kb, true);
-                        finish(odd, even, kb + 1, true);
-                    }
-                    if (kb + 2 == k_blocks) {
-                        finish(even, odd, kb, true);
-                        finish(odd, even, kb + 1, false);
-                    } else {
-                        finish(even, odd, kb, false);
-                    }
+                u32 kb = 0;
+                issue(even, 0);
+                for (; kb + 2 < k_blocks; kb += 2) {
+                    finish(even, odd, kb, true);
+                    finish(odd, even, kb + 1, true);
+                }
+                if (kb + 2 == k_blocks) {
+                    finish(even, odd, kb, true);
+                    finish(odd, even, kb + 1, false);
                 } else {
-                    for (u32 kb = 0; kb < k_blocks; ++kb) {
-                        float partial[kColumns / 2];
-                        issue(partial, kb);
-                        finish(partial, partial, kb, false);
-                    }
+                    finish(even, odd, kb, false);
                 }
 
                 if (waits) wait_for_previous_kernel();  // it may still read what this kernel overwrites
