@@ -169,10 +169,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const u32 low_b = UNROLLED ? own_b + s * kStageStep : at_b;
                 fence_registers(partial);
                 wgmma_fence();
-#pragma unroll
-                for (u32 i = 0; i < kBlockK / 32; ++i)
-                    Wgmma<BLOCK_N>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
-                wgmma_commit();
+                issue_product<BLOCK_N>(partial, low_a, low_b);
             };
             auto multiply_block = [&](u32 s) {
                 if (!full_already) barrier_wait(full + 8 * s, ring.parity);
@@ -289,24 +286,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             if (stores_by_copy) {
                 if (lane == 0) bulk_wait_read();  // of the last tile's outputs
                 __syncwarp();
-#pragma unroll
-                for (u32 j = 0; j < BLOCK_N / kStored; ++j) {
-                    constexpr u32 kRowBytes = kStored * 2;
-                    const u32 target = room + (j * BLOCK_M + first_row) * kRowBytes;
-#pragma unroll
-                    for (u32 wave = 0; wave < kWaves; ++wave) {
-                        const float* columns = sum[wave] + j * (kStored / 2);
-                        if (out_type == kBf16) lay_out<kStored, true>(columns, target + wave * 64 * kRowBytes, lane);
-                        else lay_out<kStored, false>(columns, target + wave * 64 * kRowBytes, lane);
-                    }
-                    fence_async_shared();
-                    __syncwarp();
-                    if (lane == 0)
-#pragma unroll
-                        for (u32 wave = 0; wave < kWaves; ++wave)
-                            tensor_store(&map_out, target + wave * 64 * kRowBytes, tile.n + j * kStored, tile.m + first_row + wave * 64);
-                }
-                if (lane == 0) bulk_commit();
+                store_slices<kStored, BLOCK_M>(&map_out, sum, room, first_row, tile.n, tile.m, out_type, lane);
             } else {
 #pragma unroll
                 for (u32 wave = 0; wave < kWaves; ++wave) output.write(sum[wave], tile.m + first_row + wave * 64, tile.n, lane);

@@ -1,4 +1,4 @@
-// The GEMM of gemm.cuh for few k-blocks (at most MAX_BLOCKS), where the end of a tile takes as long as its products: the same sums in the same order, the same bits.
+// The GEMM of gemm.cuh for few k-blocks (at most 4), where the end of a tile takes as long as its products: the same sums in the same order, the same bits.
 //
 // A CTA takes runs of tiles of 64 rows x 128 columns that lie below each other, and keeps the weights of these columns for a run: L2 is asked for little but
 // activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long pieces of rows of outputs. Warp roles:
@@ -111,19 +111,16 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             barrier_wait(weights_full + 8 * slot, slots.parity);
             for (; next < count; next += kWarpgroups) {
                 const u32 row = row_of(index, next);
-                float sum[kColumns / 2], even[kColumns / 2], odd[kColumns / 2];
+                float sum[1][kColumns / 2], even[kColumns / 2], odd[kColumns / 2];
 #pragma unroll
-                for (u32 i = 0; i < kColumns / 2; ++i) sum[i] = 0.f;
+                for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] = 0.f;
                 // The product of the ring's stage and a k-block of the weights, under way.
                 auto issue = [&](float (&partial)[kColumns / 2], u32 kb) {
                     barrier_wait(own_full + 8 * ring.stage, ring.parity);
                     const u32 low_a = own_a + ring.stage * (kBytesA / 16), low_b = own_b + kb * (kBytesB / 16);
                     fence_registers(partial);
                     wgmma_fence();
-#pragma unroll
-                    for (u32 i = 0; i < kBlockK / 32; ++i)
-                        Wgmma<kColumns>::multiply(partial, matrix_descriptor_at(low_a + 2 * i), matrix_descriptor_at(low_b + 2 * i), i > 0);
-                    wgmma_commit();
+                    issue_product<kColumns>(partial, low_a, low_b);
                 };
                 auto finish = [&](float (&partial)[kColumns / 2], float (&following)[kColumns / 2], u32 kb, bool more) {
                     const u32 s = ring.stage;
@@ -141,7 +138,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     __syncwarp();
                     barrier_arrive_after_words(own_empty + 8 * s, low, high, arrives_for_warp(lane));
 #pragma unroll
-                    for (u32 i = 0; i < kColumns / 2; ++i) sum[i] += (i % 4 < 2 ? low : high) * partial[i];
+                    for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] += (i % 4 < 2 ? low : high) * partial[i];
                 };
                 u32 kb = 0;
                 issue(even, 0);
@@ -158,22 +155,13 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
 
                 if (waits) wait_for_previous_kernel();  // it may still read what this kernel overwrites
                 waits = false;
-                if (bias != nullptr) output.add_bias(sum, column, lane);
+                if (bias != nullptr) output.add_bias(sum[0], column, lane);
                 if (mapped_out) {
                     if (lane == 0) bulk_wait_read();  // of the last tile's outputs
                     __syncwarp();
-#pragma unroll
-                    for (u32 j = 0; j < kColumns / kStored; ++j) {
-                        const u32 target = own_room + (j * kRows + warp * 16) * kStored * 2;
-                        if (out_type == kBf16) lay_out<kStored, true>(sum + j * (kStored / 2), target, lane);
-                        else lay_out<kStored, false>(sum + j * (kStored / 2), target, lane);
-                        fence_async_shared();
-                        __syncwarp();
-                        if (lane == 0) tensor_store(&map_out, target, column + j * kStored, row + warp * 16);
-                    }
-                    if (lane == 0) bulk_commit();
+                    store_slices<kStored, kRows>(&map_out, sum, own_room, warp * 16, column, row, out_type, lane);
                 } else {
-                    output.write(sum, row + warp * 16, column, lane);
+                    output.write(sum[0], row + warp * 16, column, lane);
                 }
             }
             next -= count;

@@ -69,16 +69,9 @@ DEVICE void multiply_tile(float (&sum)[2][64], float (&extra)[2][8], const Place
             if (kExtra) fence_registers(few);
             wgmma_fence();
             if (kExtra) {
-                const u32 own_columns = at.part + offset + slice * (kBytesHalf / 16);
-#pragma unroll
-                for (u32 i = 0; i < kBlockK / 32; ++i)
-                    Wgmma<kExtraRows>::multiply(few, matrix_descriptor_at(own_columns + 2 * i), matrix_descriptor_at(at.extra + offset + 2 * i), i > 0);
-                wgmma_commit();
+                issue_product<kExtraRows>(few, at.part + offset + slice * (kBytesHalf / 16), at.extra + offset);
             }
-#pragma unroll
-            for (u32 i = 0; i < kBlockK / 32; ++i)
-                Wgmma<kColumns>::multiply(partial, matrix_descriptor_at(rows + 2 * i), matrix_descriptor_at(columns + 2 * i), i > 0);
-            wgmma_commit();
+            issue_product<kColumns>(partial, rows, columns);
             const float scale_b = load_shared(at.scale_b[slice] + of_scales);
             const float low = load_shared(at.scale_a + of_scales) * scale_b, high = load_shared(at.scale_a + of_scales + 32) * scale_b;
             if (kExtra) {

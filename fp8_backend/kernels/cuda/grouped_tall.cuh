@@ -38,9 +38,7 @@ template <u32 kHalves> DEVICE void multiply_tile(float (&sum)[2][64], const Plac
             float partial[64];
             fence_registers(partial);
             wgmma_fence();
-#pragma unroll
-            for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<128>::multiply(partial, matrix_descriptor_at(a + 2 * i), matrix_descriptor_at(b + 2 * i), i > 0);
-            wgmma_commit();
+            issue_product<128>(partial, a, b);
             if (half == 0) scale_b = load_shared(at.scale_b + s * kStageScaleBytes);
             const float low = load_shared(at.scale_a + s * kStageScaleBytes + half * kHalfRows * 4) * scale_b;
             const float high = load_shared(at.scale_a + s * kStageScaleBytes + half * kHalfRows * 4 + 32) * scale_b;

@@ -78,6 +78,13 @@ template <bool kRounds, bool kPeeled, u32 kStages, class Block> DEVICE void mult
     }
 }
 
+// The product of a k-block, under way: 64 rows of one operand and kN of the other, by their descriptors' low words.
+template <u32 kN> DEVICE void issue_product(float (&partial)[kN / 2], u32 rows, u32 columns) {
+#pragma unroll
+    for (u32 i = 0; i < kBlockK / 32; ++i) Wgmma<kN>::multiply(partial, matrix_descriptor_at(rows + 2 * i), matrix_descriptor_at(columns + 2 * i), i > 0);
+    wgmma_commit();
+}
+
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
@@ -95,4 +102,27 @@ template <u32 kColumns, bool kIsBf16> DEVICE void lay_out(const float* sum, u32 
         }
         store_matrices(row_address + ((q * 2 + lane / 16) ^ swizzle) * 16, words);
     }
+}
+
+// Sends this warp's 16 rows of each slice of 64 to memory by the copy engine, kStored columns of all at a time: through `room`, which has kTall rows for these and
+// is free. first_row: the warp's in the tile, which begins at column x and row y. What is sent ends together.
+template <u32 kStored, u32 kTall, u32 kSlices, u32 kCount>
+DEVICE void store_slices(const TensorMap* map, const float (&sum)[kSlices][kCount], u32 room, u32 first_row, u32 x, u32 y, u32 type, u32 lane) {
+#pragma unroll
+    for (u32 j = 0; j < 2 * kCount / kStored; ++j) {
+        constexpr u32 kRowBytes = kStored * 2;
+        const u32 target = room + (j * kTall + first_row) * kRowBytes;
+#pragma unroll
+        for (u32 slice = 0; slice < kSlices; ++slice) {
+            const float* columns = sum[slice] + j * (kStored / 2);
+            if (type == kBf16) lay_out<kStored, true>(columns, target + slice * 64 * kRowBytes, lane);
+            else lay_out<kStored, false>(columns, target + slice * 64 * kRowBytes, lane);
+        }
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0)
+#pragma unroll
+            for (u32 slice = 0; slice < kSlices; ++slice) tensor_store(map, target + slice * 64 * kRowBytes, x + j * kStored, y + first_row + slice * 64);
+    }
+    if (lane == 0) bulk_commit();
 }
