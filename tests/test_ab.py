@@ -320,6 +320,7 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     assert any(caches.iterdir()), "nothing was kept"
     answer = done["answer"]
     assert answer["tpot_ms"]["1"] > 0 and answer["prefill_ms"]["1x64"] > 0 and answer["start_up_s"] > 0
+    assert set(answer["steps"]) == set(answer["samples_s"]) and answer["steps"]["1 x 64 + 1"][0] == 1
     assert answer["peak_bytes"] > 2**27 and names_ours(done["selection"])
     rows = torch.tensor([list(row.values()) for row in answer["distributions"]], dtype=torch.float64)
     assert rows.shape == (190, 1024)

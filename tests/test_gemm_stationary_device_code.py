@@ -61,15 +61,15 @@ def test_planted_faults_are_found(fault, folder, tmp_path):
     torch.manual_seed(3)
     m, n, k = 170, 400, 2 * BLOCK
     (codes, scale), x = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16)
-    weight, expected = (
-        gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k),
+    weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
+    a, expected, choice = (
+        reference.per_token_group_quant(x),
         truth(x, codes, scale),
+        GemmChoice(STATIONARY_CONFIG, 3, 1),
     )
     sources = planted(tmp_path, "gemm_stationary.cuh", *FAULTS[fault])
     out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
     with emulated(folder, MACHINE, sources) as machine, pytest.raises((AssertionError, EmulationError)):
         for machine.seed in range(8):
-            gemm.launch_gemm(
-                GemmChoice(STATIONARY_CONFIG, 3, 1), *reference.per_token_group_quant(x), weight, out, None
-            )
+            gemm.launch_gemm(choice, *a, weight, out, None)
             assert reference.relative_error(out, expected) < BF16_ERROR

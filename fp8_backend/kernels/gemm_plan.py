@@ -1,7 +1,4 @@
-"""The host half of gemm.cuh and gemm_stationary.cuh: a launch, and with the quantisation before it those of a linear.
-
-Both are prepared once.
-"""
+"""The host half of gemm.cuh and gemm_stationary.cuh: a launch, prepared once, and with it those of a linear layer."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def kernel(config: GemmConfig | StationaryGemmConfig, device: int) -> launcher.K
 
 
 class GemmLaunch:
-    """The launch of either for tensors of one shape, stride and dtype; used by one thread at a time."""
+    """The launch of such a GEMM for tensors of one shape, stride and dtype; used by one thread at a time."""
 
     def __init__(
         self,

@@ -50,8 +50,8 @@ class GemmChoice:
     """A GEMM kernel, its grid, and the order of tiles.
 
     strip: columns of tiles that are walked before the next rows of them; 0: every column from top to bottom. Where
-    weights stay, rows of tiles that a CTA takes of a column before it goes on to another. split:
-    CTAs that share the k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
+    weights stay, rows of tiles that a CTA takes of a column before it goes on to another. split: CTAs that share the
+    k-blocks of a tile; more than 1 only with a CTA for every one of these shares.
     """
 
     config: GemmConfig | StationaryGemmConfig
@@ -76,6 +76,7 @@ Choice = DecodeChoice | GemmChoice | QuantizingGemmChoice
 
 
 # The cost model of decode_heuristics.py goes on here, in nanoseconds.
+
 # Quantisation ahead of a GEMM; for more than 16 and at most FEW_ROWS tokens it is behind the weights' way.
 _QUANTISE_NS, _QUANTISE_FEW_NS = 2960, 296
 _QUANTISED_ELEMENTS_PER_NS = 1170  # of many rows
@@ -139,9 +140,8 @@ def _stationary(problem: GemmProblem, run: int) -> tuple[float, GemmChoice]:
     config, num_sms = STATIONARY_CONFIG, problem.machine.num_sms
     runs = ceil_div(ceil_div(problem.m, config.block_m), run) * ceil_div(problem.n, config.block_n)
     block_ns, tile_ns, weights_ns, launch_ns = _STATIONARY_NS
-    memory_ns = problem.n * problem.k_blocks * BLOCK / (STREAM_BYTES_PER_NS * num_sms)
     run_ns = run * (problem.k_blocks * block_ns + tile_ns) + problem.k_blocks * weights_ns
-    cost = launch_ns + max(ceil_div(runs, num_sms) * run_ns, memory_ns)
+    cost = launch_ns + max(ceil_div(runs, num_sms) * run_ns, _weights_ns(problem))
     return cost, GemmChoice(config, run, min(runs, num_sms))
 
 
@@ -154,12 +154,16 @@ def _gemm_ns(problem: GemmProblem, choice: GemmChoice, tiles: int, most: int) ->
         block_ns = max(block_ns, (config.block_m + config.block_n) * BLOCK / _BEYOND_L2_BYTES_PER_NS)
     last = (tiles - (waves - 1) * most) * split  # CTAs of the last wave
     full_waves = waves - 1 + (_ALONE if config.ctas_per_sm > 1 and last <= num_sms else 1)
-    # With few rows of tiles the weights come from memory, not from L2.
-    memory_ns = problem.n * problem.k_blocks * BLOCK / (STREAM_BYTES_PER_NS * num_sms)
-    cost = _GEMM_LAUNCH_NS + max(full_waves * ceil_div(problem.k_blocks, split) * block_ns, memory_ns) + waves * tile_ns
+    products_ns = max(full_waves * ceil_div(problem.k_blocks, split) * block_ns, _weights_ns(problem))
+    cost = _GEMM_LAUNCH_NS + products_ns + waves * tile_ns
     if split > 1:
         cost += waves * split_ns
     return cost + (_FULL_NS if config.ctas_per_sm == 1 and problem.m <= FEW_ROWS else 0)
+
+
+def _weights_ns(problem: GemmProblem) -> float:
+    """Return the time of the weights' way from memory, which decides where there are few rows of tiles."""
+    return problem.n * problem.k_blocks * BLOCK / (STREAM_BYTES_PER_NS * problem.machine.num_sms)
 
 
 def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, QuantizingGemmChoice]]:
