@@ -31,6 +31,7 @@ from fp8_backend.kernels import (
     gemm_quantize,
     grouped_gathered,
     grouped_sorted,
+    grouped_stationary,
     grouped_tall,
     launcher,
     m_grouped,
@@ -175,7 +176,18 @@ MODULES = (
         experts_single,
     ),
     *(fused_linear, gemm, gemm_plan),
-    *(gemm_quantize, grouped_gathered, grouped_sorted, grouped_tall, launcher, m_grouped, masked, norm, norm_rope),
+    *(
+        gemm_quantize,
+        grouped_gathered,
+        grouped_sorted,
+        grouped_stationary,
+        grouped_tall,
+        launcher,
+        m_grouped,
+        masked,
+        norm,
+        norm_rope,
+    ),
     *(quantize, quantize_sorted, router, routing, silu, tensor_map),
 )
 
