@@ -205,8 +205,8 @@ def test_experts_of_many_rows(sorted_rows, folder, monkeypatch):
     with emulated(folder, MACHINE), launches_up_to() as names:
         experts.launch("prefill", x, weights, ids, *packed_13, *packed_2, out, here, False)
     launches = {
-        1: ["route", "quantize_sorted", "sort_scales", "grouped_sorted", "grouped_stationary", "combine"],
-        1000: ["route", "quantize", "grouped_gathered", "grouped_stationary", "combine"],
+        1: ["route", "quantize_sorted", "sort_scales", "grouped_sorted", "grouped_sorted", "combine"],
+        1000: ["route", "quantize", "grouped_gathered", "grouped_sorted", "combine"],
     }
     assert [name.partition("-")[0] for name in names] == launches[sorted_rows]
     for expert in range(5):

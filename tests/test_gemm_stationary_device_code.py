@@ -9,7 +9,6 @@ import torch
 
 from fp8_backend.kernels import gemm, layout, reference
 from fp8_backend.kernels.heuristics import STATIONARY_CONFIG, GemmChoice
-from fp8_backend.kernels.problem import StationaryGemmConfig
 from fp8_backend.kernels.reference import BLOCK
 from tests.emulation import EmulationError, emulated
 from tests.test_device_code import BF16_ERROR, MACHINE, make_weight, planted, truth
@@ -25,8 +24,7 @@ def folder(tmp_path_factory):
 # Columns of tiles with one tile of rows and with several; runs of one tile, of some, of all, that one CTA has or more.
 @pytest.mark.parametrize(("m", "n", "packed"), [(20, 1100, True), (140, 648, True), (600, 136, False)])
 @pytest.mark.parametrize("k_blocks", [1, 2, 3, 4])
-@pytest.mark.parametrize("config", [StationaryGemmConfig(*each) for each in ((2, 4), (2, 6), (3, 3), (3, 4))], ids=str)
-def test_stationary_weights(m, n, packed, k_blocks, config, folder):
+def test_stationary_weights(m, n, packed, k_blocks, folder):
     torch.manual_seed(m + k_blocks)
     k = k_blocks * BLOCK - (8 if packed else 0)
     (codes, scale), x, bias = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n)
@@ -36,41 +34,25 @@ def test_stationary_weights(m, n, packed, k_blocks, config, folder):
     out = surroundings[1:-1, 8:-8]
     with emulated(folder, MACHINE) as machine:
         for machine.seed, (run, grid) in enumerate([(1, 1), (2, 2), (3, 5), (99, 1)]):
-            choice = GemmChoice(config, run, grid)
+            choice = GemmChoice(STATIONARY_CONFIG, run, grid)
             gemm.launch_gemm(choice, *reference.per_token_group_quant(x), weight, out, bias)
             assert reference.relative_error(out, truth(x, codes, scale, bias)) < BF16_ERROR
             out.fill_(float("nan"))
             assert surroundings.isnan().all()
 
 
-# What is planted, and in which file; four columns of three tiles each, by one CTA.
-DENSE, SHARED = "gemm_stationary.cuh", "stationary.cuh"
+# What is planted; four columns of three tiles each, by one CTA.
 FAULTS = {
-    "a stage is filled before it is free": (DENSE, "barrier_wait(room.empty + 8 * s, ring.parity ^ 1);", ""),
-    "a stage is read at once": (SHARED, "barrier_wait(at.full + 8 * ring.stage, ring.parity);", ""),
-    "weights come before there is room": (SHARED, "barrier_wait(room.weights_empty + 8 * slot, slots.parity ^ 1);", ""),
+    "a stage is filled before it is free": ("barrier_wait(empty + 8 * s, ring.parity ^ 1);", ""),
+    "a stage is read at once": ("barrier_wait(own_full + 8 * ring.stage, ring.parity);", ""),
+    "weights make room before they have been read": ("barrier_wait(weights_empty + 8 * slot, slots.parity ^ 1);", ""),
     "one warpgroup has read them": (
-        SHARED,
-        "(room.weights_empty + 8 * slot, kWarpgroups *",
-        "(room.weights_empty + 8 * slot, 1 *",
+        "barrier_init(weights_empty + 8 * slot, kWarpgroups *",
+        "barrier_init(weights_empty + 8 * slot, 1 *",
     ),
-    "weights are read at once": (
-        SHARED,
-        "if (fresh) barrier_wait(room.weights_full + 8 * slots.stage, slots.parity);",
-        "",
-    ),
-    "weights are let go by the first tile": (
-        SHARED,
-        "if (last) barrier_arrive_after",
-        "if (fresh) barrier_arrive_after",
-    ),
-    "a run without a tile is passed over": (DENSE, "if (next >= count) pass_run", "if (false) pass_run"),
-    "the next run begins with the first warpgroup": (
-        DENSE,
-        "            next -= count;\n",
-        "            next = warpgroup - 1;\n",
-    ),
-    "outputs are laid out over those on their way": (DENSE, "if (lane == 0) bulk_wait_read();", ""),
+    "weights are read at once": ("barrier_wait(weights_full + 8 * slot, slots.parity);", ""),
+    "the next run begins with the first warpgroup": ("            next -= count;\n", "            next = turn;\n"),
+    "outputs are laid out over those on their way": ("if (lane == 0) bulk_wait_read();", ""),
 }
 
 
@@ -80,11 +62,14 @@ def test_planted_faults_are_found(fault, folder, tmp_path):
     m, n, k = 170, 400, 2 * BLOCK
     (codes, scale), x = make_weight(n, k), torch.randn(m, k, dtype=torch.bfloat16)
     weight = gemm.Weight(layout.pack_weight(codes), layout.pack_scale(scale, n, k), n, k)
-    a, expected = reference.per_token_group_quant(x), truth(x, codes, scale)
-    sources = planted(tmp_path, *FAULTS[fault])
+    a, expected, choice = (
+        reference.per_token_group_quant(x),
+        truth(x, codes, scale),
+        GemmChoice(STATIONARY_CONFIG, 3, 1),
+    )
+    sources = planted(tmp_path, "gemm_stationary.cuh", *FAULTS[fault])
     out = torch.full((m, n), float("nan"), dtype=torch.bfloat16)
     with emulated(folder, MACHINE, sources) as machine, pytest.raises((AssertionError, EmulationError)):
-        for run in (3, 1):
-            for machine.seed in range(8):
-                gemm.launch_gemm(GemmChoice(STATIONARY_CONFIG, run, 1), *a, weight, out, None)
-                assert reference.relative_error(out, expected) < BF16_ERROR
+        for machine.seed in range(8):
+            gemm.launch_gemm(choice, *a, weight, out, None)
+            assert reference.relative_error(out, expected) < BF16_ERROR

@@ -60,9 +60,10 @@ def test_constants_shared_with_the_device_code():
     assert device["kFp8Max"] == reference.FP8_MAX and device["kMinAmax"] == reference.MIN_AMAX
     assert device["kScaleFloats"] == layout.SCALES_FETCHED
     assert device["kThreads"] == problem.DECODE_THREADS
-    device, config = constants("stationary.cuh", "gemm_stationary.cuh"), problem.StationaryGemmConfig
+    device, config = constants("gemm_stationary.cuh"), problem.StationaryGemmConfig
     assert (device["kRows"], device["kColumns"]) == (config.block_m, config.block_n)
     assert device["kStored"] == config.stored_columns
+    assert 128 * (1 + device["kWarpgroups"]) == config.threads
     device = constants("router.cuh")
     assert (device["kMostRows"], device["kWarps"] * 32) == (router.MAX_ROWS, router._THREADS)
     assert (device["kColumns"], device["kRanks"]) == (router._COLUMNS, router._RANKS)

@@ -12,7 +12,6 @@ from fp8_backend.kernels import (
     grouped,
     grouped_gathered,
     grouped_sorted,
-    grouped_stationary,
     launcher,
     quantize,
     quantize_sorted,
@@ -139,17 +138,13 @@ class PrefillPlan:
         # Tensors like those between the launches, of which nothing but shape, strides and dtype is asked.
         between = torch.empty((entries, intermediate), dtype=torch.uint8, device="meta")
         between_scale = torch.empty((intermediate // BLOCK, align(entries, 4)), device="meta")[:, :entries]
-        second = between, between_scale, w2, scale_2, out.new_empty((entries, hidden), device="meta")
+        second = between, between_scale, w2, scale_2, out.new_empty((entries, hidden), device="meta"), None, hidden
         if self._sorts:
             plain, listed = self._prepare_sorted(x, top_k, w13, scale_13, between, between_scale)
         else:
             of_tokens = None if weighted else top_k
             plain, listed = self._prepare_gathered(x, of_tokens, w13, scale_13, between, between_scale)
-        if grouped_stationary.takes(entries, num_groups, w2.shape[1]):
-            launch = grouped_stationary.launch_like(*second, hidden, self._routing, listed)
-        else:
-            launch = grouped_sorted.launch_like(plain, *second, None, hidden, self._routing, listed)
-        self._second = launch.prepared()
+        self._second = grouped_sorted.launch_like(plain, *second, self._routing, listed).prepared()
         self._combine = combine.launch_like(out, top_k, map_length, num_groups, device).prepared()
 
     def _prepare_sorted(

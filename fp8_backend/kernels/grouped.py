@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fp8_backend.kernels import (
-    grouped_gathered,
-    grouped_sorted,
-    grouped_stationary,
-    grouped_tall,
-    launcher,
-    routing,
-)
+from fp8_backend.kernels import grouped_gathered, grouped_sorted, grouped_tall, launcher, routing
 from fp8_backend.kernels.compiler import KernelSpec
 
 # Rows a group on average from which on contiguous rows go to grouped_tall.cuh (one H100, 4096x7168, us in tiles of 128
@@ -23,8 +16,7 @@ _SORTED = grouped_sorted.GATED, grouped_sorted.PLAIN, grouped_sorted.PLAIN_FEW
 def all_specs() -> tuple[KernelSpec, ...]:
     """Return every kernel that a grouped GEMM can need."""
     listed = (routing.SPEC, routing.RUNS_SPEC, grouped_gathered.SPEC)
-    in_order = (*(config.spec() for config in _SORTED), grouped_stationary.CONFIG.spec())
-    return (*listed, *in_order, *grouped_tall.all_specs())
+    return (*listed, *(config.spec() for config in _SORTED), *grouped_tall.all_specs())
 
 
 def load_all() -> None:
@@ -35,7 +27,6 @@ def load_all() -> None:
     grouped_gathered.kernel(device)
     for config in _SORTED:
         grouped_sorted.kernel(config, device)
-    grouped_stationary.kernel(device)
     grouped_tall.load_all()
 
 

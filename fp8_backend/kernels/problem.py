@@ -111,30 +111,20 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class StationaryGemmConfig:
-    """gemm_stationary.cuh: FP8 activations, any m, few k-blocks; weights stay in shared memory for a run of tiles.
+    """gemm_stationary.cuh: FP8 activations, any m, few k-blocks; weights stay in shared memory for a run of tiles."""
 
-    least_stages: of rows, a math warpgroup, however many k-blocks of weights there would be use for.
-    """
-
-    math_warpgroups: int = 2
-    least_stages: int = 4
     block_m: ClassVar[int] = 64
     block_n: ClassVar[int] = 128
     ctas_per_sm: ClassVar[int] = 1
     stored_columns: ClassVar[int] = 64
+    threads: ClassVar[int] = 384
     shared_bytes: ClassVar[int] = MAX_SHARED_BYTES
     # Twice the weights of 128 columns are half of the shared memory then.
     max_k_blocks: ClassVar[int] = 4
 
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA: one producer warpgroup and the math warpgroups."""
-        return 128 * (1 + self.math_warpgroups)
-
     def spec(self) -> KernelSpec:
         """Return what to compile."""
-        defines = ("MATH_WARPGROUPS", self.math_warpgroups), ("LEAST_STAGES", self.least_stages)
-        return KernelSpec("gemm_stationary.cuh", "gemm", (("SHARED_BYTES", self.shared_bytes), *defines))
+        return KernelSpec("gemm_stationary.cuh", "gemm", (("SHARED_BYTES", self.shared_bytes),))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from fp8_backend.kernels import (
     gemm_quantize,
     grouped_gathered,
     grouped_sorted,
-    grouped_stationary,
     grouped_tall,
     launcher,
     m_grouped,
@@ -176,18 +175,7 @@ MODULES = (
         experts_single,
     ),
     *(fused_linear, gemm, gemm_plan),
-    *(
-        gemm_quantize,
-        grouped_gathered,
-        grouped_sorted,
-        grouped_stationary,
-        grouped_tall,
-        launcher,
-        m_grouped,
-        masked,
-        norm,
-        norm_rope,
-    ),
+    *(gemm_quantize, grouped_gathered, grouped_sorted, grouped_tall, launcher, m_grouped, masked, norm, norm_rope),
     *(quantize, quantize_sorted, router, routing, silu, tensor_map),
 )
 

@@ -238,18 +238,6 @@ DEVICE void tensor_store(const TensorMap* map, u32 source, u32 x, u32 y) {
         --fiber.stores;
     });
 }
-DEVICE void bulk_store(void* target, u32 source, u32 bytes) {
-    emulation::Fiber& fiber = emulation::self();
-    emulation::Cta& of = emulation::cta();
-    if (reinterpret_cast<std::uintptr_t>(target) % 16 || source % 16 || bytes % 16) emulation::fail("a bulk store is not of whole 16 bytes");
-    ++fiber.stores;
-    emulation::mark(of.to_be_stored, source, bytes, 1);
-    emulation::machine->engine.push_back([=, &fiber, &of] {
-        std::memcpy(target, emulation::at(of, source, bytes), bytes);
-        emulation::mark(of.to_be_stored, source, bytes, -1);
-        --fiber.stores;
-    });
-}
 DEVICE void bulk_commit() {}
 DEVICE void bulk_wait() {
     emulation::Fiber& fiber = emulation::self();

@@ -1,15 +1,24 @@
-// The GEMM of gemm.cuh for few k-blocks, where the end of a tile takes as long as its products: the same sums in the same order, the same bits. Its weights stay
-// (stationary.cuh), so L2 is asked for little but activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long
-// pieces of rows of outputs.
+// The GEMM of gemm.cuh for few k-blocks (at most 4), where the end of a tile takes as long as its products: the same sums in the same order, the same bits.
 //
-// Warp roles:
-//   warpgroup 0      producers. A lane each of the first warps fetches the tiles of a and their scales for one math warpgroup, a lane of the warp behind them weights.
-//   warpgroups 1..W  math.
+// A CTA takes runs of tiles of 64 rows x 128 columns that lie below each other, and keeps the weights of these columns for a run: L2 is asked for little but
+// activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long pieces of rows of outputs. Warp roles:
+//   warpgroup 0      producers. A lane each of warps 0 and 1 fetches the tiles of a and their scales for one math warpgroup, a lane of warp 2 weights and their
+//                    scales, those of the next run while these are in use; the last warp idles.
+//   warpgroups 1, 2  math. Each has every second tile, so that the end of one lies under the products of the other, and a ring of stages of its own. The product
+//                    of the next k-block is issued before the last one is waited for.
+// Barriers per stage: full (1 arrival + bytes), empty (one arrival per warp of its warpgroup). Per slot of weights, of which there are two: full (1 arrival +
+// bytes), empty (one arrival per math warp). A warpgroup without a tile in a run waits for its weights all the same: a phase is told by its parity, so none may
+// be missed.
+#include "arrivals.cuh"
 #include "output.cuh"
-#include "stationary.cuh"
+#include "tiles.cuh"
 
+constexpr u32 kRows = 64, kColumns = 128, kWarpgroups = 2;
+constexpr u32 kBytesA = kRows * kBlockK, kBytesB = kColumns * kBlockK, kStageScaleBytes = kRows * 4, kBlockScaleBytes = kScaleFloats * 4;
 constexpr u32 kStored = 64;  // columns of a box of outputs
-constexpr u32 kOutputBytes = kRows * kColumns * 2;
+constexpr u32 kRoomBytes = kRows * kColumns * 2;
+constexpr u32 kMaxStages = 8;  // of a math warpgroup; fewer where weights leave room for no more
+constexpr u32 kStages = 2 * (kBytesA + kStageScaleBytes + 2 * 8);  // bytes of one stage of both warpgroups
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + kWarpgroups), 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
@@ -17,13 +26,26 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
      const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 run, u32 out_type, u32 bias_type, u32 mapped_out,
      u32 n_aligned, u32 bytes_a) {
     extern __shared__ __align__(1024) u8 shared[];
-    const Room room = room_at(smem_address(shared), k_blocks, kOutputBytes);
+    const u32 weights_bytes = k_blocks * kBytesB, scales_b_bytes = k_blocks * kBlockScaleBytes;
+    const u32 num_stages = min(kMaxStages, (SHARED_BYTES - 2 * (weights_bytes + scales_b_bytes + kRoomBytes) - 4 * 8) / kStages);
+    const u32 weights = smem_address(shared), rooms = weights + 2 * weights_bytes, tiles = rooms + kWarpgroups * kRoomBytes;
+    const u32 scales_a = tiles + kWarpgroups * num_stages * kBytesA, scales_b = scales_a + kWarpgroups * num_stages * kStageScaleBytes;
+    const u32 full = scales_b + 2 * scales_b_bytes, empty = full + kWarpgroups * num_stages * 8;
+    const u32 weights_full = empty + kWarpgroups * num_stages * 8, weights_empty = weights_full + 2 * 8;
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
         if (!packed_b) prefetch_map(&map_b);
-        initialise_barriers(room);
+        for (u32 s = 0; s < kWarpgroups * num_stages; ++s) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 4 * kArrivalsOfWarp);
+        }
+        for (u32 slot = 0; slot < 2; ++slot) {
+            barrier_init(weights_full + 8 * slot, 1);
+            barrier_init(weights_empty + 8 * slot, kWarpgroups * 4 * kArrivalsOfWarp);
+        }
+        barrier_init_fence();
     }
     __syncthreads();
     launch_next_kernel();
@@ -34,75 +56,117 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     auto row_of = [&](u32 index, u32 i) { return min((index / tiles_n * run + i) * kRows, last_m); };
 
     if (warpgroup == 0) {
-        give_registers_to_math();
+        give_registers<40>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kWarpgroups && elect_lane()) {
             wait_for_previous_kernel();
-            const u32 first_stage = producer * room.num_stages;
+            const u32 first_stage = producer * num_stages;
             u32 next = producer;  // of this run's tiles; those of the runs before count
             Ring ring;
             for (u32 index = blockIdx.x; index < num_runs; next -= tiles_of(index), index += gridDim.x)
                 for (; next < tiles_of(index); next += kWarpgroups) {
                     const u32 row = row_of(index, next), scale_bytes = min(kRows, m_aligned - row) * 4;
-                    for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(room.num_stages)) {
-                        const u32 s = first_stage + ring.stage, bar = room.full + 8 * s;
-                        barrier_wait(room.empty + 8 * s, ring.parity ^ 1);
+                    for (u32 kb = 0; kb < k_blocks; ++kb, ring.advance(num_stages)) {
+                        const u32 s = first_stage + ring.stage, bar = full + 8 * s;
+                        barrier_wait(empty + 8 * s, ring.parity ^ 1);
                         barrier_expect(bar, bytes_a + scale_bytes);
-                        tensor_copy(room.rows + s * kBytesA, &map_a, 0, row, kb, bar);
-                        bulk_copy(room.scales_a + s * kStageScaleBytes, scale_a + static_cast<i64>(kb) * m_aligned + row, scale_bytes, bar);
+                        tensor_copy(tiles + s * kBytesA, &map_a, 0, row, kb, bar);
+                        bulk_copy(scales_a + s * kStageScaleBytes, scale_a + static_cast<i64>(kb) * m_aligned + row, scale_bytes, bar);
                     }
                 }
         } else if (producer == kWarpgroups && elect_lane()) {
             if (!packed_b) wait_for_previous_kernel();
             Ring slots;
-            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x) {
-                const u32 column = index % tiles_n * kColumns;
-                const float* const scales = scale_b + first_scale_of(column, scale_b_stride);
-                if (packed_b) {
-                    // Rows of a packed b. What lies past them stays as it is: no output needs it.
-                    fetch_run(room, slots, packed_b + static_cast<i64>(column) * kBlockK, scales, min(kColumns, n_aligned - column), k_blocks, n_aligned, scale_b_stride);
-                    continue;
-                }
-                for (u32 kb = 0; kb < k_blocks; ++kb, slots.advance(room.num_slots)) {
-                    const u32 slot = slots.stage, bar = room.weights_full + 8 * slot;
-                    barrier_wait(room.weights_empty + 8 * slot, slots.parity ^ 1);
-                    barrier_expect(bar, kBytesB + kBlockScaleBytes);
-                    tensor_copy(room.weights + slot * kBytesB, &map_b, 0, column, kb, bar);
-                    bulk_copy(room.scales_b + slot * kBlockScaleBytes, scales + static_cast<i64>(kb) * scale_b_stride, kBlockScaleBytes, bar);
+            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
+                const u32 slot = slots.stage, bar = weights_full + 8 * slot, column = index % tiles_n * kColumns;
+                // Rows of a packed b. What lies past them stays as it is: no output needs it.
+                const u32 bytes_b = packed_b ? min(kColumns, n_aligned - column) * kBlockK : kBytesB;
+                const float* const column_scale = scale_b + first_scale_of(column, scale_b_stride);
+                barrier_wait(weights_empty + 8 * slot, slots.parity ^ 1);
+                barrier_expect(bar, k_blocks * (bytes_b + kBlockScaleBytes));
+                for (u32 kb = 0; kb < k_blocks; ++kb) {
+                    const u32 target = weights + slot * weights_bytes + kb * kBytesB;
+                    if (packed_b) bulk_copy(target, packed_b + (static_cast<i64>(kb) * n_aligned + column) * kBlockK, bytes_b, bar);
+                    else tensor_copy(target, &map_b, 0, column, kb, bar);
+                    bulk_copy(scales_b + slot * scales_b_bytes + kb * kBlockScaleBytes, column_scale + static_cast<i64>(kb) * scale_b_stride, kBlockScaleBytes, bar);
                 }
             }
         }
     } else {
-        take_registers_for_math();
-        const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, own_outputs = room.outputs + (warpgroup - 1) * kOutputBytes;
+        take_registers<232>();
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, turn = warpgroup - 1, first_stage = turn * num_stages;
+        const u32 own_full = full + 8 * first_stage, own_empty = empty + 8 * first_stage, own_room = rooms + turn * kRoomBytes;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
-        const Places at = places_of(room, warpgroup - 1, warp, lane);
-        u32 next = warpgroup - 1;  // of this run's tiles
+        const u32 own_a = matrix_descriptor_low(tiles + first_stage * kBytesA);
+        // From a shuffle, for ptxas would compute it anew in every block.
+        const u32 row_scales = __shfl_sync(0xffffffffu, scales_a + first_stage * kStageScaleBytes + (warp * 16 + lane / 4) * 4, lane);
+        u32 next = turn;  // of this run's tiles
         bool waits = true;
         Ring ring, slots;
 
-        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x) {
-            const u32 count = tiles_of(index), column = index % tiles_n * kColumns;
-            const u32 block_offset = (column / 128 - first_scale_of(column, scale_b_stride)) * 4;
-            const Ring of_run = slots;
-            if (next >= count) pass_run(room, slots, k_blocks, lane);
-            for (bool fresh = true; next < count; next += kWarpgroups, fresh = false) {
+        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
+            const u32 count = tiles_of(index), slot = slots.stage, column = index % tiles_n * kColumns;
+            const u32 own_b = matrix_descriptor_low(weights + slot * weights_bytes);
+            const u32 block_scales = scales_b + slot * scales_b_bytes + (column / 128 - first_scale_of(column, scale_b_stride)) * 4;
+            barrier_wait(weights_full + 8 * slot, slots.parity);
+            for (; next < count; next += kWarpgroups) {
                 const u32 row = row_of(index, next);
-                float sum[1][kColumns / 2];
-                slots = of_run;
-                multiply_tile(sum[0], room, at, ring, slots, k_blocks, 0, block_offset, fresh, next + kWarpgroups >= count, lane);
+                float sum[1][kColumns / 2], even[kColumns / 2], odd[kColumns / 2];
+#pragma unroll
+                for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] = 0.f;
+                // The product of the ring's stage and a k-block of the weights, under way.
+                auto issue = [&](float (&partial)[kColumns / 2], u32 kb) {
+                    barrier_wait(own_full + 8 * ring.stage, ring.parity);
+                    const u32 low_a = own_a + ring.stage * (kBytesA / 16), low_b = own_b + kb * (kBytesB / 16);
+                    fence_registers(partial);
+                    wgmma_fence();
+                    issue_product<kColumns>(partial, low_a, low_b);
+                };
+                auto finish = [&](float (&partial)[kColumns / 2], float (&following)[kColumns / 2], u32 kb, bool more) {
+                    const u32 s = ring.stage;
+                    const float of_block = load_shared(block_scales + kb * kBlockScaleBytes);
+                    const float low = load_shared(row_scales + s * kStageScaleBytes) * of_block;
+                    const float high = load_shared(row_scales + s * kStageScaleBytes + 32) * of_block;
+                    ring.advance(num_stages);
+                    if (more) {
+                        issue(following, kb + 1);
+                        wgmma_wait<1>();
+                    } else {
+                        wgmma_wait<0>();
+                    }
+                    fence_registers(partial);
+                    __syncwarp();
+                    barrier_arrive_after_words(own_empty + 8 * s, low, high, arrives_for_warp(lane));
+#pragma unroll
+                    for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] += (i % 4 < 2 ? low : high) * partial[i];
+                };
+                u32 kb = 0;
+                issue(even, 0);
+                for (; kb + 2 < k_blocks; kb += 2) {
+                    finish(even, odd, kb, true);
+                    finish(odd, even, kb + 1, true);
+                }
+                if (kb + 2 == k_blocks) {
+                    finish(even, odd, kb, true);
+                    finish(odd, even, kb + 1, false);
+                } else {
+                    finish(even, odd, kb, false);
+                }
+
                 if (waits) wait_for_previous_kernel();  // it may still read what this kernel overwrites
                 waits = false;
                 if (bias != nullptr) output.add_bias(sum[0], column, lane);
                 if (mapped_out) {
                     if (lane == 0) bulk_wait_read();  // of the last tile's outputs
                     __syncwarp();
-                    store_slices<kStored, kRows>(&map_out, sum, own_outputs, warp * 16, column, row, out_type, lane);
+                    store_slices<kStored, kRows>(&map_out, sum, own_room, warp * 16, column, row, out_type, lane);
                 } else {
                     output.write(sum[0], row + warp * 16, column, lane);
                 }
             }
             next -= count;
+            __syncwarp();
+            if (arrives_for_warp(lane)) barrier_arrive(weights_empty + 8 * slot);
         }
         if (mapped_out && lane == 0) bulk_wait();
     }

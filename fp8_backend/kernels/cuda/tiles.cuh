@@ -88,21 +88,6 @@ template <u32 kN> DEVICE void issue_product(float (&partial)[kN / 2], u32 rows, 
 // Where the 8 weight scales fetched for a tile start in a row of scales; tiles past the last column stay inside the row.
 DEVICE u32 first_scale_of(u32 first_column, u32 scale_b_stride) { return min(first_column / 128 & ~3u, scale_b_stride - kScaleFloats); }
 
-// Lays 16 rows x kColumns columns of a warp's accumulators into rows that are kRowBytes apart.
-template <u32 kColumns, u32 kRowBytes, bool kIsBf16> DEVICE void lay_out_rows(const float* sum, u32 target, u32 lane) {
-    const u32 address = target + lane % 16 * kRowBytes + lane / 16 * 16;
-#pragma unroll
-    for (u32 q = 0; q < kColumns / 16; ++q) {  // 16 columns: two groups of 8
-        u32 words[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            const float low = sum[q * 8 + i * 2], high = sum[q * 8 + i * 2 + 1];
-            words[i] = kIsBf16 ? pack_bf16(low, high) : pack_f16(low, high);
-        }
-        store_matrices(address + q * 32, words);
-    }
-}
-
 // Lays 16 rows x kColumns (64 or 32) columns of a warp's accumulators into rows of 128 or 64 bytes, swizzled as the copy engine expects. The target
 // is a multiple of 1024 bytes away from a swizzle period.
 template <u32 kColumns, bool kIsBf16> DEVICE void lay_out(const float* sum, u32 target, u32 lane) {
