@@ -119,7 +119,7 @@ def test_every_gemm_config(config, packed, out_dtype):
 @pytest.mark.parametrize(
     ("m", "n", "run", "grid"), [(1, 128, 1, 1), (389, 712, 2, 3), (389, 712, 1, 42), (2085, 7168, 5, 132)]
 )
-@pytest.mark.parametrize("k", [128, 200, 384, 512])
+@pytest.mark.parametrize("k", [128, 200, 384, 512, 768])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 def test_stationary_weights_give_the_bits_of_other_gemms(m, n, run, grid, k, out_dtype):
     codes, scale = make_weight(n, k)

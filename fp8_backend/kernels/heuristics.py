@@ -104,8 +104,8 @@ _GEMM_NS: dict[tuple[int, int], tuple[float, float, float]] = {
     (256, 128): (713, 1900, 0),
 }
 # One k-block of a tile of gemm_stationary.cuh, its end, a k-block of new weights, and the launch. So choices between it
-# and the tiles above lose least (eight shapes on one H200, 2026-11-28, docs/kernel-notes-gemm.md).
-_STATIONARY_NS = (200.0, 250.0, 150.0, 1000.0)
+# and the tiles above lose least (eight shapes on one H200, 2026-11-29, docs/kernel-notes-gemm.md).
+_STATIONARY_NS = (185.0, 250.0, 300.0, 1500.0)
 # The same of the GEMM that quantises by itself, and its launch (one H100, 2026-11-27, docs/kernel-notes-gemm.md).
 _QUANTIZING_NS, _QUANTIZING_LAUNCH_NS = (1180, 1800, 9200), 2500
 _ALONE = 0.77  # of a wave's time, where two CTAs would fit a multiprocessor and one is there

@@ -117,10 +117,10 @@ class StationaryGemmConfig:
     block_n: ClassVar[int] = 128
     ctas_per_sm: ClassVar[int] = 1
     stored_columns: ClassVar[int] = 64
-    threads: ClassVar[int] = 384
+    threads: ClassVar[int] = 512
     shared_bytes: ClassVar[int] = MAX_SHARED_BYTES
-    # Twice the weights of 128 columns are half of the shared memory then.
-    max_k_blocks: ClassVar[int] = 4
+    # Weights of 128 columns beside three stages and the outputs of three math warpgroups: what shared memory holds.
+    max_k_blocks: ClassVar[int] = 6
 
     def spec(self) -> KernelSpec:
         """Return what to compile."""

@@ -1,24 +1,25 @@
-// The GEMM of gemm.cuh for few k-blocks (at most 4), where the end of a tile takes as long as its products: the same sums in the same order, the same bits.
+// The GEMM of gemm.cuh for few k-blocks (at most 6), where the end of a tile takes as long as its products: the same sums in the same order, the same bits.
 //
 // A CTA takes runs of tiles of 64 rows x 128 columns that lie below each other, and keeps the weights of these columns for a run: L2 is asked for little but
-// activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long pieces of rows of outputs. Warp roles:
-//   warpgroup 0      producers. A lane each of warps 0 and 1 fetches the tiles of a and their scales for one math warpgroup, a lane of warp 2 weights and their
-//                    scales, those of the next run while these are in use; the last warp idles.
-//   warpgroups 1, 2  math. Each has every second tile, so that the end of one lies under the products of the other, and a ring of stages of its own. The product
-//                    of the next k-block is issued before the last one is waited for.
-// Barriers per stage: full (1 arrival + bytes), empty (one arrival per warp of its warpgroup). Per slot of weights, of which there are two: full (1 arrival +
-// bytes), empty (one arrival per math warp). A warpgroup without a tile in a run waits for its weights all the same: a phase is told by its parity, so none may
-// be missed.
+// activations. CTAs beside each other have neighbouring columns of the same rows, so that memory is sent long pieces of rows of outputs. Weights come to a ring of
+// k-blocks, each with its scales; those of the next run follow where there is room, and else as each warpgroup's last tile of the run lets k-blocks go. Warp roles:
+//   warpgroup 0        producers. A lane each of warps 0 to 2 fetches the tiles of a and their scales for one math warpgroup, a lane of warp 3 weights.
+//   warpgroups 1 to 3  math. They take tiles in turn, so that the end of one lies under the products of the others; each has a ring of stages of its own.
+// Barriers per stage: full (1 arrival + bytes), empty (one arrival per warp of its warpgroup). Per slot, a k-block of weights: full (1 arrival + bytes), empty
+// (one arrival per math warp). A warpgroup without a tile in a run waits for its weights all the same: a phase is told by its parity, so none may be missed.
 #include "arrivals.cuh"
 #include "output.cuh"
 #include "tiles.cuh"
 
-constexpr u32 kRows = 64, kColumns = 128, kWarpgroups = 2;
+constexpr u32 kRows = 64, kColumns = 128, kWarpgroups = 3;
 constexpr u32 kBytesA = kRows * kBlockK, kBytesB = kColumns * kBlockK, kStageScaleBytes = kRows * 4, kBlockScaleBytes = kScaleFloats * 4;
 constexpr u32 kStored = 64;  // columns of a box of outputs
 constexpr u32 kRoomBytes = kRows * kColumns * 2;
-constexpr u32 kMaxStages = 8;  // of a math warpgroup; fewer where weights leave room for no more
-constexpr u32 kStages = 2 * (kBytesA + kStageScaleBytes + 2 * 8);  // bytes of one stage of both warpgroups
+// Of a math warpgroup. More than three, and fewer k-blocks of the next run's weights, gain nothing.
+constexpr u32 kLeastStages = 3, kMaxStages = 8;
+constexpr u32 kBytesOfStages = kWarpgroups * (kBytesA + kStageScaleBytes + 2 * 8);  // one stage of each math warpgroup
+constexpr u32 kBytesOfSlot = kBytesB + kBlockScaleBytes + 2 * 8;
+constexpr u32 kBytesOfRings = SHARED_BYTES - kWarpgroups * kRoomBytes;
 
 extern "C" __global__ void __launch_bounds__(128 * (1 + kWarpgroups), 1)
 gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_out,
@@ -26,22 +27,22 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
      const void* __restrict__ bias, i64 out_stride, u32 m, u32 n, u32 k_blocks, u32 m_aligned, u32 scale_b_stride, u32 run, u32 out_type, u32 bias_type, u32 mapped_out,
      u32 n_aligned, u32 bytes_a) {
     extern __shared__ __align__(1024) u8 shared[];
-    const u32 weights_bytes = k_blocks * kBytesB, scales_b_bytes = k_blocks * kBlockScaleBytes;
-    const u32 num_stages = min(kMaxStages, (SHARED_BYTES - 2 * (weights_bytes + scales_b_bytes + kRoomBytes) - 4 * 8) / kStages);
-    const u32 weights = smem_address(shared), rooms = weights + 2 * weights_bytes, tiles = rooms + kWarpgroups * kRoomBytes;
-    const u32 scales_a = tiles + kWarpgroups * num_stages * kBytesA, scales_b = scales_a + kWarpgroups * num_stages * kStageScaleBytes;
-    const u32 full = scales_b + 2 * scales_b_bytes, empty = full + kWarpgroups * num_stages * 8;
-    const u32 weights_full = empty + kWarpgroups * num_stages * 8, weights_empty = weights_full + 2 * 8;
+    const u32 num_slots = min(2 * k_blocks, (kBytesOfRings - kLeastStages * kBytesOfStages) / kBytesOfSlot);
+    const u32 num_stages = min(kMaxStages, (kBytesOfRings - num_slots * kBytesOfSlot) / kBytesOfStages), all_stages = kWarpgroups * num_stages;
+    const u32 weights = smem_address(shared), rooms = weights + num_slots * kBytesB, tiles = rooms + kWarpgroups * kRoomBytes;
+    const u32 scales_a = tiles + all_stages * kBytesA, scales_b = scales_a + all_stages * kStageScaleBytes;
+    const u32 full = scales_b + num_slots * kBlockScaleBytes, empty = full + all_stages * 8;
+    const u32 weights_full = empty + all_stages * 8, weights_empty = weights_full + num_slots * 8;
     const u32 warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
         if (!packed_b) prefetch_map(&map_b);
-        for (u32 s = 0; s < kWarpgroups * num_stages; ++s) {
+        for (u32 s = 0; s < all_stages; ++s) {
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, 4 * kArrivalsOfWarp);
         }
-        for (u32 slot = 0; slot < 2; ++slot) {
+        for (u32 slot = 0; slot < num_slots; ++slot) {
             barrier_init(weights_full + 8 * slot, 1);
             barrier_init(weights_empty + 8 * slot, kWarpgroups * 4 * kArrivalsOfWarp);
         }
@@ -56,7 +57,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     auto row_of = [&](u32 index, u32 i) { return min((index / tiles_n * run + i) * kRows, last_m); };
 
     if (warpgroup == 0) {
-        give_registers<40>();
+        give_registers<32>();
         const u32 producer = threadIdx.x / 32;
         if (producer < kWarpgroups && elect_lane()) {
             wait_for_previous_kernel();
@@ -77,80 +78,69 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         } else if (producer == kWarpgroups && elect_lane()) {
             if (!packed_b) wait_for_previous_kernel();
             Ring slots;
-            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
-                const u32 slot = slots.stage, bar = weights_full + 8 * slot, column = index % tiles_n * kColumns;
+            for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x) {
+                const u32 column = index % tiles_n * kColumns;
                 // Rows of a packed b. What lies past them stays as it is: no output needs it.
                 const u32 bytes_b = packed_b ? min(kColumns, n_aligned - column) * kBlockK : kBytesB;
                 const float* const column_scale = scale_b + first_scale_of(column, scale_b_stride);
-                barrier_wait(weights_empty + 8 * slot, slots.parity ^ 1);
-                barrier_expect(bar, k_blocks * (bytes_b + kBlockScaleBytes));
-                for (u32 kb = 0; kb < k_blocks; ++kb) {
-                    const u32 target = weights + slot * weights_bytes + kb * kBytesB;
+                for (u32 kb = 0; kb < k_blocks; ++kb, slots.advance(num_slots)) {
+                    const u32 slot = slots.stage, bar = weights_full + 8 * slot, target = weights + slot * kBytesB;
+                    barrier_wait(weights_empty + 8 * slot, slots.parity ^ 1);
+                    barrier_expect(bar, bytes_b + kBlockScaleBytes);
                     if (packed_b) bulk_copy(target, packed_b + (static_cast<i64>(kb) * n_aligned + column) * kBlockK, bytes_b, bar);
                     else tensor_copy(target, &map_b, 0, column, kb, bar);
-                    bulk_copy(scales_b + slot * scales_b_bytes + kb * kBlockScaleBytes, column_scale + static_cast<i64>(kb) * scale_b_stride, kBlockScaleBytes, bar);
+                    bulk_copy(scales_b + slot * kBlockScaleBytes, column_scale + static_cast<i64>(kb) * scale_b_stride, kBlockScaleBytes, bar);
                 }
             }
         }
     } else {
-        take_registers<232>();
+        take_registers<160>();
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, turn = warpgroup - 1, first_stage = turn * num_stages;
         const u32 own_full = full + 8 * first_stage, own_empty = empty + 8 * first_stage, own_room = rooms + turn * kRoomBytes;
         const Output output{out, bias, out_stride, m, n, out_type, bias_type};
-        const u32 own_a = matrix_descriptor_low(tiles + first_stage * kBytesA);
+        const u32 own_a = matrix_descriptor_low(tiles + first_stage * kBytesA), first_b = matrix_descriptor_low(weights);
         // From a shuffle, for ptxas would compute it anew in every block.
         const u32 row_scales = __shfl_sync(0xffffffffu, scales_a + first_stage * kStageScaleBytes + (warp * 16 + lane / 4) * 4, lane);
         u32 next = turn;  // of this run's tiles
         bool waits = true;
         Ring ring, slots;
 
-        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x, slots.advance(2)) {
-            const u32 count = tiles_of(index), slot = slots.stage, column = index % tiles_n * kColumns;
-            const u32 own_b = matrix_descriptor_low(weights + slot * weights_bytes);
-            const u32 block_scales = scales_b + slot * scales_b_bytes + (column / 128 - first_scale_of(column, scale_b_stride)) * 4;
-            barrier_wait(weights_full + 8 * slot, slots.parity);
-            for (; next < count; next += kWarpgroups) {
+        for (u32 index = blockIdx.x; index < num_runs; index += gridDim.x) {
+            const u32 count = tiles_of(index), column = index % tiles_n * kColumns;
+            const u32 block_scales = scales_b + (column / 128 - first_scale_of(column, scale_b_stride)) * 4;
+            if (next >= count)
+                for (u32 kb = 0; kb < k_blocks; ++kb, slots.advance(num_slots)) {
+                    barrier_wait(weights_full + 8 * slots.stage, slots.parity);
+                    __syncwarp();
+                    if (arrives_for_warp(lane)) barrier_arrive(weights_empty + 8 * slots.stage);
+                }
+            const Ring of_run = slots;
+            for (bool fresh = true; next < count; next += kWarpgroups, fresh = false) {
                 const u32 row = row_of(index, next);
-                float sum[1][kColumns / 2], even[kColumns / 2], odd[kColumns / 2];
+                const bool last = next + kWarpgroups >= count;  // of this warpgroup in the run
+                float sum[1][kColumns / 2], partial[kColumns / 2];
 #pragma unroll
                 for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] = 0.f;
-                // The product of the ring's stage and a k-block of the weights, under way.
-                auto issue = [&](float (&partial)[kColumns / 2], u32 kb) {
-                    barrier_wait(own_full + 8 * ring.stage, ring.parity);
-                    const u32 low_a = own_a + ring.stage * (kBytesA / 16), low_b = own_b + kb * (kBytesB / 16);
+                slots = of_run;
+                for (u32 kb = 0; kb < k_blocks; ++kb) {
+                    const u32 s = ring.stage, slot = slots.stage;
+                    barrier_wait(own_full + 8 * s, ring.parity);
+                    if (fresh) barrier_wait(weights_full + 8 * slot, slots.parity);
                     fence_registers(partial);
                     wgmma_fence();
-                    issue_product<kColumns>(partial, low_a, low_b);
-                };
-                auto finish = [&](float (&partial)[kColumns / 2], float (&following)[kColumns / 2], u32 kb, bool more) {
-                    const u32 s = ring.stage;
-                    const float of_block = load_shared(block_scales + kb * kBlockScaleBytes);
+                    issue_product<kColumns>(partial, own_a + s * (kBytesA / 16), first_b + slot * (kBytesB / 16));
+                    const float of_block = load_shared(block_scales + slot * kBlockScaleBytes);
                     const float low = load_shared(row_scales + s * kStageScaleBytes) * of_block;
                     const float high = load_shared(row_scales + s * kStageScaleBytes + 32) * of_block;
                     ring.advance(num_stages);
-                    if (more) {
-                        issue(following, kb + 1);
-                        wgmma_wait<1>();
-                    } else {
-                        wgmma_wait<0>();
-                    }
+                    slots.advance(num_slots);
+                    wgmma_wait<0>();
                     fence_registers(partial);
                     __syncwarp();
                     barrier_arrive_after_words(own_empty + 8 * s, low, high, arrives_for_warp(lane));
+                    if (last) barrier_arrive_after_words(weights_empty + 8 * slot, low, high, arrives_for_warp(lane));
 #pragma unroll
                     for (u32 i = 0; i < kColumns / 2; ++i) sum[0][i] += (i % 4 < 2 ? low : high) * partial[i];
-                };
-                u32 kb = 0;
-                issue(even, 0);
-                for (; kb + 2 < k_blocks; kb += 2) {
-                    finish(even, odd, kb, true);
-                    finish(odd, even, kb + 1, true);
-                }
-                if (kb + 2 == k_blocks) {
-                    finish(even, odd, kb, true);
-                    finish(odd, even, kb + 1, false);
-                } else {
-                    finish(even, odd, kb, false);
                 }
 
                 if (waits) wait_for_previous_kernel();  // it may still read what this kernel overwrites
@@ -165,8 +155,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 }
             }
             next -= count;
-            __syncwarp();
-            if (arrives_for_warp(lane)) barrier_arrive(weights_empty + 8 * slot);
         }
         if (mapped_out && lane == 0) bulk_wait();
     }
