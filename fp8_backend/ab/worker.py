@@ -26,8 +26,8 @@ TIMED, TIMED_S, MOST_TIMED = 5, 3.0, 25
 # -53 ms a token after two runs).
 SETTLED, MOST_UNTIMED = 0.2, 12
 # Prefills whose prompts came in the fewest steps count, if there are so many: a further step reads the weights once
-# more (so it seems why six layers of DeepSeek-V3 took 73 ms for 4 x 2048 tokens in some runs and 85 in the others:
-# samples_s of benchmarks/results/h200/e2e-deepseek-v3-6-layers.json).
+# more (six layers of DeepSeek-V3 took 70 to 74 ms for 4 x 2048 tokens in one step and 78 to 89 in two: samples_s and
+# steps of benchmarks/results/h200/e2e-deepseek-v3-6-layers.json).
 LEAST_TOGETHER = 3
 
 
