@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import statistics
 from collections.abc import Callable
 from math import log
 from pathlib import Path
@@ -32,6 +33,7 @@ def run(number: int, arm: str, tpot: float, prefill: float, failure: str | None 
         "tpot_ms": {"1": tpot, "8": tpot + 0.5},
         "prefill_ms": {"4x2048": prefill},
         "peak_bytes": 2**30 * (12 if arm == "ours" else 13),
+        "tokens_ms": {"1 x 64 + 129": [tpot], "8 x 64 + 129": [tpot + 0.5]},
     }
     lines = OURS if arm == "ours" else STOCK
     return {"number": number, "arm": arm, "failure": failure, "selection": lines, "answer": answer}
@@ -73,6 +75,7 @@ class Scripted(worker.Engine):
 
     def __init__(self, times: list[float], begun: Callable[[int], int] = lambda _: 1) -> None:
         self.times, self.asked, self.samples, self.steps, self.begun = times, 0, {}, {}, begun
+        self.tokens_ms = {}
         self.request = worker.Request({}, [8], [], 1024, 1, 100, [])
 
     def run(self, batch: int, input_len: int, output_len: int) -> worker.Run:
@@ -93,19 +96,38 @@ def test_short_runs_are_repeated_more_often(seconds: float, timed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "untimed", "median"),
+    ("times", "untimed", "median", "quartile"),
     [
-        ([2.0, 2.3, 7.0, 1.0, 3.0, 2.0, 4.0], 2, 3.0),  # the first two are alike; none of them counts
-        ([9.0, 5.0, 3.0, 2.5, 2.0, 2.0, 8.0, 2.2, 2.1], 4, 2.1),
-        ([1.0, 2.0, 1.0, 2.0] * 3 + [1.0, 6.0, 5.0, 4.0, 7.0, 3.0], 13, 5.0),  # never settles: timed all the same
+        ([2.0, 2.3, 7.0, 1.0, 3.0, 2.0, 4.0], 2, 3.0, 2.0),  # the first two are alike; none of them counts
+        ([9.0, 5.0, 3.0, 2.5, 2.0, 2.0, 8.0, 2.2, 2.1], 4, 2.1, 2.0),
+        ([1.0, 2.0, 1.0, 2.0] * 3 + [1.0, 6.0, 5.0, 4.0, 7.0, 3.0], 13, 5.0, 4.0),  # never settles: timed all the same
     ],
 )
-def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, median: float) -> None:
+def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, median: float, quartile: float) -> None:
     engine = Scripted(times)
     assert engine.prefill_ms(8, 1024) == median * 1e3
     assert engine.asked == untimed + worker.TIMED
     assert list(engine.samples) == ["8 x 1024 + 1"] and len(engine.samples["8 x 1024 + 1"]) == worker.TIMED
-    assert Scripted(times).tpot_ms(8) == pytest.approx(median * 100)
+    assert Scripted(times).tpot_ms(8) == pytest.approx(quartile * 100)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timed"), [(3.0, worker.TIMED), (0.5, 20), (0.01, worker.MOST_ANSWERS)], ids=["long", "short", "least"]
+)
+def test_answers_are_timed_for_longer_than_prefills(seconds: float, timed: int) -> None:
+    engine = Scripted([seconds])
+    assert engine.tpot_ms(8) == pytest.approx(seconds * 100) and engine.asked == 2 + timed
+    assert engine.tokens_ms == {"8 x 1024 + 1": pytest.approx([seconds * 100] * timed)}
+    engine = Scripted([seconds])
+    engine.prefill_ms(8, 1024)
+    assert engine.tokens_ms == {}
+
+
+def test_a_token_is_what_a_quarter_of_undisturbed_answers_took() -> None:
+    """A host that slows the process for most of the time moves the median and not the figure."""
+    engine = Scripted([0.27, 0.27, *[0.36] * 18, *[0.27] * 10, *[0.36] * 12])
+    assert engine.tpot_ms(8) == pytest.approx(27)
+    assert statistics.median(engine.tokens_ms["8 x 1024 + 1"]) == pytest.approx(36)
 
 
 @pytest.mark.parametrize(("among", "ms"), [(2, 300.0), (4, 500.0)], ids=["every second", "too few"])
@@ -153,6 +175,12 @@ def test_a_run_is_kept_under_its_own_conditions_alone(tmp_path: Path) -> None:
     assert command.kept_run(path, cold) is not None
     assert command.kept_run(path, plain) is None
     assert command.kept_run(path, setup.Conditions(deepgemm_warmup=False, even_routing=True)) is None
+    old = run(1, "default", 4.0, 120.0) | {"start_up": plain.start_up, "routing": plain.routing}
+    path.write_text(json.dumps(old))
+    assert command.kept_run(path, plain) is not None
+    del old["answer"]["tokens_ms"]  # its tokens are medians
+    path.write_text(json.dumps(old))
+    assert command.kept_run(path, plain) is None
     killed = run(1, "default", 4.0, 120.0, "killed")
     path.write_text(json.dumps(killed | {"start_up": plain.start_up, "routing": plain.routing}))
     assert command.kept_run(path, plain) is None
@@ -292,6 +320,7 @@ def test_page_and_chart(tmp_path: Path) -> None:
     assert "CPU, 2 cores: shows that it works" in page
     assert page.count("12 of 12 linears: fp8_backend sm90") == 2 and page.count("Selected DeepGemm") == 2
     assert "| TPOT, batch 1 (ms) | 4.05 | 3.05 | 1.328 | ours 1.33x better |" in page
+    assert "Of a run: tokens the first quartile of its answers, prefills the median." in page
     from fp8_backend.ab.chart import chart
 
     if importlib.util.find_spec("matplotlib") is None:
@@ -321,6 +350,8 @@ def test_one_run_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     answer = done["answer"]
     assert answer["tpot_ms"]["1"] > 0 and answer["prefill_ms"]["1x64"] > 0 and answer["start_up_s"] > 0
     assert set(answer["steps"]) == set(answer["samples_s"]) and answer["steps"]["1 x 64 + 1"][0] == 1
+    assert list(answer["tokens_ms"]) == ["1 x 8 + 3"]
+    assert min(answer["tokens_ms"]["1 x 8 + 3"]) <= answer["tpot_ms"]["1"] <= max(answer["tokens_ms"]["1 x 8 + 3"])
     assert answer["peak_bytes"] > 2**27 and names_ours(done["selection"])
     rows = torch.tensor([list(row.values()) for row in answer["distributions"]], dtype=torch.float64)
     assert rows.shape == (190, 1024)
@@ -345,6 +376,7 @@ def test_a_recorded_result_is_reported_into_a_new_folder(tmp_path: Path) -> None
     assert cli.main(["ab", "--from", str(recorded), "--out", str(tmp_path / "new" / "report")]) == 0
     page = (tmp_path / "new" / "report" / "report.md").read_text()
     assert "| TPOT, batch 1 (ms) | 4.599 | 3.956 | 1.162 | ours 1.16x better |" in page
+    assert "Of a run: tokens the median of its answers, prefills the median." in page  # as they were taken then
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -143,12 +143,15 @@ def run_arm(
 
 
 def kept_run(path: Path, conditions: Conditions) -> dict[str, Any] | None:
-    """Return the run that `run_arm` wrote here, or None if none ended well, or one under other conditions."""
+    """Return the run that `run_arm` wrote here, or None if none ended well, or one under other conditions.
+
+    One without `tokens_ms` timed tokens by the median of its answers, which is no match for a first quartile.
+    """
     if not path.exists():
         return None
     run: dict[str, Any] = json.loads(path.read_text())
     asked = {"failure": None, "start_up": conditions.start_up, "routing": conditions.routing}
-    return run if asked.items() <= run.items() else None
+    return run if asked.items() <= run.items() and "tokens_ms" in run["answer"] else None
 
 
 def _kl(runs: list[dict[str, Any]], setup: Setup, request: Request, conditions: Conditions) -> float | str:

@@ -110,6 +110,12 @@ def name_of(row: dict[str, Any]) -> str:
     return f"{row['what']} ({'s' if 'ours_s' in row else 'GiB'})"
 
 
+def what_a_figure_is(runs: Sequence[dict[str, Any]]) -> str:
+    """Return what the table's figures are; results without `tokens_ms` took the median of answers, too."""
+    tokens = "first quartile" if any("tokens_ms" in run["answer"] for run in runs) else "median"
+    return f"Of a run: tokens the {tokens} of its answers, prefills the median. Of an arm: the median of its runs."
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the page: the table, accuracy, what each arm chose, and what failed."""
     env = result["env"]
@@ -123,6 +129,7 @@ def markdown(result: dict[str, Any]) -> str:
         default, ours = (next((row[key] for key in row if key.startswith(arm)), None) for arm in ("default_", "ours_"))
         runs = "; ".join(f"{arm} {', '.join(map(str, found))}" for arm, found in row["runs"].items())
         lines.append(f"| {name_of(row)} | {default} | {ours} | {row['ratio']} | {row['verdict']} | {runs} |")
+    lines += ["", what_a_figure_is(result["runs"])]
     lines += ["", f"Mean KL(default, ours): {result['kl']}", ""]
     for run in result["runs"]:
         lines += [f"## Run {run['number']}, {run['arm']}", ""]
