@@ -80,7 +80,7 @@ class Scripted(worker.Engine):
 
     def run(self, batch: int, input_len: int, output_len: int) -> worker.Run:
         """Return the next of the times; the last one from then on."""
-        assert (batch, input_len, output_len) == (8, 1024, 1)
+        assert (input_len, output_len) == (1024, 1)
         self.asked += 1
         taken = self.times[min(self.asked, len(self.times)) - 1]
         return worker.Run(taken, taken / 10, self.begun(self.asked))
@@ -112,12 +112,13 @@ def test_times_count_once_two_in_a_row_agree(times: list[float], untimed: int, m
 
 
 @pytest.mark.parametrize(
-    ("seconds", "timed"), [(3.0, worker.TIMED), (0.5, 20), (0.01, worker.MOST_ANSWERS)], ids=["long", "short", "least"]
+    ("batch", "seconds", "timed"),
+    [(1, 3.0, worker.TIMED), (1, 0.5, 20), (2, 0.5, 10), (8, 0.5, 6), (1, 0.01, worker.MOST_ANSWERS)],
 )
-def test_answers_are_timed_for_longer_than_prefills(seconds: float, timed: int) -> None:
+def test_answers_of_one_request_are_timed_for_longer(batch: int, seconds: float, timed: int) -> None:
     engine = Scripted([seconds])
-    assert engine.tpot_ms(8) == pytest.approx(seconds * 100) and engine.asked == 2 + timed
-    assert engine.tokens_ms == {"8 x 1024 + 1": pytest.approx([seconds * 100] * timed)}
+    assert engine.tpot_ms(batch) == pytest.approx(seconds * 100) and engine.asked == 2 + timed
+    assert engine.tokens_ms == {f"{batch} x 1024 + 1": pytest.approx([seconds * 100] * timed)}
     engine = Scripted([seconds])
     engine.prefill_ms(8, 1024)
     assert engine.tokens_ms == {}
@@ -126,8 +127,8 @@ def test_answers_are_timed_for_longer_than_prefills(seconds: float, timed: int) 
 def test_a_token_is_what_a_quarter_of_undisturbed_answers_took() -> None:
     """A host that slows the process for most of the time moves the median and not the figure."""
     engine = Scripted([0.27, 0.27, *[0.36] * 18, *[0.27] * 10, *[0.36] * 12])
-    assert engine.tpot_ms(8) == pytest.approx(27)
-    assert statistics.median(engine.tokens_ms["8 x 1024 + 1"]) == pytest.approx(36)
+    assert engine.tpot_ms(1) == pytest.approx(27)
+    assert statistics.median(engine.tokens_ms["1 x 1024 + 1"]) == pytest.approx(36)
 
 
 @pytest.mark.parametrize(("among", "ms"), [(2, 300.0), (4, 500.0)], ids=["every second", "too few"])

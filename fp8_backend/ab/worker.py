@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 # Repeats that count: at least so many, and short ones more, until these seconds are full. Prefills of 130 ms came out
 # 24 % apart in two runs of one arm as medians of 5.
 TIMED, TIMED_S, MOST_TIMED = 5, 3.0, 25
-# Answers, whose first quartile counts, for longer: a host that others share slows a process by 30 % for seconds at a
-# time (an answer of either arm 0.27 or 0.36 s: samples_s of the file named below). The undisturbed ones are what the
-# machine does, and 3 s may hold none of them.
+# Answers, whose first quartile counts, for longer where the batch is small: a host that others share slows a process by
+# 30 % for seconds at a time, and is what a step of one request waits for (0.27 or 0.36 s an answer of either arm:
+# samples_s of the file named below). The undisturbed ones are what the machine does, and 3 s may hold none of them.
 ANSWERS_S, MOST_ANSWERS = 10.0, 40
 # A shape is timed once two runs in a row took the same within 20 %: requests reach the engine one by one, so a batch's
 # first steps differ from run to run, and a backend that compiles for each number of tokens goes on doing so (seen:
@@ -140,7 +140,7 @@ class Engine:
         A quarter of the answers undisturbed is enough for it. Keep the token time of each in `tokens_ms`.
         """
         shape = batch, self.request.input_len, self.request.output_len
-        times = [run.token_s * 1e3 for run in self.settled(*shape, ANSWERS_S, MOST_ANSWERS)]
+        times = [run.token_s * 1e3 for run in self.settled(*shape, max(TIMED_S, ANSWERS_S / batch), MOST_ANSWERS)]
         self.tokens_ms[name_of(*shape)] = [round(time_ms, 6) for time_ms in times]
         return statistics.quantiles(times, n=4, method="inclusive")[0]
 
