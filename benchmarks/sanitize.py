@@ -24,18 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import (
-    attention,
-    decode_heuristics,
-    gemm,
-    heuristics,
-    launcher,
-    layout,
-    norm,
-    norm_rope,
-    reference,
-    silu,
-)
+from fp8_backend.kernels import decode_heuristics, gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
@@ -73,9 +62,6 @@ def launches() -> Iterator[str]:
             yield f"norm and SiLU with quantisation {m} x {k} {dtype}"
             launch_heads(m, dtype)
             yield f"norm and rotation of {m} x 5 heads {dtype}"
-    for group in (3, attention.MAX_GROUP):
-        launch_attention(group)
-        yield f"attention of {group} heads a key head"
     # In turns, so that a run cut short has seen both kernels.
     for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, decode_heuristics.DECODE_CONFIGS):
         if gemm_config is not None:
@@ -131,32 +117,6 @@ def launch_heads(m: int, dtype: torch.dtype) -> None:
     reference.keep(expected[1], rows[:, 500:].unflatten(1, (2, 100)), true_keys, true_values, slots)
     for found, truth in ((keys, true_keys), (values, true_values)):
         assert reference.relative_error(found.cpu(), truth) < LIMIT
-
-
-def launch_attention(group: int) -> None:
-    """Launch attention of decode steps: requests of none, of some tokens, and of several chunks, twice."""
-    lengths = torch.tensor([0, 5, 70, 300, 1], dtype=torch.int32)
-    keys, values = torch.randn(30, 16, 2, 2 * attention.HEAD).to(torch.bfloat16).split(attention.HEAD, dim=-1)
-    table = torch.randperm(30, dtype=torch.int32)[:20].expand(len(lengths), 20).contiguous()
-    queries = torch.randn(len(lengths), 2 * group, attention.HEAD).to(torch.bfloat16)
-    truth = attention.reference(queries, keys, values, table, lengths, 0.1)
-    rows, cache, blocks, tokens = (each.cuda() for each in (queries, torch.cat((keys, values), -1), table, lengths))
-    of_keys, of_values = cache.split(attention.HEAD, dim=-1)
-    out = torch.empty_like(rows)
-    for _ in range(2):
-        out.fill_(float("nan"))
-        attention.launch(rows, of_keys, of_values, blocks, tokens, 0.1, out, least_tiles=1)
-        assert reference.relative_error(out.cpu(), truth) < LIMIT
-    # Norm and rotation joined, of rows that have keys and values behind queries, and codes; only whether it is sane.
-    wide = torch.randn(len(lengths), (2 * group + 4) * attention.HEAD).to(torch.bfloat16).cuda()
-    ones, angles = torch.ones(attention.HEAD).to(torch.bfloat16).cuda(), torch.randn(300, attention.HEAD)
-    newest = (tokens.long() - 1).clamp_min(0)
-    slots = torch.arange(len(lengths), device="cuda") * 16 + 3
-    raw = attention.RawHeads(newest, slots, ones, ones, angles.to(torch.bfloat16).cuda(), 1e-6)
-    codes = attention.empty_codes(len(lengths), 2 * group, 0, wide.device)
-    queries = wide[:, : 2 * group * attention.HEAD].unflatten(1, (2 * group, attention.HEAD))
-    attention.launch(queries, of_keys, of_values, blocks, tokens, 0.1, out, 1, codes, raw)
-    assert out.isfinite().all()
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:

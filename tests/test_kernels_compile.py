@@ -6,7 +6,6 @@ import pytest
 
 from fp8_backend.kernels import (
     activation,
-    attention,
     decode,
     gemm_plan,
     gemm_quantize,
@@ -47,7 +46,6 @@ def test_the_set_is_bounded():
         ("norm_rope.cuh", norm_rope._LAYOUT),
         ("router.cuh", router._LAYOUT),
         ("activation.cuh", activation._LAYOUT),
-        ("attention.cuh", attention._LAYOUT),
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
@@ -66,12 +64,6 @@ def test_constants_shared_with_the_device_code():
     assert (device["kRows"], device["kColumns"]) == (config.block_m, config.block_n)
     assert device["kStored"] == config.stored_columns
     assert 128 * (1 + device["kWarpgroups"]) == config.threads
-    device = constants("attention.cuh")
-    assert (device["kHead"], device["kSlice"]) == (attention.HEAD, attention.BLOCK_ALIGNMENT)
-    assert (device["kWarps"], device["kSizes"]) == (attention._WARPS, attention._SIZES)
-    assert device["kPartialStride"] == attention._PARTIAL_STRIDE
-    slice_bytes = device["kSlice"] * device["kHead"] * 2 * 2  # keys and values of 16 bits
-    assert device["kWarps"] * device["kStages"] * slice_bytes == attention._SHARED_BYTES
     device = constants("router.cuh")
     assert (device["kMostRows"], device["kWarps"] * 32) == (router.MAX_ROWS, router._THREADS)
     assert (device["kColumns"], device["kRanks"]) == (router._COLUMNS, router._RANKS)

@@ -9,10 +9,9 @@ from torch.library import Library
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from fp8_backend import counters
-from fp8_backend.integration import attention, compat
-from fp8_backend.kernels import attended_linear, fused_linear, gemm, norm_rope, router
+from fp8_backend.integration import compat
+from fp8_backend.kernels import fused_linear, gemm, norm_rope, router
 from fp8_backend.kernels.activation import masked_silu_mul_quant
-from fp8_backend.kernels.attention import RawHeads
 from fp8_backend.kernels.experts import fp8_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
 
@@ -23,7 +22,7 @@ _LIBRARY = Library("fp8_backend", "FRAGMENT")
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    _begin("linear")
+    counters.calls["linear"] += 1
     return gemm.fp8_linear(x, weight, scale, n, bias)
 
 
@@ -32,19 +31,6 @@ def _linear_fake(
 ) -> torch.Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
-
-
-def _begin(op: str) -> None:
-    """Count a call, behind which nothing that attention has left is of what comes next."""
-    counters.calls[op] += 1
-    attended_linear.forget_codes()
-
-
-def _attended_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
-) -> torch.Tensor:
-    counters.calls["linear"] += 1  # one like the others, as a model sees it
-    return attended_linear.attended_linear(x, weight, scale, n, bias)
 
 
 def _rms_norm_linear(
@@ -58,7 +44,7 @@ def _rms_norm_linear(
     n: int,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _begin("rms_norm_linear")
+    counters.calls["rms_norm_linear"] += 1
     y, *others = fused_linear.rms_norm_linear(x, residual, norm_weight, epsilon, weight, scale, n, bias, keep)
     # An op's outputs are tensors: what is not wanted is empty.
     summed, normed = (x.new_empty(0) if other is None else other for other in others)
@@ -83,7 +69,7 @@ def _rms_norm_linear_fake(
 def _silu_mul_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    _begin("silu_mul_linear")
+    counters.calls["silu_mul_linear"] += 1
     return fused_linear.silu_mul_linear(x, weight, scale, n, bias)
 
 
@@ -103,7 +89,7 @@ def _qk_norm_rope(
     query_heads: int,
     key_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _begin("qk_norm_rope")
+    counters.calls["qk_norm_rope"] += 1
     return norm_rope.qk_norm_rope(
         rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
     )
@@ -134,12 +120,8 @@ def _qk_norm_rope_cache(
     key_heads: int,
     layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _begin("qk_norm_rope_cache")
-    metadata, layer, kv_cache, slots = compat.context_of(layer_name)
-    if slots is not None and metadata is not None:  # not of a dummy run
-        raw = RawHeads(positions, slots, query_weight, key_weight, cos_sin_cache, epsilon)
-        if (deferred := attention.defer(layer, kv_cache, metadata, rows, raw, query_heads, key_heads)) is not None:
-            return *deferred, rows.new_empty(0)
+    counters.calls["qk_norm_rope_cache"] += 1
+    layer, kv_cache, slots = compat.cache_of(layer_name)
     halves = None if slots is None else compat.keys_and_values(layer, kv_cache)
     kept = None
     # More slots than rows are those of other ranks' tokens, too, which the backend gathers.
@@ -172,7 +154,7 @@ def _qk_norm_rope_cache_fake(
 
 
 def _router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    _begin("router_linear")
+    counters.calls["router_linear"] += 1
     return router.router_linear(x, weight)
 
 
@@ -192,7 +174,7 @@ def _experts(
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
 ) -> None:
-    _begin("experts")
+    counters.calls["experts"] += 1
     fp8_experts(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input, out)
 
 
@@ -223,7 +205,7 @@ def _masked_experts(
     masked_m: torch.Tensor,
     expected_m: int,
 ) -> None:
-    _begin("masked_experts")
+    counters.calls["masked_experts"] += 1
     m_grouped_fp8_gemm_nt_masked((codes, scale_a), (w13, scale_13), hidden, masked_m, expected_m)
     m_grouped_fp8_gemm_nt_masked(masked_silu_mul_quant(hidden, masked_m), (w2, scale_2), out, masked_m, expected_m)
 
@@ -244,7 +226,6 @@ def _masked_experts_fake(
 
 
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
-direct_register_custom_op("attended_linear", _attended_linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("rms_norm_linear", _rms_norm_linear, fake_impl=_rms_norm_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("silu_mul_linear", _silu_mul_linear, fake_impl=_silu_mul_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("qk_norm_rope", _qk_norm_rope, fake_impl=_qk_norm_rope_fake, target_lib=_LIBRARY)
@@ -262,7 +243,6 @@ direct_register_custom_op(
 )
 
 linear = torch.ops.fp8_backend.linear
-behind_attention = torch.ops.fp8_backend.attended_linear
 rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
 silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
 qk_norm_rope = torch.ops.fp8_backend.qk_norm_rope

@@ -12,7 +12,6 @@ from fp8_backend import counters
 from fp8_backend.errors import CompileError
 from fp8_backend.kernels import (
     activation,
-    attention,
     cache,
     experts_decode,
     experts_joint,
@@ -61,7 +60,6 @@ def all_specs() -> tuple[KernelSpec, ...]:
         norm_rope.SPEC,
         router.SPEC,
         activation.SPEC,
-        *attention.SPECS.values(),
         *experts,
     )
 
@@ -127,8 +125,6 @@ def load_all() -> None:
     norm_rope.kernel(device)
     router.kernel(device)
     activation.kernel(device)
-    for halves, joined in attention.SPECS:
-        attention.kernel(halves, joined, device)
     for module in _EXPERTS:
         module.load_all()
 

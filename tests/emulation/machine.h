@@ -96,7 +96,6 @@ struct Fiber {
     const char* waits_for = "";
     u32 cluster_generation = 0;
     std::deque<Operation> copies;  // asynchronous copies of ordinary threads, and the arrivals behind them, in order
-    u32 copy_groups = 0;           // of them, committed and not complete
     u32 stores = 0;                // bulk stores that have not ended
     std::deque<std::vector<Operation>> products = std::deque<std::vector<Operation>>(1);  // issued and not yet waited for, in groups; the last is open
 };
