@@ -64,6 +64,11 @@ def test_constants_shared_with_the_device_code():
     assert (device["kRows"], device["kColumns"]) == (config.block_m, config.block_n)
     assert device["kStored"] == config.stored_columns
     assert 128 * (1 + device["kWarpgroups"]) == config.threads
+    # As many k-blocks of a run's weights as stages and outputs leave room for: with one more it would wait for ever.
+    stage, slot = (device[rows] * reference.BLOCK for rows in ("kRows", "kColumns"))
+    stages = device["kLeastStages"] * (stage + device["kStageScaleBytes"] + 2 * 8)
+    room = config.shared_bytes - device["kWarpgroups"] * (device["kRoomBytes"] + stages)
+    assert room // (slot + layout.SCALES_FETCHED * 4 + 2 * 8) == config.max_k_blocks
     device = constants("router.cuh")
     assert (device["kMostRows"], device["kWarps"] * 32) == (router.MAX_ROWS, router._THREADS)
     assert (device["kColumns"], device["kRanks"]) == (router._COLUMNS, router._RANKS)
