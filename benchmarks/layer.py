@@ -1,9 +1,11 @@
-"""Time a dense layer without its attention, linears joined to what comes before them and apart, in one CUDA graph.
+"""Time a dense layer, linears joined to what comes before them and apart, in one CUDA graph.
 
-python -m benchmarks.layer [--m 8,64] [--layers 4]
+python -m benchmarks.layer [--m 8,64] [--layers 4] [--tokens 130]
 
-The shapes are Qwen3-8B's. Apart, RMSNorm and SiLU-and-multiply are vLLM's own CUDA kernels, which need vLLM; a compiled
-model has Triton kernels of torch in their place.
+The shapes are Qwen3-8B's. Attention is there where `--tokens` says how many each request has: between joined kernels
+by the kernel of this package, with codes for the linear behind and without, and by FlashAttention. Apart, RMSNorm and
+SiLU-and-multiply are vLLM's own CUDA kernels, which need vLLM; a compiled model has Triton kernels of torch in their
+place.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from fp8_backend.kernels import fused_linear, gemm, layout, reference
+from benchmarks import attention as attention_alone
+from fp8_backend.kernels import attention, fused_linear, gemm, layout, norm_rope, reference
+from fp8_backend.kernels.attended_linear import attended_linear, leave_codes
 from fp8_backend.measure.timing import capture, interleaved_us
 
 HIDDEN, QKV, INTERMEDIATE, EPSILON = 4096, 6144, 12288, 1e-6
+QUERY_HEADS, KEY_HEADS = 32, 8
 SHAPES = {
     "qkv": (QKV, HIDDEN),
     "out": (HIDDEN, HIDDEN),
@@ -27,6 +33,35 @@ SHAPES = {
 
 Packed = tuple[torch.Tensor, torch.Tensor, int]
 Rows = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[attention_alone.Layer], torch.Tensor]
+
+
+class Cache(NamedTuple):
+    """Of one layer: its tokens, where the newest ones go, their positions, and the angles of all positions."""
+
+    layer: attention_alone.Layer
+    kept: norm_rope.KeyValueCache
+    positions: torch.Tensor
+    angles: torch.Tensor
+
+
+def make_caches(count: int, m: int, tokens: int) -> list[Cache]:
+    """Return a cache for each layer, of m requests of so many tokens."""
+    caches = []
+    for layer in attention_alone.make_layers(QUERY_HEADS, KEY_HEADS, [tokens] * m, count):
+        block = attention_alone.BLOCK
+        slots = layer.table[:, (tokens - 1) // block].long() * block + (tokens - 1) % block
+        kept = norm_rope.KeyValueCache(layer.keys, layer.values, slots)
+        angles = torch.randn(tokens, attention.HEAD, device="cuda").bfloat16()
+        caches.append(Cache(layer, kept, torch.full((m,), tokens - 1, device="cuda"), angles))
+    return caches
+
+
+def with_codes(layer: attention_alone.Layer) -> torch.Tensor:
+    """Attend and leave codes for the linear behind."""
+    out = torch.empty_like(layer.queries)
+    attention.launch(*layer, attention.HEAD**-0.5, out, codes=leave_codes(out))
+    return out
 
 
 class Layer:
@@ -45,6 +80,18 @@ class Layer:
         y, summed, _ = fused_linear.rms_norm_linear(x, residual, self.norms[0], EPSILON, *self.weights["qkv"])
         assert summed is not None
         y = gemm.fp8_linear(y[:, :HIDDEN], *self.weights["out"])
+        y, summed, _ = fused_linear.rms_norm_linear(y, summed, self.norms[1], EPSILON, *self.weights["gate_up"])
+        assert summed is not None
+        return fused_linear.silu_mul_linear(y, *self.weights["down"]), summed
+
+    def whole(self, attend: Attend, cache: Cache, x: torch.Tensor, residual: torch.Tensor) -> Rows:
+        """Return what the layer makes of a decode step, its attention by `attend`."""
+        y, summed, _ = fused_linear.rms_norm_linear(x, residual, self.norms[0], EPSILON, *self.weights["qkv"])
+        weight = self.norms[0][: attention.HEAD]
+        heads = weight, weight, cache.angles, EPSILON, QUERY_HEADS, KEY_HEADS, cache.kept
+        queries, _ = norm_rope.qk_norm_rope(y, cache.positions, *heads)
+        attended = attend(cache.layer._replace(queries=queries))
+        y = attended_linear(attended.view(-1, HIDDEN), *self.weights["out"])
         y, summed, _ = fused_linear.rms_norm_linear(y, summed, self.norms[1], EPSILON, *self.weights["gate_up"])
         assert summed is not None
         return fused_linear.silu_mul_linear(y, *self.weights["down"]), summed
@@ -79,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layer", description=__doc__)
     parser.add_argument("--m", default="1,2,4,8,16,32,64,128,512", help="numbers of tokens")
     parser.add_argument("--layers", type=int, default=4, help="each with weights of its own, together beyond L2")
+    parser.add_argument("--tokens", type=int, default=0, help="of each request, for attention; 0: none")
     arguments = parser.parse_args()
     import vllm._custom_ops  # noqa: F401  registers torch.ops._C
 
@@ -90,14 +138,26 @@ def main() -> None:
             "apart": [layer.apart for layer in layers],
             "linears": [layer.linears for layer in layers],
         }
+        if arguments.tokens:
+            caches = make_caches(len(layers), m, arguments.tokens)
+            attends: dict[str, Attend] = {
+                "attention with codes": with_codes,
+                "attention of ours": attention_alone.ours,
+                "FlashAttention": attention_alone.flash_attention([arguments.tokens] * m, QUERY_HEADS, KEY_HEADS),
+            }
+            kinds |= {
+                name: [partial(layer.whole, attend, cache) for layer, cache in zip(layers, caches, strict=True)]
+                for name, attend in attends.items()
+            }
         arms = {name: capture([partial(chain, calls, x)] * 4) for name, calls in kinds.items()}
         taken = {name: us / len(layers) for name, us in interleaved_us(arms, 15).items()}
-        found, other = (arms[name].outputs[0][1] for name in ("joined", "apart"))
-        print(
-            f"m={m}: joined {taken['joined']:.2f} us a layer, apart {taken['apart']:.2f}, linears alone "
-            f"{taken['linears']:.2f}; residuals apart by {reference.relative_error(found, other):.4f}",
-            flush=True,
-        )
+        said = ", ".join(f"{name} {us:.2f}" for name, us in taken.items())
+        errors = [
+            f"{one} and {other} {reference.relative_error(arms[one].outputs[0][1], arms[other].outputs[0][1]):.4f}"
+            for one, other in (("joined", "apart"), ("attention with codes", "FlashAttention"))
+            if one in arms
+        ]
+        print(f"m={m}, us a layer: {said}; residuals differ by: {', '.join(errors)}", flush=True)
 
 
 if __name__ == "__main__":

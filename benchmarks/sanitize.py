@@ -24,7 +24,18 @@ from typing import Any
 import torch
 
 from benchmarks import sanitize_experts
-from fp8_backend.kernels import decode_heuristics, gemm, heuristics, launcher, layout, norm, norm_rope, reference, silu
+from fp8_backend.kernels import (
+    attention,
+    decode_heuristics,
+    gemm,
+    heuristics,
+    launcher,
+    layout,
+    norm,
+    norm_rope,
+    reference,
+    silu,
+)
 from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
@@ -62,6 +73,9 @@ def launches() -> Iterator[str]:
             yield f"norm and SiLU with quantisation {m} x {k} {dtype}"
             launch_heads(m, dtype)
             yield f"norm and rotation of {m} x 5 heads {dtype}"
+    for group, dtype in itertools.product((3, attention.MAX_GROUP), attention.DTYPES):
+        launch_attention(group, dtype)
+        yield f"attention of {group} heads a key head {dtype}"
     # In turns, so that a run cut short has seen both kernels.
     for gemm_config, decode_config in itertools.zip_longest(heuristics.GEMM_CONFIGS, decode_heuristics.DECODE_CONFIGS):
         if gemm_config is not None:
@@ -117,6 +131,23 @@ def launch_heads(m: int, dtype: torch.dtype) -> None:
     reference.keep(expected[1], rows[:, 500:].unflatten(1, (2, 100)), true_keys, true_values, slots)
     for found, truth in ((keys, true_keys), (values, true_values)):
         assert reference.relative_error(found.cpu(), truth) < LIMIT
+
+
+def launch_attention(group: int, dtype: torch.dtype) -> None:
+    """Launch attention of requests of none, of some tokens, and of several parts: without codes and with both kinds."""
+    lengths = torch.tensor([0, 5, 70, 3000, 1], dtype=torch.int32)
+    keys, values = torch.randn(200, 16, 2, 2 * attention.HEAD).to(dtype).split(attention.HEAD, dim=-1)
+    table = torch.randperm(200, dtype=torch.int32)[:190].expand(len(lengths), 190).contiguous()
+    queries = torch.randn(len(lengths), 2 * group, attention.HEAD).to(dtype)
+    truth = attention.reference(queries, keys, values, table, lengths, 0.1)
+    rows, cache, blocks, tokens = (each.cuda() for each in (queries, torch.cat((keys, values), -1), table, lengths))
+    of_keys, of_values = cache.split(attention.HEAD, dim=-1)
+    out = torch.empty_like(rows)
+    in_rows, in_tiles = (attention.empty_codes(len(lengths), 2 * group, tile_rows, out.device) for tile_rows in (0, 8))
+    for codes in (None, in_rows, in_tiles):
+        out.fill_(float("nan"))
+        attention.launch(rows, of_keys, of_values, blocks, tokens, 0.1, out, codes)
+        assert reference.relative_error(out.cpu(), truth) < LIMIT
 
 
 def operands(m: int, n: int, k: int) -> tuple[torch.Tensor, gemm.Weight, torch.Tensor, torch.Tensor]:

@@ -54,7 +54,14 @@ class Settings(BaseModel):
         "quantises by itself, mostly in one more launch, and the rest is vLLM's.",
     )
 
-    @field_validator("strict", "batch_invariant", "fuse", mode="before")
+    attention: bool = Field(
+        default=True,
+        description="`1`: where vLLM's FlashAttention serves a layer without windows or biases, heads of 128 elements, "
+        "at most 8 of queries for one of keys, and a 16-bit cache, decode steps attend with a kernel of this package. "
+        "`0`: with vLLM's.",
+    )
+
+    @field_validator("strict", "batch_invariant", "fuse", "attention", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, str) and value not in ("0", "1"):  # pydantic alone would take "on", "T" and more

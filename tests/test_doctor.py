@@ -27,7 +27,9 @@ ALWAYS = {"python", "fp8-backend", "torch", "cuda-bindings", "GPU", "driver", "N
     "GEMM",
     "registration",
 }
-SETTINGS = {f"FP8_BACKEND_{name}" for name in ("STRICT", "KERNELS", "CACHE_DIR", "JIT", "BATCH_INVARIANT", "FUSE")}
+SETTINGS = {
+    f"FP8_BACKEND_{name}" for name in ("STRICT", "KERNELS", "CACHE_DIR", "JIT", "BATCH_INVARIANT", "FUSE", "ATTENTION")
+}
 
 
 def diagnose(cache: Path | None, **environ: str) -> tuple[int, dict[str, Any], dict[str, dict[str, Any]]]:
@@ -75,7 +77,7 @@ def test_text_says_the_same_and_ends_with_the_role(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     (index,) = [index for index, line in enumerate(lines) if line.startswith("ACTION  plugin")]
     assert lines[index + 1].strip() == "-> add fp8_backend to VLLM_PLUGINS, or unset it"
-    assert (done.returncode, lines[-1].endswith("1 of 20 need action")) == (1, True)
+    assert (done.returncode, lines[-1].endswith("1 of 21 need action")) == (1, True)
 
 
 @ON_CPU

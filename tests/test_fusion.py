@@ -237,6 +237,21 @@ def test_heads_are_normalised_and_rotated_at_once(dtype: torch.dtype, vllm_confi
     assert not any(name in str(target) for target in compiled.targets for name in left)
 
 
+def behind_attention(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what begins as a piece behind attention does, and a linear of rows that were touched."""
+    attended = self.out(x.view(-1, K))[0]
+    return attended, self.other(x.view(-1, K) * 2)[0]
+
+
+def test_a_linear_of_what_a_piece_is_given_takes_what_attention_leaves(vllm_config: VllmConfig) -> None:
+    dtype = torch.bfloat16
+    module = Module(behind_attention, out=linear(136, K, dtype), other=linear(72, K, dtype))
+    compiled, x = Compiled(module, vllm_config), rows(5, dtype).view(5, 2, K // 2)
+    assert_same(compiled(x), module(x.clone()))
+    ours = [target for target in compiled.targets if str(target).startswith("fp8_backend")]
+    assert ours == [ops.behind_attention.default, ops.linear.default]
+
+
 class FlashAttentionImpl:
     """What is known of vLLM's by its name: the layout of its cache, and how it is written."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from fp8_backend.kernels import (
     activation,
+    attention,
     decode,
     gemm_plan,
     gemm_quantize,
@@ -46,6 +47,7 @@ def test_the_set_is_bounded():
         ("norm_rope.cuh", norm_rope._LAYOUT),
         ("router.cuh", router._LAYOUT),
         ("activation.cuh", activation._LAYOUT),
+        ("attention.cuh", attention._LAYOUT),
     ],
 )
 def test_launch_parameters_are_the_kernels(file, layout):
@@ -69,6 +71,14 @@ def test_constants_shared_with_the_device_code():
     stages = device["kLeastStages"] * (stage + device["kStageScaleBytes"] + 2 * 8)
     room = config.shared_bytes - device["kWarpgroups"] * (device["kRoomBytes"] + stages)
     assert room // (slot + layout.SCALES_FETCHED * 4 + 2 * 8) == config.max_k_blocks
+    device = constants("attention.cuh")
+    assert (device["kHead"], device["kSlice"]) == (attention.HEAD, attention.BLOCK_ALIGNMENT)
+    assert (device["kWarps"], device["kSizes"]) == (attention._WARPS, attention._SIZES)
+    assert device["kPartialStride"] == attention._PARTIAL_STRIDE
+    assert device["kMostHeads"] == attention.MAX_GROUP
+    stages = device["kStages"] * (device["kSliceBytes"] + 8)  # with a barrier each
+    ends = device["kSumsBytes"] + device["kMostHeads"] * 2 * 4
+    assert device["kWarps"] * (stages + ends) + 4 == attention._SHARED_BYTES
     device = constants("router.cuh")
     assert (device["kMostRows"], device["kWarps"] * 32) == (router.MAX_ROWS, router._THREADS)
     assert (device["kColumns"], device["kRanks"]) == (router._COLUMNS, router._RANKS)

@@ -48,6 +48,7 @@ class Answer(NamedTuple):
     log: str
     events: list[torch.Tensor] = []  # logprobs again, after each
     refusal: str | None = None
+    steps: list[torch.Tensor] = []  # of each prompt [16, vocabulary], where its tokens come from
 
 
 Engine = Callable[..., Answer]
@@ -157,7 +158,8 @@ def _run(folder: Path, arguments: dict[str, Any], events: Sequence[str], refused
     assert done.returncode == 0, log[-6000:]
     said = json.loads(answer.read_text())
     events = [_rows(event) for event in said["events"]]
-    return Answer(_rows(said), said["tokens"], log, events, said.get("refusal"))
+    steps = [torch.tensor(rows, dtype=torch.float64) for rows in said["steps"]]
+    return Answer(_rows(said), said["tokens"], log, events, said.get("refusal"), steps)
 
 
 def _rows(said: dict[str, Any]) -> torch.Tensor:
@@ -267,6 +269,24 @@ def test_a_reload_of_some_experts_is_refused_and_changes_nothing(engine: Engine)
     assert MISSING in answer.refusal
     assert "nothing was reloaded" in answer.refusal
     assert torch.equal(answer.events[-1], answer.logprobs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_decode_steps_attend_as_flash_attention_does(
+    engine: Engine, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "attention of decode steps: fp8_backend sm90"
+    ours = engine(architecture, enforce_eager=False, max_num_seqs=8)
+    monkeypatch.setenv("FP8_BACKEND_ATTENTION", "0")
+    theirs = engine(architecture, enforce_eager=False, max_num_seqs=4)
+    assert line in ours.log and line not in theirs.log
+    kl = []
+    for *tokens, own, other in zip(ours.tokens, theirs.tokens, ours.steps, theirs.steps, strict=True):
+        # A near tie may end otherwise, and another token has other successors.
+        same = next((index for index, pair in enumerate(zip(*tokens, strict=True)) if pair[0] != pair[1]), 15) + 1
+        kl.append((own.exp() * (own - other)).sum(1)[:same])
+    assert 0 < float(torch.cat(kl).mean()) <= MAX_KL and sum(map(len, kl)) >= 32
 
 
 @pytest.mark.gpu

@@ -60,14 +60,17 @@ def compile_in_pieces() -> None:
 
 
 def ask(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
-    """Return the distribution at every prompt token but the first, which nothing predicts, and 16 greedy tokens."""
+    """Return the distribution at every prompt token but the first, which nothing predicts, and of 16 greedy tokens."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=16, prompt_logprobs=-1, ignore_eos=True)
+    parameters = SamplingParams(temperature=0, max_tokens=16, logprobs=-1, prompt_logprobs=-1, ignore_eos=True)
     scored = llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], parameters)
     return {
         "logprobs": [
             [[row[token].logprob for token in sorted(row)] for row in output.prompt_logprobs[1:]] for output in scored
+        ],
+        "steps": [
+            [[row[token].logprob for token in sorted(row)] for row in output.outputs[0].logprobs] for output in scored
         ],
         "tokens": [list(output.outputs[0].token_ids) for output in scored],
     }

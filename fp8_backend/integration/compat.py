@@ -9,7 +9,7 @@ from fp8_backend.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import CompilationConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -74,18 +74,68 @@ def cache_of(layer_name: Any) -> tuple[Attention, torch.Tensor, torch.Tensor | N
     return layer, kv_cache, slots
 
 
+def attention_runs_with_its_piece() -> bool:
+    """Return whether the host runs, or captures, attention together with the piece of a model behind it.
+
+    A graph of the piece alone is replayed without the host, and does not take what attention would leave for it.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+
+
 def keys_and_values(layer: Attention, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return both halves of FlashAttention's cache [blocks, heads, block, 2 * head] as [blocks, block, heads, head].
 
     None for the caches of others, and for encoders, which have none.
     """
     impl = layer.impl
-    if type(impl).__name__ != "FlashAttentionImpl" or impl.attn_type != "decoder":
+    if not is_flash_attention(impl) or impl.attn_type != "decoder":
         return None
     if kv_cache.dim() != 4 or kv_cache.shape[3] != 2 * impl.head_size:
         return None
     keys, values = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
     return keys, values
+
+
+def is_flash_attention(impl: Any) -> bool:
+    """Return whether a layer's attention is that of vLLM's FlashAttention, with a decode kernel of ours or without."""
+    base = type(impl).__mro__[1] if getattr(impl, "has_decode_kernel", False) else type(impl)
+    return base.__name__ == "FlashAttentionImpl"
+
+
+def attends_plainly(impl: Any) -> bool:
+    """Return whether a layer attends to all tokens before it, in a cache of its model's dtype on one rank alone."""
+    if not is_flash_attention(impl) or impl.attn_type != "decoder":
+        return False
+    special = impl.alibi_slopes is not None or impl.sinks is not None or bool(impl.logits_soft_cap)
+    return (
+        not special and impl.dcp_world_size == 1 and impl.sliding_window == (-1, -1) and impl.kv_cache_dtype == "auto"
+    )
+
+
+def decodes_in_own_graphs(vllm_config: VllmConfig) -> bool:
+    """Return whether a graph that was captured with one token a request is replayed for such steps alone.
+
+    With cudagraph_mode=FULL 0.26 captures graphs of any step so, and replays them for prompts, too, whose tokens would
+    be taken for requests.
+    """
+    from vllm.config import CUDAGraphMode
+
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is None or mode.mixed_mode() != CUDAGraphMode.FULL
+
+
+def is_decode_step(metadata: Any) -> bool:
+    """Return whether each request has one token in a step, and attends to all that it has; as FlashAttention says it.
+
+    From 0.33 on there is no cascade, and the window is not the step's.
+    """
+    cut = getattr(metadata, "use_cascade", False) or getattr(metadata, "sliding_window", None) not in (None, (-1, -1))
+    names = "mm_prefix_range_tensor", "mm_prefix_query_range_tensor", "rswa_prefix_lens"
+    masked = any(getattr(metadata, name, None) is not None for name in names)
+    return metadata.max_query_len == 1 and metadata.causal is True and not cut and not masked
 
 
 def keep_from_amx_mla(layer: torch.nn.Module) -> None:

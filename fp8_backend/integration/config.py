@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -17,7 +19,7 @@ from vllm.platforms import current_platform
 
 from fp8_backend import settings
 from fp8_backend.errors import CheckpointError, UnsupportedError
-from fp8_backend.integration import compat, fusion
+from fp8_backend.integration import attention, compat, fusion
 from fp8_backend.integration.files import CheckedFiles
 from fp8_backend.integration.plugin import NAME
 from fp8_backend.integration.summary import LoadSummary
@@ -90,6 +92,7 @@ class DeepGemmFp8Config(Fp8Config):
         self.summary = LoadSummary()
         self.files = CheckedFiles()
         self.model_config: Any = None  # vLLM's, of the model that this config's layers make
+        self.served: attention.Served | None = None  # of its engine
 
     @property
     def backend_name(self) -> str:
@@ -144,6 +147,7 @@ class DeepGemmFp8Config(Fp8Config):
         if self.model_config is None:
             vllm_config = get_current_vllm_config()
             self.model_config = vllm_config.model_config
+            self.served = attention.served_by(vllm_config)
             if select_backend().name != "vllm":
                 fusion.install(vllm_config)
         if isinstance(layer, LinearBase):
@@ -152,6 +156,8 @@ class DeepGemmFp8Config(Fp8Config):
             if self.is_skipped(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             return self._moe_method(layer, prefix)
+        if isinstance(layer, Attention) and select_backend().name == "cuda":
+            attention.adopt(layer, self.served, get_tensor_model_parallel_rank() == 0)
         return super().get_quant_method(layer, prefix)
 
     def get_cache_scale_mapper(self) -> Any:

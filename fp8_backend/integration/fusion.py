@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _LINEAR = ops.linear.default
+_VIEWS = torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default
 _RMS_NORM = torch.ops.vllm_ir.rms_norm.default
 _ADD_RMS_NORM = torch.ops.vllm_ir.fused_add_rms_norm.default
 
@@ -123,7 +124,17 @@ def fuse(graph: fx.Graph) -> Fused:
     # The linears that are left, which nothing has removed.
     rest = graph.find_nodes(op="call_function", target=_LINEAR)
     gates = sum(_join_gate(graph, linear) for linear in rest)
+    for linear in graph.find_nodes(op="call_function", target=_LINEAR):
+        if _is_given(linear.args[0]):
+            linear.target = ops.behind_attention.default
     return Fused(len(linears), norms, gates, *join_heads(graph))
+
+
+def _is_given(rows: Any) -> bool:
+    """Return whether rows are an input of the graph as it was made: of the pieces of a model such are attention's."""
+    while isinstance(rows, fx.Node) and rows.target in _VIEWS:
+        rows = rows.args[0]
+    return isinstance(rows, fx.Node) and rows.op == "placeholder"
 
 
 def _value(node: fx.Node) -> torch.Tensor:

@@ -10,7 +10,7 @@ from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from fp8_backend import counters
 from fp8_backend.integration import compat
-from fp8_backend.kernels import fused_linear, gemm, norm_rope, router
+from fp8_backend.kernels import attended_linear, fused_linear, gemm, norm_rope, router
 from fp8_backend.kernels.activation import masked_silu_mul_quant
 from fp8_backend.kernels.experts import fp8_experts
 from fp8_backend.kernels.m_grouped import m_grouped_fp8_gemm_nt_masked
@@ -22,7 +22,7 @@ _LIBRARY = Library("fp8_backend", "FRAGMENT")
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    counters.calls["linear"] += 1
+    _begin("linear")
     return gemm.fp8_linear(x, weight, scale, n, bias)
 
 
@@ -31,6 +31,19 @@ def _linear_fake(
 ) -> torch.Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
     return x.new_empty((*x.shape[:-1], n), dtype=dtype)
+
+
+def _begin(op: str) -> None:
+    """Count a call, behind which nothing that attention has left is of what comes next."""
+    counters.calls[op] += 1
+    attended_linear.forget_codes()
+
+
+def _attended_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
+) -> torch.Tensor:
+    counters.calls["linear"] += 1  # one like the others, as a model sees it
+    return attended_linear.attended_linear(x, weight, scale, n, bias)
 
 
 def _rms_norm_linear(
@@ -44,7 +57,7 @@ def _rms_norm_linear(
     n: int,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    counters.calls["rms_norm_linear"] += 1
+    _begin("rms_norm_linear")
     y, *others = fused_linear.rms_norm_linear(x, residual, norm_weight, epsilon, weight, scale, n, bias, keep)
     # An op's outputs are tensors: what is not wanted is empty.
     summed, normed = (x.new_empty(0) if other is None else other for other in others)
@@ -69,7 +82,7 @@ def _rms_norm_linear_fake(
 def _silu_mul_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    counters.calls["silu_mul_linear"] += 1
+    _begin("silu_mul_linear")
     return fused_linear.silu_mul_linear(x, weight, scale, n, bias)
 
 
@@ -89,7 +102,7 @@ def _qk_norm_rope(
     query_heads: int,
     key_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    counters.calls["qk_norm_rope"] += 1
+    _begin("qk_norm_rope")
     return norm_rope.qk_norm_rope(
         rows, positions, query_weight, key_weight, cos_sin_cache, epsilon, query_heads, key_heads
     )
@@ -120,7 +133,7 @@ def _qk_norm_rope_cache(
     key_heads: int,
     layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    counters.calls["qk_norm_rope_cache"] += 1
+    _begin("qk_norm_rope_cache")
     layer, kv_cache, slots = compat.cache_of(layer_name)
     halves = None if slots is None else compat.keys_and_values(layer, kv_cache)
     kept = None
@@ -154,7 +167,7 @@ def _qk_norm_rope_cache_fake(
 
 
 def _router_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    counters.calls["router_linear"] += 1
+    _begin("router_linear")
     return router.router_linear(x, weight)
 
 
@@ -174,7 +187,7 @@ def _experts(
     expert_map: torch.Tensor | None,
     router_weight_on_input: bool,
 ) -> None:
-    counters.calls["experts"] += 1
+    _begin("experts")
     fp8_experts(x, topk_weights, topk_ids, w13, scale_13, w2, scale_2, expert_map, router_weight_on_input, out)
 
 
@@ -205,7 +218,7 @@ def _masked_experts(
     masked_m: torch.Tensor,
     expected_m: int,
 ) -> None:
-    counters.calls["masked_experts"] += 1
+    _begin("masked_experts")
     m_grouped_fp8_gemm_nt_masked((codes, scale_a), (w13, scale_13), hidden, masked_m, expected_m)
     m_grouped_fp8_gemm_nt_masked(masked_silu_mul_quant(hidden, masked_m), (w2, scale_2), out, masked_m, expected_m)
 
@@ -226,6 +239,7 @@ def _masked_experts_fake(
 
 
 direct_register_custom_op("linear", _linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
+direct_register_custom_op("attended_linear", _attended_linear, fake_impl=_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("rms_norm_linear", _rms_norm_linear, fake_impl=_rms_norm_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("silu_mul_linear", _silu_mul_linear, fake_impl=_silu_mul_linear_fake, target_lib=_LIBRARY)
 direct_register_custom_op("qk_norm_rope", _qk_norm_rope, fake_impl=_qk_norm_rope_fake, target_lib=_LIBRARY)
@@ -243,6 +257,7 @@ direct_register_custom_op(
 )
 
 linear = torch.ops.fp8_backend.linear
+behind_attention = torch.ops.fp8_backend.attended_linear
 rms_norm_linear = torch.ops.fp8_backend.rms_norm_linear
 silu_mul_linear = torch.ops.fp8_backend.silu_mul_linear
 qk_norm_rope = torch.ops.fp8_backend.qk_norm_rope

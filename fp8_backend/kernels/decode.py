@@ -42,7 +42,7 @@ class DecodePlan:
         config, (m, k), n = choice.config, x.shape, out.shape[1]
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
-        self._device = device
+        self._device, self.tile_rows = device, config.tokens
         # Bytes of a row of 16-bit outputs that can be written together; 0: by element.
         places = (out.data_ptr(), out.stride(0) * out.element_size())
         paired = out.element_size() == 2 and n % 2 == 0
@@ -83,12 +83,23 @@ class DecodePlan:
             others: addresses that the launch which makes the codes takes behind that of x.
         """
         stream = launcher.current_stream(self._device)
-        source, scale_a, buffer = x.data_ptr(), 0, None
+        source, buffer = x.data_ptr(), None
         if self._quantise is not None:
             buffer = x.new_empty(self._buffer_elements)
             codes = buffer.data_ptr()
-            scale_a = codes + self._code_bytes
-            self._quantise(stream, source, *others, codes, scale_a)
+            self._quantise(stream, source, *others, codes, codes + self._code_bytes)
             source = codes
-        bias_pointer = 0 if bias is None else bias.data_ptr()
+        self.multiply(stream, source, weight, scale, out, bias)
+
+    def multiply(
+        self,
+        stream: int,
+        source: int,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Launch the multiplication alone. source: address of codes in tiles, their scales behind them, or of x."""
+        bias_pointer, scale_a = 0 if bias is None else bias.data_ptr(), source + self._code_bytes
         self._multiply(stream, source, scale_a, out.data_ptr(), weight.data_ptr(), scale.data_ptr(), bias_pointer)

@@ -109,6 +109,8 @@ class GemmLaunch:
 class GemmPlan:
     """The launches of y = x @ weight^T + bias for tensors of one shape and dtype; used by one thread at a time."""
 
+    tile_rows = 0  # of the codes, which lie in rows
+
     def __init__(
         self,
         choice: GemmChoice,
@@ -153,6 +155,17 @@ class GemmPlan:
         stream = launcher.current_stream(self._device)
         buffer = x.new_empty(self._buffer_elements)
         codes = buffer.data_ptr()
-        scale_a = codes + self._code_bytes
-        self._quantise(stream, x.data_ptr(), *others, codes, scale_a)
-        self._multiply(stream, codes, scale_a, weight, scale, out, bias)
+        self._quantise(stream, x.data_ptr(), *others, codes, codes + self._code_bytes)
+        self.multiply(stream, codes, weight, scale, out, bias)
+
+    def multiply(
+        self,
+        stream: int,
+        codes: int,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        """Launch the multiplication alone. codes: address of codes in rows and of their scales behind them."""
+        self._multiply(stream, codes, codes + self._code_bytes, weight, scale, out, bias)

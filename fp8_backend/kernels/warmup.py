@@ -12,6 +12,7 @@ from fp8_backend import counters
 from fp8_backend.errors import CompileError
 from fp8_backend.kernels import (
     activation,
+    attention,
     cache,
     experts_decode,
     experts_joint,
@@ -60,6 +61,7 @@ def all_specs() -> tuple[KernelSpec, ...]:
         norm_rope.SPEC,
         router.SPEC,
         activation.SPEC,
+        *attention.SPECS.values(),
         *experts,
     )
 
@@ -125,6 +127,8 @@ def load_all() -> None:
     norm_rope.kernel(device)
     router.kernel(device)
     activation.kernel(device)
+    for dtype in attention.SPECS:
+        attention.kernel(dtype, device)
     for module in _EXPERTS:
         module.load_all()
 

@@ -17,6 +17,8 @@ from unittest.mock import patch
 
 from fp8_backend.kernels import (
     activation,
+    attended_linear,
+    attention,
     combine,
     decode,
     experts,
@@ -165,6 +167,8 @@ def encode_tiled(
 MODULES = (
     *(
         activation,
+        attended_linear,
+        attention,
         combine,
         decode,
         experts,
@@ -212,6 +216,9 @@ def emulated(
                     stack.callback(each.cache_clear)
             for name in stand_ins.keys() & vars(module).keys():
                 stack.enter_context(patch.object(module, name, stand_ins[name]))
-        for prepared in (gemm._plans, gemm._launches, fused_linear._plans, experts_joint.plans, experts_prefill.plans):
+        kept = gemm._plans, gemm._launches, fused_linear._plans, attended_linear._plans
+        for prepared in (*kept, experts_joint.plans, experts_prefill.plans):
             stack.enter_context(patch.dict(prepared.by_key, clear=True))
+        stack.enter_context(patch.dict(attended_linear._wanted, clear=True))
+        stack.enter_context(patch.object(attended_linear, "_asked", set()))
         yield here

@@ -70,6 +70,11 @@ DEVICE uint2 load_shared_words(u32 address) {
     std::memcpy(&value, emulation::read_at(address, 8), 8);
     return value;
 }
+DEVICE uint4 load_shared_quad(u32 address) {
+    const uint2 low = load_shared_words(address), high = load_shared_words(address + 8);
+    return {low.x, low.y, high.x, high.y};
+}
+DEVICE void store_shared_quad(u32 address, uint4 value) { std::memcpy(emulation::at(emulation::cta(), address, 16), &value, 16); }
 DEVICE void store_shared_pair(u32 address, uint2 value) { std::memcpy(emulation::at(emulation::cta(), address, 8), &value, 8); }
 DEVICE void barrier_arrive_after(u32 barrier, float) { barrier_arrive(barrier); }
 DEVICE void barrier_arrive_after_words(u32 barrier, float, float, u32 arrives) {
@@ -138,6 +143,7 @@ DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
 }
 
 DEVICE void count_one(u32* counter) { ++*counter; }
+DEVICE u32 count_in_turn(u32* counter) { return (*counter)++; }
 DEVICE void wait_for_count(const u32* counter, u32 count) {
     emulation::wait_until([=] { return *counter >= count; }, "what others count");
 }
@@ -380,6 +386,19 @@ template <class Low, class High> DEVICE void multiply_pairs(float (&d)[4], const
 }
 DEVICE void multiply_bf16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) { multiply_pairs(d, a, b_low, b_high, low_bf16, high_bf16); }
 DEVICE void multiply_f16(float (&d)[4], const u32 (&a)[4], u32 b_low, u32 b_high) { multiply_pairs(d, a, b_low, b_high, low_f16, high_f16); }
+
+DEVICE u32 transpose_pairs(u32 pair) {
+    const u8(*words)[16] = emulation::exchange(kWholeWarp, &pair, 4);
+    const u32 row = emulation::lane() / 4, column = emulation::lane() % 4 * 2;  // of the result
+    u32 other = 0;
+    for (u32 i = 0; i < 2; ++i) {
+        u16 element;
+        std::memcpy(&element, words[(column + i) * 4 + row / 2] + row % 2 * 2, 2);
+        other |= static_cast<u32>(element) << 16 * i;
+    }
+    return other;
+}
+DEVICE float power_of_two(float x) { return std::exp2(x); }
 
 // Of each half; sign is that of the product. infinity: its bits, behind which NaN begin.
 DEVICE u32 larger_magnitude(u32 a, u32 b, u32 infinity) {

@@ -67,6 +67,14 @@ DEVICE uint2 load_shared_words(u32 address) {
     asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
     return value;
 }
+DEVICE uint4 load_shared_quad(u32 address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(address) : "memory");
+    return value;
+}
+DEVICE void store_shared_quad(u32 address, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
 DEVICE void store_shared_pair(u32 address, uint2 value) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
@@ -160,6 +168,13 @@ DEVICE void wait_for_count(const u32* counter, u32 count) {
     while (now < count);
 }
 
+// The same, and returns what the counter was: whoever counts last has what all others had written before they did.
+DEVICE u32 count_in_turn(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // ---- copies ------------------------------------------------------------------------------------------------------------
 
 DEVICE void bulk_copy(u32 target, const void* source, u32 bytes, u32 barrier) {
@@ -248,6 +263,12 @@ struct Ring {
 MULTIPLY_16(multiply_bf16, bf16)
 MULTIPLY_16(multiply_f16, f16)
 #undef MULTIPLY_16
+// Of 8 x 8 elements, a pair of a row each lane, four lanes a row: the pair of the same lane after rows and columns have changed places.
+DEVICE u32 transpose_pairs(u32 pair) {
+    u32 other;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
+    return other;
+}
 
 // ---- conversions -------------------------------------------------------------------------------------------------------
 
@@ -265,6 +286,11 @@ DEVICE u16 pack_e4m3(float low, float high) {  // saturates at 448; NaN stays Na
     u16 packed;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
     return packed;
+}
+DEVICE float power_of_two(float x) {  // of -infinity: 0
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
 }
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
