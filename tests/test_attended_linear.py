@@ -24,7 +24,7 @@ def test_codes_are_those_of_the_outputs(tile_rows, dtype, tmp_path_factory):
         codes.buffer.fill_(255)
         attention.launch(*given, HEAD**-0.5, out, codes=codes)
         expected = torch.full_like(codes.buffer, 255)
-        size = attention.code_bytes(5, 6 * HEAD, tile_rows)
+        size = quantize.code_bytes(5, 6 * HEAD, tile_rows)
         scales = expected[size:].data_ptr()
         quantize.prepare(out.view(5, -1), tile_rows)(0, out.data_ptr(), expected.data_ptr(), scales)
     assert_attends(given, out, dtype)

@@ -16,19 +16,21 @@ from tests.test_device_code import planted
 
 HEAD = attention.HEAD
 ERROR = {torch.bfloat16: 0.004, torch.float16: 0.0006}  # rounding of weights and outputs
+LAYOUTS = {torch.bfloat16: "NHD", torch.float16: "HND"}  # rows of a slice apart, and in one piece
 STEEP = 0.3  # of scores, of which some are then so much greater than those before them that sums are scaled anew
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the device code")
 
 
-def operands(lengths, query_heads, key_heads, block, dtype, device="cpu", split=True):
-    """Return queries, halves of a cache, table and lengths; rows that no token has are NaN, blocks in any order."""
+def operands(lengths, query_heads, key_heads, block, dtype, device="cpu", layout="NHD"):
+    """Return queries, halves of a cache, table and lengths; rows that no token has are NaN, blocks in any order.
+
+    layout: vLLM's name of what lies side by side, a token's heads or a head's tokens of a block.
+    """
     torch.manual_seed(sum(lengths) + query_heads)
     m, width = len(lengths), max(1, *(-(-length // block) for length in lengths))
-    cache = torch.full((m * width + 1, key_heads, block, 2 * HEAD), float("nan"), dtype=dtype, device=device)
-    if not split:  # keys of a token beside those of its other heads
-        cache = torch.full((m * width + 1, block, key_heads, 2 * HEAD), float("nan"), dtype=dtype, device=device)
-        cache = cache.transpose(1, 2)
-    keys, values = cache.transpose(1, 2).split(HEAD, dim=-1)
+    order = (block, key_heads) if layout == "NHD" else (key_heads, block)
+    cache = torch.full((m * width + 1, *order, 2 * HEAD), float("nan"), dtype=dtype, device=device)
+    keys, values = (cache if layout == "NHD" else cache.transpose(1, 2)).split(HEAD, dim=-1)
     table = torch.randperm(m * width + 1, device=device)[: m * width].view(m, width).int()
     for request, length in enumerate(lengths):
         for first in range(0, length, block):
@@ -65,7 +67,7 @@ GRID = [
 @pytest.mark.parametrize(("lengths", "query_heads", "key_heads", "block"), GRID)
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 def test_attention(lengths, query_heads, key_heads, block, dtype, tmp_path_factory):
-    given = operands(lengths, query_heads, key_heads, block, dtype, split=query_heads % 2 == 0)
+    given = operands(lengths, query_heads, key_heads, block, dtype, layout=LAYOUTS[dtype])
     surroundings = torch.full((len(lengths), query_heads + 2, HEAD), float("nan"), dtype=dtype)
     out = surroundings[:, 1:-1]
     with emulated(tmp_path_factory.getbasetemp(), Machine(2, (1, 1, 1))) as machine:
@@ -130,7 +132,7 @@ def test_planted_faults_are_found(fault, tmp_path, tmp_path_factory):
 )
 @pytest.mark.parametrize("dtype", attention.DTYPES)
 def test_attention_on_a_gpu(query_heads, key_heads, lengths, dtype):
-    given = operands(lengths, query_heads, key_heads, 16, dtype, "cuda", split=key_heads != 4)
+    given = operands(lengths, query_heads, key_heads, 16, dtype, "cuda", layout=LAYOUTS[dtype])
     out = torch.full((len(lengths), query_heads, HEAD), float("nan"), dtype=dtype, device="cuda")
     attention.decode_attention(*given, HEAD**-0.5, out)
     assert_attends(given, out, dtype)

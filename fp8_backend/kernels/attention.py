@@ -12,7 +12,7 @@ from fp8_backend.errors import ArgumentError
 from fp8_backend.kernels import launcher, quantize
 from fp8_backend.kernels.backend import is_current, num_sms, runs_cuda_kernels
 from fp8_backend.kernels.compiler import KernelSpec
-from fp8_backend.kernels.reference import BLOCK, align, ceil_div
+from fp8_backend.kernels.reference import ceil_div
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD, MAX_GROUP, BLOCK_ALIGNMENT = 128, 8, 16  # of the kernel: elements, query heads a key head, tokens
@@ -38,22 +38,17 @@ def kernel(dtype: torch.dtype, device: int) -> launcher.Kernel:
 class Codes(NamedTuple):
     """Codes of outputs [m, query_heads * 128] in groups of 128, a head each, and behind them their scales.
 
-    buffer: uint8, 16-byte aligned: codes as `quantize.prepare` has them with tile_rows, in rows or in tiles; then
-    [query_heads, align(m, 4)] float32.
+    buffer: uint8, 16-byte aligned, as `quantize.prepare` has it with tile_rows: codes, `quantize.code_bytes` of them,
+    then [query_heads, align(m, 4)] float32.
     """
 
     buffer: torch.Tensor
     tile_rows: int
 
 
-def code_bytes(m: int, k: int, tile_rows: int) -> int:
-    """Return how long codes of m rows are, before their scales."""
-    return ceil_div(k, BLOCK) * BLOCK * (tile_rows or m)
-
-
 def empty_codes(m: int, query_heads: int, tile_rows: int, device: torch.device) -> Codes:
     """Return memory for codes of so many outputs."""
-    size = code_bytes(m, query_heads * HEAD, tile_rows) + query_heads * align(m, 4) * 4
+    size = quantize.buffer_bytes(m, query_heads * HEAD, tile_rows)
     return Codes(torch.empty(size, dtype=torch.uint8, device=device), tile_rows)
 
 
@@ -221,7 +216,7 @@ def launch(
     tensors = (queries, keys, table, lengths, out, *workspace(device, m * key_heads, group))
     strides = (queries.stride(0), out.stride(0), *keys.stride()[:3], table.stride(0))
     first, tile_rows = (0, 0) if codes is None else (codes.buffer.data_ptr(), codes.tile_rows)
-    scales = first + code_bytes(m, query_heads * HEAD, tile_rows)
+    scales = first + quantize.code_bytes(m, query_heads * HEAD, tile_rows)
     numbers = (block, m, query_heads, key_heads, tile_rows)
     kernel(queries.dtype, device.index).launch(
         (grid, 1, 1),

@@ -58,10 +58,10 @@ class DecodePlan:
         decode = Launch(kernel(config, device), (choice.grid, 1), DECODE_THREADS, shared_bytes, params, config.split)
         self._multiply = decode.prepared()
         self._quantise = None if config.fused else prepare(x, config.tokens)
-        self._code_bytes = k_blocks * config.tokens * BLOCK
+        self._code_bytes = quantize.code_bytes(m, k, config.tokens)
         assert self._code_bytes % _SCALE_ALIGNMENT == 0
         # In elements of x: torch takes a dtype and a device from x faster than from arguments.
-        self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
+        self._buffer_elements = quantize.buffer_bytes(m, k, config.tokens) // x.element_size()
 
     def __call__(
         self,

@@ -129,9 +129,9 @@ class GemmPlan:
         self._device = x.device.index
         self._quantise = prepare(x, 0)
         self._multiply = GemmLaunch(choice, k, k_blocks * BLOCK, None, out, bias)
-        self._code_bytes = m * k_blocks * BLOCK
+        self._code_bytes = quantize.code_bytes(m, k, 0)
         # In elements of x: torch takes a dtype and a device from x faster than from arguments.
-        self._buffer_elements = (self._code_bytes + k_blocks * align(m, 4) * 4) // x.element_size()
+        self._buffer_elements = quantize.buffer_bytes(m, k, 0) // x.element_size()
 
     def __call__(
         self,

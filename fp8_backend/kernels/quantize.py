@@ -33,6 +33,19 @@ def kernel(rows: int, device: int) -> launcher.Kernel:
     return launcher.load(SPECS[rows], _LAYOUT)
 
 
+def code_bytes(m: int, k: int, tile_rows: int) -> int:
+    """Return how many bytes codes of [m, k] are in a launch's own memory: in rows, or in tiles of so many rows.
+
+    Whole groups of columns; with tiles, of m <= tile_rows. Scales [ceil(k / 128), align(m, 4)] float32 lie behind.
+    """
+    return ceil_div(k, BLOCK) * BLOCK * (tile_rows or m)
+
+
+def buffer_bytes(m: int, k: int, tile_rows: int) -> int:
+    """Return how many bytes codes and the scales behind them are together."""
+    return code_bytes(m, k, tile_rows) + ceil_div(k, BLOCK) * align(m, 4) * 4
+
+
 def rows_of(x: torch.Tensor, name: str) -> torch.Tensor:
     """Return x [m, k] with contiguous rows, copying only if its columns are strided."""
     if x.dim() != 2 or x.dtype not in ELEMENT_TYPES:

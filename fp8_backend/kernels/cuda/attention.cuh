@@ -17,7 +17,7 @@
 
 constexpr u32 kHead = 128, kParts = kHead / 32;  // a lane has 8 neighbours of each part
 constexpr u32 kWarps = 4, kSlice = 16, kTile = kWarps * kSlice;
-constexpr u32 kMostHeads = 8, kType = ELEMENT_TYPE;
+constexpr u32 kMostHeads = 8, kType = ELEMENT_TYPE;  // chosen at run time it would have every product issued twice, once for nothing
 constexpr u32 kStages = 3, kRowBytes = 2 * kHead * 2, kSliceBytes = kSlice * kRowBytes;  // of a warp: slices, of a token keys and values
 constexpr u32 kSumsBytes = kMostHeads * kHead * 4;  // of a warp
 constexpr float kSlack = 8.f;  // scores beyond the greatest one so far, as powers of two, below which that stays: float32 and weights of 16 bits have room
@@ -47,7 +47,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
     float* const merged = reinterpret_cast<float*>(shared + kWarps * kStages * kSliceBytes);
     float* const greatest = merged + kWarps * kSumsBytes / 4;  // of the heads of each warp
     float* const weights = greatest + kWarps * kMostHeads;
-    u64* const barriers = reinterpret_cast<u64*>(weights + kWarps * 8);
+    u64* const barriers = reinterpret_cast<u64*>(weights + kWarps * kMostHeads);
     u32* const is_last = reinterpret_cast<u32*>(barriers + kWarps * kStages);
     const u32 full = smem_address(barriers) + warp * kStages * 8;  // of this warp's stages
     constexpr u32 kOfWarp = kSumsBytes / 4;  // between the sums of two warps
@@ -309,9 +309,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
             const uint2 rounded = {pack_elements(total.x * factor, total.y * factor, kType), pack_elements(total.z * factor, total.w * factor, kType)};
             *reinterpret_cast<uint2*>(out + now.request * out_stride + of_query * kHead + lane * 4) = rounded;
             if (codes == nullptr) return;
-            auto low = [&](u32 pair) { return kType == kBf16 ? low_bf16(pair) : low_f16(pair); };
-            auto high = [&](u32 pair) { return kType == kBf16 ? high_bf16(pair) : high_f16(pair); };
-            const float value[4] = {low(rounded.x), high(rounded.x), low(rounded.y), high(rounded.y)};
+            const float value[4] = {low_element(rounded.x, kType), high_element(rounded.x, kType), low_element(rounded.y, kType), high_element(rounded.y, kType)};
             float largest = kMinAmax;
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(value[i]));

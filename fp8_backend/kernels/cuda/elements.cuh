@@ -5,10 +5,12 @@
 // Element types of activations and outputs, chosen at run time: a uniform branch costs nothing and halves the kernels.
 enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
 
+// Of a pair of 16 bits each.
+DEVICE float low_element(u32 pair, u32 type) { return type == kBf16 ? low_bf16(pair) : low_f16(pair); }
+DEVICE float high_element(u32 pair, u32 type) { return type == kBf16 ? high_bf16(pair) : high_f16(pair); }
 DEVICE float load_element(const void* base, i64 index, u32 type) {
     if (type == kF32) return static_cast<const float*>(base)[index];
-    const u32 bits = static_cast<const u16*>(base)[index];
-    return type == kBf16 ? low_bf16(bits) : low_f16(bits);
+    return low_element(static_cast<const u16*>(base)[index], type);
 }
 DEVICE void store_element(void* base, i64 index, u32 type, float value) {
     if (type == kF32) static_cast<float*>(base)[index] = value;

@@ -62,8 +62,8 @@ struct Group {
     DEVICE void expand(const RawGroup& raw, u32 type) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-            value[2 * i] = type == kBf16 ? low_bf16(raw.words[i]) : low_f16(raw.words[i]);
-            value[2 * i + 1] = type == kBf16 ? high_bf16(raw.words[i]) : high_f16(raw.words[i]);
+            value[2 * i] = low_element(raw.words[i], type);
+            value[2 * i + 1] = high_element(raw.words[i], type);
         }
     }
 

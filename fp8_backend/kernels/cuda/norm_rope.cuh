@@ -21,8 +21,8 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
     const u32 heads = rotated + (slots ? key_heads : 0), token = index / heads, which = index % heads, half = head / 2;
     const bool is_query = which < query_heads, is_value = which >= rotated;
     auto pair_at = [](const u16* elements) { return __ldcg(reinterpret_cast<const u32*>(elements)); };  // past L1: this CTA may be older than they
-    auto low = [&](u32 pair) { return type == kBf16 ? low_bf16(pair) : low_f16(pair); };
-    auto high = [&](u32 pair) { return type == kBf16 ? high_bf16(pair) : high_f16(pair); };
+    auto low = [&](u32 pair) { return low_element(pair, type); };
+    auto high = [&](u32 pair) { return high_element(pair, type); };
 
     launch_next_kernel();
     // Two loads one behind the other, from memory where the layers' weights have gone through L2 since: on their way while the linear still runs.
