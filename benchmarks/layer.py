@@ -1,6 +1,6 @@
 """Time a dense layer, linears joined to what comes before them and apart, in one CUDA graph.
 
-python -m benchmarks.layer [--m 8,64] [--layers 4] [--tokens 130]
+python -m benchmarks.layer [--m 8,64] [--layers 4] [--tokens 130] [--json layer.json]
 
 The shapes are Qwen3-8B's. Attention is there where `--tokens` says how many each request has: between joined kernels
 by the kernel of this package, with codes for the linear behind and without, and by FlashAttention. Apart, RMSNorm and
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import attention as attention_alone
 from fp8_backend.kernels import attention, fused_linear, gemm, layout, norm_rope, reference
 from fp8_backend.kernels.attended_linear import attended_linear, leave_codes
+from fp8_backend.measure.environment import environment, write_json
 from fp8_backend.measure.timing import capture, interleaved_us
 
 HIDDEN, QKV, INTERMEDIATE, EPSILON = 4096, 6144, 12288, 1e-6
@@ -127,7 +129,10 @@ def main() -> None:
     parser.add_argument("--m", default="1,2,4,8,16,32,64,128,512", help="numbers of tokens")
     parser.add_argument("--layers", type=int, default=4, help="each with weights of its own, together beyond L2")
     parser.add_argument("--tokens", type=int, default=0, help="of each request, for attention; 0: none")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--commit", help="of a tree without a repository")
     arguments = parser.parse_args()
+    result: dict[str, Any] = {"env": environment(arguments.commit), "rows": []}
     import vllm._custom_ops  # noqa: F401  registers torch.ops._C
 
     layers = [Layer() for _ in range(arguments.layers)]
@@ -157,6 +162,9 @@ def main() -> None:
             for one, other in (("joined", "apart"), ("attention with codes", "FlashAttention"))
             if one in arms
         ]
+        result["rows"] += [{"m": m, "arm": name, "us": round(us, 3)} for name, us in taken.items()]
+        if arguments.json:
+            write_json(arguments.json, result)
         print(f"m={m}, us a layer: {said}; residuals differ by: {', '.join(errors)}", flush=True)
 
 

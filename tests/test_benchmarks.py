@@ -243,6 +243,19 @@ def test_runs_that_may_end_behind_the_deadline_do_not_begin(tmp_path: Path, caps
     assert len(trees.take_turns([old, new], ["--m", "1"], 2, 30, deadline_s=None)[new]) == 2
 
 
+def test_layers_of_trees_are_compared_by_m_and_arm(tmp_path: Path) -> None:
+    program = """
+import json, sys
+rows = [{"m": 8, "arm": arm, "us": us} for arm, us in (("joined", 2.0), ("apart", 4.0))]
+open(sys.argv[sys.argv.index("--json") + 1], "w").write(json.dumps({"rows": rows}))
+"""
+    tree = tree_of(tmp_path / "tree", 4.0)
+    (tree / "benchmarks").mkdir()
+    (tree / "benchmarks" / "layer.py").write_text(program)
+    runs = trees.take_turns([str(tree)], ["--m", "8"], 1, 30, None, "layer")
+    assert [line.partition(" | ")[0] for line in trees.compare(runs)[:2]] == ["8 joined", "8 apart"]
+
+
 def test_a_tree_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="old: status 3; its log ends: bench --m"):
         trees.run_tree(tree_of(tmp_path / "old", 4.0, status=3), ["--m", "1"], 30, tmp_path)
