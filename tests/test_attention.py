@@ -80,17 +80,17 @@ def test_attention(lengths, query_heads, key_heads, block, dtype, tmp_path_facto
 
 # What is planted: rows of 700 tokens are cut anywhere, and a CTA has several pieces.
 FAULTS = {
-    "slices are read at once": ("            if (real) barrier_wait(full + ring_out.stage * 8, ring_out.parity);\n", ""),
+    "slices are read at once": ("            barrier_wait(full + ring_out.stage * 8, ring_out.parity);\n", ""),
     "a stage is free while it is read": (
-        "                ahead -= read;\n                read = 1;",
-        "                ahead -= 1;",
+        "            ahead -= read;\n            read = 1;",
+        "            ahead -= 1;",
     ),
     "the newest token is forgotten": (" && newest / kWarps < kStages) {", " && false) {"),
     "tokens past the last one count": ("i / 2 * 8 < now.end ?", "i / 2 * 8 < now.end + 99 ?"),
     "values past the last one stay": ("            if (tokens < kSlice) {", "            if (false) {"),
     "warps' sums are read at once": (
-        "        __syncthreads();\n        if (real) {\n            ahead -= read;",
-        "        if (real) {\n            ahead -= read;",
+        "        __syncthreads();\n        ahead -= read;",
+        "        ahead -= read;",
     ),
     "warps' sums are overwritten at once": (
         "        __syncthreads();  // sums have been read, and parts are written\n",

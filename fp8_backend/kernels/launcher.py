@@ -250,8 +250,6 @@ def _load_function(spec: KernelSpec, cubin: bytes, device: int) -> int:
         call("cuDeviceGetAttribute", ctypes.byref(limit), driver.DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_OPTIN, device)
         dynamic = limit.value - static.value
         call("cuFuncSetAttribute", function, driver.FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic)
-        # All alike, or a multiprocessor may have to be idle before a kernel of other needs can share it.
-        call("cuFuncSetAttribute", function, driver.FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     finally:
         call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     assert function.value is not None

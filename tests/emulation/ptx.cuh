@@ -124,8 +124,7 @@ DEVICE u32 load_remote(u32 address) {
     std::memcpy(&value, emulation::read_at(address, 4), 4);
     return value;
 }
-DEVICE void store_async(u32 target, float4 value, u32 barrier, bool wanted = true) {
-    if (!wanted) return;
+DEVICE void store_async(u32 target, float4 value, u32 barrier) {
     emulation::Cta& of = emulation::owner_of(target);
     emulation::begin_write(of, target, 16);
     emulation::machine->engine.push_back([=, &of] {
@@ -136,7 +135,6 @@ DEVICE void store_async(u32 target, float4 value, u32 barrier, bool wanted = tru
 }
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void launch_next_kernel() {}
-template <class... Parameters> DEVICE void read_parameters(Parameters...) {}
 
 DEVICE u32 grid_round(const u32* arrivals) { return *arrivals & 0x80000000u; }
 DEVICE void meet_grid(u32* arrivals, u32 round, bool first, u32 ctas) {
@@ -253,11 +251,6 @@ DEVICE void bulk_wait() {
 }
 DEVICE void bulk_wait_read() { bulk_wait(); }
 DEVICE void prefetch_map(const TensorMap*) {}
-DEVICE void store_if(bool wanted, void* target, uint2 value) { if (wanted) *static_cast<uint2*>(target) = value; }
-DEVICE void store_if(bool wanted, void* target, u32 value) { if (wanted) *static_cast<u32*>(target) = value; }
-DEVICE void store_if(bool wanted, float* target, float value) { if (wanted) *target = value; }
-DEVICE u32 rehearsal(u32 value) { return value >> 31; }
-DEVICE constexpr u32 rehearsed(u32) { return 0; }  // stages are read when they are full, this machine insists
 
 DEVICE void copy_async(u32 target, const void* source, u32 bytes) {
     emulation::Cta& of = emulation::cta();

@@ -15,7 +15,6 @@ activation(const void* __restrict__ hidden, u8* __restrict__ codes, float* __res
     const u32 k_block = blockIdx.y * 4 + group_in_cta / 4, group = blockIdx.z, k = k_blocks * kBlockK;
     const u32 column = k_block * kBlockK + lane * 8;
 
-    read_parameters(hidden);
     wait_for_previous_kernel();
     launch_next_kernel();
     const u32 rows = min(static_cast<u32>(max(masked_m[group], 0)), max_m);

@@ -209,32 +209,28 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
     fill(min(now.end, now.length - 1));
     bool has_next = find(next);
     next_blocks = blocks_of(next, 0);
-    auto begin = [&] {
-        wait_for_previous_kernel();
-        // The newest token: in which slice of which warp, and which of its tokens.
-        const u32 newest = (now.end - 1 - now.first) / kSlice, t = (now.end - 1 - now.first) % kSlice;
-        if (now.end == now.length && now.end > now.first && newest % kWarps == warp && newest / kWarps < kStages) {
-            u32 words[4];
-            load_fresh(place_in_cache(token_of(now, newest / kWarps), now.head, newest / kWarps, blocks) + t * row_stride + lane * 8, words);
-            store_shared_quad(of_warp + newest / kWarps * kSliceBytes + t * kRowBytes + lane * 16, uint4{words[0], words[1], words[2], words[3]});
-            fence_async_shared();
-            __syncwarp();
-        }
-        ask_for_queries(now, query);
-    };
-    u32 real = rehearsal(m);  // first once without effect, while the previous kernel still runs
+    wait_for_previous_kernel();
+    // The newest token: in which slice of which warp, and which of its tokens.
+    const u32 newest = (now.end - 1 - now.first) / kSlice, t = (now.end - 1 - now.first) % kSlice;
+    if (now.end == now.length && now.end > now.first && newest % kWarps == warp && newest / kWarps < kStages) {
+        u32 words[4];
+        load_fresh(place_in_cache(token_of(now, newest / kWarps), now.head, newest / kWarps, blocks) + t * row_stride + lane * 8, words);
+        store_shared_quad(of_warp + newest / kWarps * kSliceBytes + t * kRowBytes + lane * 16, uint4{words[0], words[1], words[2], words[3]});
+        fence_async_shared();
+        __syncwarp();
+    }
+    ask_for_queries(now, query);
 
 #pragma unroll 1
     while (true) {
-        if (real && has_next) ask_for_queries(next, next_query);
+        if (has_next) ask_for_queries(next, next_query);
         // Of heads quad * 2 and quad * 2 + 1; which elements sums are of, the end of a piece says.
         float best[2] = {nothing, nothing}, weight[2] = {}, sum[kParts][2][4] = {};
         u32 read = 0;  // whether a slice has been read whose place is not free yet
-        if (real && ahead == 0) fill(now.end);
-        const u32 slices = real ? now.slices : rehearsed(1);
+        if (ahead == 0) fill(now.end);
 #pragma unroll 1
-        for (u32 slice = 0; slice < slices; ++slice) {
-            if (real) barrier_wait(full + ring_out.stage * 8, ring_out.parity);
+        for (u32 slice = 0; slice < now.slices; ++slice) {
+            barrier_wait(full + ring_out.stage * 8, ring_out.parity);
             const u32 own_row = of_warp + ring_out.stage * kSliceBytes + row * kRowBytes + quad * 16;
             uint4 key[2][2];
             auto load_keys = [&](u32 part) {
@@ -252,7 +248,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
                 multiply_16(product[1], high, query[part][2], query[part][3], kType);
                 if (part + 2 < kParts) load_keys(part + 2);
             }
-            bool greater = !real;
+            bool greater = false;
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
                 score[i] = token_of(now, slice) + row + i / 2 * 8 < now.end ? (product[0][i] + product[1][i]) * scale : nothing;
@@ -275,12 +271,10 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
                     for (u32 i = 0; i < 8; ++i) sum[part][i / 4][i % 4] *= kept[i % 2];
             }
             // Loads of shared memory end in their order: with these scores the values of the slice before have come, and its place is free.
-            if (real) {
-                ahead -= read;
-                read = 1;
-                fill(now.end);
-                ring_out.advance(kStages);
-            }
+            ahead -= read;
+            read = 1;
+            fill(now.end);
+            ring_out.advance(kStages);
             uint4 value[2][kParts];
 #pragma unroll
             for (u32 part = 0; part < kParts; ++part)
@@ -313,7 +307,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
             const float factor = of_all > 0.f ? __fdiv_rn(1.f, of_all) : 0.f;
             const u32 of_query = now.head * group + h;
             const uint2 rounded = {pack_elements(total.x * factor, total.y * factor, kType), pack_elements(total.z * factor, total.w * factor, kType)};
-            store_if(real, out + now.request * out_stride + of_query * kHead + lane * 4, rounded);
+            *reinterpret_cast<uint2*>(out + now.request * out_stride + of_query * kHead + lane * 4) = rounded;
             if (codes == nullptr) return;
             const float value[4] = {low_element(rounded.x, kType), high_element(rounded.x, kType), low_element(rounded.y, kType), high_element(rounded.y, kType)};
             float largest = kMinAmax;
@@ -321,9 +315,9 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
             for (u32 i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(value[i]));
 #pragma unroll
             for (u32 distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-            store_if(real, codes + code_place(now.request, of_query, lane / 2, query_heads, tile_rows) + lane % 2 * 4,
-                     code_word(value[0], value[1], value[2], value[3], group_inverse(largest)));
-            store_if(real && lane == 0, code_scales + static_cast<i64>(of_query) * (ceil_div(m, 4u) * 4) + now.request, group_scale(largest));
+            *reinterpret_cast<u32*>(codes + code_place(now.request, of_query, lane / 2, query_heads, tile_rows) + lane % 2 * 4) =
+                code_word(value[0], value[1], value[2], value[3], group_inverse(largest));
+            if (lane == 0) code_scales[static_cast<i64>(of_query) * (ceil_div(m, 4u) * 4) + now.request] = group_scale(largest);
         };
         // Of units of several rows only the first and the last piece may be cut: the last one of a unit is the first of its row.
         auto partial_of = [&](u32 part) {
@@ -349,10 +343,8 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
                 merged[warp * kOfWarp + (quad * 2 + i % 2) * kHead + (element ^ quad * 2)] = sum[part][i / 4][i % 4];
             }
         __syncthreads();
-        if (real) {
-            ahead -= read;  // the last values have become sums
-            fill(now.end);
-        }
+        ahead -= read;  // the last values have become sums
+        fill(now.end);
         for (u32 h = warp; h < group; h += kWarps) {
             float most = nothing, of_all = 0.f;
             float4 total = {0.f, 0.f, 0.f, 0.f};
@@ -366,7 +358,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
                 const bool turned = h / 2 % 2;
                 add(total, {turned ? own.z : own.x, turned ? own.w : own.y, turned ? own.x : own.z, turned ? own.y : own.w}, factor);
             }
-            if (now.parts == 1 || !real) {
+            if (now.parts == 1) {
                 write(h, total, of_all);
                 continue;
             }
@@ -375,7 +367,7 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
             if (lane == 0) *reinterpret_cast<float2*>(own_partial + kHead) = float2{most, of_all};
         }
         __syncthreads();  // sums have been read, and parts are written
-        if (real && now.parts > 1) {
+        if (now.parts > 1) {
             if (threadIdx.x == 0) {
                 u32* const counter = counters + now.request * key_heads + now.head;
                 is_last[0] = count_in_turn(counter) == now.parts - 1;
@@ -423,11 +415,6 @@ attention(const u16* queries, const u16* cache, const u32* table, const u32* len
                     if (i * kWarps + warp < group) write(i * kWarps + warp, total[i], of_all[i]);
             }
             __syncthreads();  // is_last has been read
-        }
-        if (!real) {
-            real = 1;
-            begin();
-            continue;
         }
         if (!has_next) return;
         asked -= now.slices;

@@ -41,24 +41,19 @@ combine(const int* ids, const int* map, const float* weights, const u16* rows, u
                 group[s] = known ? here : -1;
             }
         }
-        for (u32 real = first == 0 ? rehearsal(top_k) : 1;; real = 1) {
-            if (first == 0 && real) wait_for_previous_kernel();
-            if (column >= hidden) return;
-            u32 words[kSlots][4];
+        if (first == 0) wait_for_previous_kernel();
+        if (column >= hidden) return;
+        u32 words[kSlots][4];
 #pragma unroll
-            for (u32 s = 0; s < kSlots; ++s) {
-                const bool present = first + s < top_k && static_cast<u32>(group[s]) < num_groups;
-                if (!present) weight[s] = 0.f;
+        for (u32 s = 0; s < kSlots; ++s) {
+            const bool present = first + s < top_k && static_cast<u32>(group[s]) < num_groups;
+            if (!present) weight[s] = 0.f;
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) words[s][i] = 0;
-                if (present && real) load_fresh(rows + static_cast<i64>(first_entry + first + s) * hidden + column, words[s]);
-            }
-            if (type == kBf16) add_rows<true>(sum, weight, words);
-            else add_rows<false>(sum, weight, words);
-            if (real) break;
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) sum[i] = 0.f;
+            for (u32 i = 0; i < 4; ++i) words[s][i] = 0;
+            if (present) load_fresh(rows + static_cast<i64>(first_entry + first + s) * hidden + column, words[s]);
         }
+        if (type == kBf16) add_rows<true>(sum, weight, words);
+        else add_rows<false>(sum, weight, words);
     }
     *reinterpret_cast<uint4*>(out + token * out_stride + column) =
         make_uint4(pack_elements(sum[0], sum[1], type), pack_elements(sum[2], sum[3], type), pack_elements(sum[4], sum[5], type),

@@ -42,7 +42,7 @@ struct TokenSource {
 // and kCount of them overlap.
 constexpr u32 kStep = kQuantisers / kGroupLanes;
 template <u32 kCount>
-DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base, u32 lane, u8* tokens, float* scales, bool& requested, bool real) {
+DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base, u32 lane, u8* tokens, float* scales, bool& requested) {
     RawGroup raw[kCount];
     u32 block[kCount], token[kCount];
     float largest[kCount];
@@ -52,7 +52,7 @@ DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base,
         block[b] = index * reciprocal >> 32;
         token[b] = index - block[b] * source.m;
         const u32 column = (source.first_block + block[b]) * kBlockK + lane * 8;
-        const u32 valid = real && block[b] < source.blocks && column < source.k ? min(source.k - column, 8u) : 0;
+        const u32 valid = block[b] < source.blocks && column < source.k ? min(source.k - column, 8u) : 0;
         raw[b].load(source.x, static_cast<i64>(token[b]) * source.stride + column, valid, source.vectorised);
     }
     if (!requested) named_barrier_arrive(3, kRequested);
@@ -70,7 +70,7 @@ DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base,
         group.expand(raw[b], source.type);
         const uint2 codes = group.codes(largest[b]);
         const float scale = group_scale(largest[b]);
-        if (!real || block[b] >= source.blocks) continue;
+        if (block[b] >= source.blocks) continue;
         u8* row = tokens + block[b] * kTokenBytes + token[b] * kBlockK;
         *reinterpret_cast<uint2*>(row + ((lane / 2) ^ (token[b] % 8)) * 16 + lane % 2 * 8) = codes;
         if (lane == 0) scales[block[b] * TOKENS + token[b]] = scale;
@@ -78,19 +78,19 @@ DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base,
 }
 
 // Quantises the columns of this CTA's k-blocks into swizzled tiles [block][TOKENS][128] and scales [block][TOKENS].
-DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales, u32 thread, bool real) {
+DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales, u32 thread) {
     const u32 lane = thread % kGroupLanes, half = thread % 32 / kGroupLanes, groups = source.m * source.blocks;
     const u64 reciprocal = (0xffffffffull + source.m) / source.m;  // index / m == index * reciprocal >> 32 for every index < 2^20
-    bool requested = !real;
+    bool requested = false;
     // Bounds and branches are the warp's, not the lane's: both halves of a warp shuffle together.
     u32 base = thread / 32 * 2;
     while (base < groups) {
         const u32 left = ceil_div(groups - base, kStep);
         const u32 count = left > 2 ? 4 : left;
-        if (count == 4) quantise_groups<4>(source, reciprocal, base + half, lane, tokens, scales, requested, real);
-        else if (count == 2) quantise_groups<2>(source, reciprocal, base + half, lane, tokens, scales, requested, real);
-        else quantise_groups<1>(source, reciprocal, base + half, lane, tokens, scales, requested, real);
-        base = real ? base + count * kStep : groups;
+        if (count == 4) quantise_groups<4>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        else if (count == 2) quantise_groups<2>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        else quantise_groups<1>(source, reciprocal, base + half, lane, tokens, scales, requested);
+        base += count * kStep;
     }
     if (!requested) named_barrier_arrive(3, kRequested);
 }
@@ -112,13 +112,13 @@ struct Resident {
 // kCount k-blocks: kCount x 4 wgmma in flight at once, then promotion with the scales.
 template <u32 kCount>
 DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stages, const Resident& resident, u32 first_row, u32 scale_low,
-                            u32 scale_high, u32 lane, bool real) {
+                            u32 scale_high, u32 lane) {
     float partial[kCount][TOKENS / 2];
     u32 stage[kCount];
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         stage[u] = ring.stage;
-        if (real) barrier_wait(stages.full + 8 * stage[u], ring.parity);
+        barrier_wait(stages.full + 8 * stage[u], ring.parity);
         ring.advance(stages.count);
         fence_registers(partial[u]);
     }
@@ -148,7 +148,7 @@ DEVICE void multiply_blocks(Sums& sum, Ring& ring, u32 block, const Stages& stag
 #pragma unroll
     for (u32 u = 0; u < kCount; ++u) {
         __syncwarp();  // one lane arrives for all
-        if (real && arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kTokenGroups - 1].y);
+        if (arrives_for_warp(lane)) barrier_arrive_after(stages.empty + 8 * stage[u], scale[u][kTokenGroups - 1].y);
         fence_registers(partial[u]);
 #pragma unroll
         for (u32 j = 0; j < kTokenGroups; ++j) {
@@ -296,87 +296,76 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         if (FUSED && warp == 0) named_barrier(3, kRequested);
         if (leader) produce(early, total);
         __syncwarp();
+    } else {
+        wait_for_previous_kernel();
+#if FUSED
+        const TokenSource source{x, x_stride, x_type, x_vectorised, m, k, first_block, blocks};
+        quantise_tokens(source, resident, resident_scales, threadIdx.x - 32 * kProducers);
+        fence_async_shared();
+        named_barrier(1, kQuantisers);
+#endif
     }
 
-    if (warp >= kProducers) read_parameters(x, x_stride, out_type);
-    // First without effect, before the previous kernel has ended. With 16 tokens there are no registers to know by whether it is.
-    for (u32 real = warp < kProducers || TOKENS == 16 ? 1 : rehearsal(m);; real = 1) {
-        if (warp >= kProducers) {
-            if (real) wait_for_previous_kernel();
-#if FUSED
-            const TokenSource source{x, x_stride, x_type, x_vectorised, m, k, first_block, blocks};
-            quantise_tokens(source, resident, resident_scales, threadIdx.x - 32 * kProducers, real);
-            if (real) {
-                fence_async_shared();
-                named_barrier(1, kQuantisers);
-            }
-#endif
-        }
-
-        if (warp >= 4) {
-            const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
-            const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
-            const u32 source = k_halves ? rank * 2 + warpgroup : rank;
-            const Resident resident_tokens{smem_address(resident), smem_address(resident_scales)};
-            const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_aligned};
-            Ring ring;
-            for (u32 first_row_of_tile = first_tile * rows; first_row_of_tile < n; first_row_of_tile += tile_step * rows) {
-                const u32 row_low = first_row_of_tile + slice * 16 + lane / 4, first_scale = first_row_of_tile / 128 & ~3u;
-                const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
-                Sums sum;
+    if (warp >= 4) {
+        const u32 math_warp = warp - 4, warpgroup = math_warp / 4;
+        const u32 slice = math_warp % slices, first_row = k_halves ? 0 : warpgroup * 64;  // of this warp; of its warpgroup's wgmma
+        const u32 source = k_halves ? rank * 2 + warpgroup : rank;
+        const Resident resident_tokens{smem_address(resident), smem_address(resident_scales)};
+        const Output output{out, bias, out_stride, m, n, out_type, bias_type, out_aligned};
+        Ring ring;
+        for (u32 first_row_of_tile = first_tile * rows; first_row_of_tile < n; first_row_of_tile += tile_step * rows) {
+            const u32 row_low = first_row_of_tile + slice * 16 + lane / 4, first_scale = first_row_of_tile / 128 & ~3u;
+            const u32 scale_low = row_low / 128 - first_scale, scale_high = (row_low + 8) / 128 - first_scale;
+            Sums sum;
 #pragma unroll
-                for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
-                const u32 own_blocks = min(blocks, real ? blocks : rehearsed(k_halves && warpgroup ? 2 * kUnroll : kUnroll));
-                for (u32 block = 0; block < own_blocks; block += kUnroll) {
-                    const u32 count = min(kUnroll, own_blocks - block);
-                    if (k_halves && block / kUnroll % 2 != warpgroup) {
-                        // Not this warpgroup's: it waits and releases all the same. One that skipped phases would take a barrier still in phase p for
-                        // one that has completed p + 1: they have the same parity.
-                        for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
-                            if (real) barrier_wait(full + 8 * ring.stage, ring.parity);
-                            __syncwarp();  // one lane arrives for all
-                            if (real && arrives_for_warp(lane)) barrier_arrive(empty + 8 * ring.stage);
-                        }
-                    } else if (count == kUnroll) {
-                        multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane, real);
-                    } else {
-                        if (count >= 2)
-                            multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane, real);
-                        if (count % 2 == 1)
-                            multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, scale_low, scale_high, lane, real);
+            for (u32 i = 0; i < TOKENS / 2; ++i) sum.value[i] = 0.f;
+            for (u32 block = 0; block < blocks; block += kUnroll) {
+                const u32 count = min(kUnroll, blocks - block);
+                if (k_halves && block / kUnroll % 2 != warpgroup) {
+                    // Not this warpgroup's: it waits and releases all the same. One that skipped phases would take a barrier still in phase p for
+                    // one that has completed p + 1: they have the same parity.
+                    for (u32 u = 0; u < count; ++u, ring.advance(num_stages)) {
+                        barrier_wait(full + 8 * ring.stage, ring.parity);
+                        __syncwarp();  // one lane arrives for all
+                        if (arrives_for_warp(lane)) barrier_arrive(empty + 8 * ring.stage);
                     }
+                } else if (count == kUnroll) {
+                    multiply_blocks<kUnroll>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
+                } else {
+                    if (count >= 2)
+                        multiply_blocks<2>(sum, ring, block, stages, resident_tokens, first_row, scale_low, scale_high, lane);
+                    if (count % 2 == 1)
+                        multiply_blocks<1>(sum, ring, block + count - 1, stages, resident_tokens, first_row, scale_low, scale_high, lane);
                 }
-
-                // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
-                // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
-                if (SPLIT > 1 && real) cluster_wait();
-#pragma unroll
-                for (u32 j = 0; j < kTokenGroups; ++j) {
-                    const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
-                    const u32 fragment = slice * kTokenGroups + j;
-                    u8* const place = exchange + (fragment / SPLIT * sources + source) * kFragmentBytes + lane * 16;
-                    if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
-                    else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT), real);
-                }
-                if (SPLIT == 1) named_barrier(2, kMathWarps * 32);
-                else if (real) barrier_wait(exchanged, 0);
-                for (u32 fragment = rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
-                    const u8* place = exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16;
-                    float4 v = *reinterpret_cast<const float4*>(place);
-                    for (u32 i = 1; i < sources; ++i) {
-                        const float4 part = *reinterpret_cast<const float4*>(place + i * kFragmentBytes);
-                        v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
-                    }
-                    const u32 row = fragment / kTokenGroups * 16;
-                    if (row < rows) output.write(v, first_row_of_tile + row, rows - row, real ? fragment % kTokenGroups * 8 : TOKENS, lane);
-                }
-                if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
-                named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
-                if (!real) break;
             }
-        } else if (SPLIT > 1 && real) {
-            cluster_wait();
+
+            // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
+            // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
+            if (SPLIT > 1) cluster_wait();
+#pragma unroll
+            for (u32 j = 0; j < kTokenGroups; ++j) {
+                const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
+                const u32 fragment = slice * kTokenGroups + j;
+                u8* const place = exchange + (fragment / SPLIT * sources + source) * kFragmentBytes + lane * 16;
+                if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
+                else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT));
+            }
+            if (SPLIT == 1) named_barrier(2, kMathWarps * 32);
+            else barrier_wait(exchanged, 0);
+            for (u32 fragment = rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
+                const u8* place = exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16;
+                float4 v = *reinterpret_cast<const float4*>(place);
+                for (u32 i = 1; i < sources; ++i) {
+                    const float4 part = *reinterpret_cast<const float4*>(place + i * kFragmentBytes);
+                    v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+                }
+                const u32 row = fragment / kTokenGroups * 16;
+                if (row < rows) output.write(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
+            }
+            if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
+            named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
         }
-        if (real) break;
+    } else if (SPLIT > 1) {
+        cluster_wait();
     }
 }

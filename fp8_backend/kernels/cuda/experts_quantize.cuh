@@ -9,7 +9,6 @@ extern "C" __global__ void __launch_bounds__(256)
 experts_quantize(const void* x, u8* __restrict__ codes, float* __restrict__ scale, i64 stride, u32 rows, u32 k, u32 k_blocks, u32 rows_aligned,
                  u32 type, u32 vectorised, u32 early) {
     if (early) launch_next_kernel();
-    read_parameters(x, type);
     wait_for_previous_kernel();
     launch_next_kernel();
     const u32 index = blockIdx.x * 16 + threadIdx.x / kGroupLanes, lane = threadIdx.x % kGroupLanes;

@@ -40,10 +40,10 @@ struct Routed {
     u32 leaders[kProducers / 32], units;
 
     // By the producers, a pair each. A token that names an expert twice wants its first pair, by the sum of the weights.
-    DEVICE void list(const int* ids, const int* expert_map, const float* router_weights, u32 pairs, u32 top_k, u32 num_groups, bool real) {
+    DEVICE void list(const int* ids, const int* expert_map, const float* router_weights, u32 pairs, u32 top_k, u32 num_groups) {
         const u32 p = threadIdx.x, lane = p % 32, warp = p / 32, token = p / top_k;
         u32 own = kNowhere;
-        if (real && p < pairs) {
+        if (p < pairs) {
             int id = __ldcg(ids + p);
             router[p] = __ldcg(router_weights + p);
             if (id >= 0 && expert_map != nullptr) id = expert_map[id];
@@ -262,7 +262,7 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
     barrier_init_fence();
     __syncthreads();
     launch_next_kernel();
-    read_parameters(x, ids, hidden);
+    wait_for_previous_kernel();
 
     const u32 unit_groups = n / 8, tiles = ceil_div(hidden_aligned, down_rows);
     // Stages of the first GEMM hold as many k-blocks as their tiles leave room for.
@@ -275,11 +275,7 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
 
     if (warp < kProducers / 32) {
         give_registers<32>();
-        for (u32 real = rehearsal(m);; real = 1) {
-            if (real) wait_for_previous_kernel();
-            routed.list(ids, expert_map, router_weights, pairs, top_k, num_groups, real);
-            if (real) break;
-        }
+        routed.list(ids, expert_map, router_weights, pairs, top_k, num_groups);
         named_barrier_arrive(2, kThreads);
         if (elect_lane()) {
             const u32 part = warp % 2, of_scales = warp / 2;
@@ -339,16 +335,12 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
     take_registers<112>();
     const u32 team = __shfl_sync(0xffffffffu, warp / 4 - 1, 0), thread = threadIdx.x - kProducers;
     const u32 in_team = (warp - team) % 4;  // the one or two warps with tokens are others in each team: a warp always issues from the same quarter
-    for (u32 real = rehearsal(m);; real = 1) {
-        if (real) wait_for_previous_kernel();
-        quantise(m, k_blocks, codes, code_scales, [&](Group& group, u32 row, u32 block, u32 group_lane, bool exists) {
-            const u32 column = block * kBlockK + group_lane * 8;
-            RawGroup raw;
-            raw.load(x, row * x_stride + column, real && exists && column < hidden ? min(hidden - column, 8u) : 0, vectorised);
-            group.expand(raw, type);
-        });
-        if (real) break;
-    }
+    quantise(m, k_blocks, codes, code_scales, [&](Group& group, u32 row, u32 block, u32 group_lane, bool exists) {
+        const u32 column = block * kBlockK + group_lane * 8;
+        RawGroup raw;
+        raw.load(x, row * x_stride + column, exists && column < hidden ? min(hidden - column, 8u) : 0, vectorised);
+        group.expand(raw, type);
+    });
     named_barrier(2, kThreads);
 
     const u32 units = routed.units, token = lane / 4, round = thread == 0 ? grid_round(&grid_arrivals) : 0;

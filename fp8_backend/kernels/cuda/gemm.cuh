@@ -40,7 +40,6 @@ constexpr u32 kBytesA = BLOCK_M * kBlockK, kBytesB = BLOCK_N * kBlockK;
 constexpr u32 kStageBytes = kBytesA + kBytesB, kStageStep = kStageBytes / 16;  // of descriptors
 constexpr u32 kStageScaleBytes = (BLOCK_M + kScaleFloats) * 4;
 constexpr u32 kProducers = 3;
-constexpr u32 kNoRow = 1u << 30;  // behind all rows: what is written there is left out
 constexpr u32 kEmptyArrivals = MATH_WARPGROUPS * 4 * kArrivalsOfWarp;
 constexpr u32 kShareBytes = kExchangedBytes<MATH_WARPGROUPS>;
 
@@ -79,7 +78,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
         if (!packed_b) prefetch_map(&map_b);
-        if (mapped_out && split == 1) prefetch_map(&map_out);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
@@ -150,7 +148,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
         };
         bool full_already = false;
 
-        for (u32 t = first_tile, real = rehearsal(m); t < num_tiles; t += real ? tile_step : 0, real = 1) {
+        for (u32 t = first_tile; t < num_tiles; t += tile_step) {
             const Tile tile = tile_at(t, tiles_m, tiles_n, strip, last_m);
             u32 block_scale[kScales];
 #pragma unroll
@@ -165,10 +163,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             for (u32 wave = 0; wave < kWaves; ++wave)
 #pragma unroll
                 for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] = 0.f;
-            u32 remaining = real ? end_block - first_block : UNROLLED ? 0 : rehearsed(AHEAD ? 3 : 1);
-            const u32 arrives = real && arrives_for_warp(lane);
-            if (real && t == first_tile) ring = Ring(), at_a = own_a, at_b = own_b;
-            full_already = !real;
             // The product of a stage and slice, under way.
             auto issue = [&](float (&partial)[BLOCK_N / 2], u32 s, u32 wave) {
                 const u32 stage_a = UNROLLED ? own_a + s * kStageStep : at_a, low_a = stage_a + wave * (64 * kBlockK / 16);
@@ -199,7 +193,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     fence_registers(partial);
                     if (wave == kWaves - 1) {
                         __syncwarp();
-                        barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives);
+                        barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives_for_warp(lane));
                         ring.stage = s;
                         ring.advance(NUM_STAGES);
                         find_stage();
@@ -209,6 +203,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[wave][i] += (i % 4 < 2 ? low : high)[i * 2 / kScaled] * partial[i];
                 }
             };
+            u32 remaining = end_block - first_block;
             if constexpr (AHEAD) {
                 float even[BLOCK_N / 2], odd[BLOCK_N / 2];
                 auto finish = [&](float (&partial)[BLOCK_N / 2], float (&next)[BLOCK_N / 2], bool more) {
@@ -224,7 +219,7 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     ring.advance(NUM_STAGES);
                     find_stage();
                     if (more) {
-                        if (real) barrier_wait(full + 8 * ring.stage, ring.parity);
+                        barrier_wait(full + 8 * ring.stage, ring.parity);
                         issue(next, ring.stage, 0);
                         wgmma_wait<1>();
                     } else {
@@ -232,12 +227,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     }
                     fence_registers(partial);
                     __syncwarp();
-                    barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives);
+                    barrier_arrive_after_words(empty + 8 * s, low[0], high[0], arrives_for_warp(lane));
 #pragma unroll
                     for (u32 i = 0; i < BLOCK_N / 2; ++i) sum[0][i] += (i % 4 < 2 ? low : high)[i * 2 / kScaled] * partial[i];
                 };
                 if (remaining > 0) {
-                    if (real) barrier_wait(full + 8 * ring.stage, ring.parity);
+                    barrier_wait(full + 8 * ring.stage, ring.parity);
                     issue(even, ring.stage, 0);
                     for (; remaining > 2; remaining -= 2) {
                         finish(even, odd, true);
@@ -271,19 +266,18 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                     }
             }
             for (; remaining > 0; --remaining) multiply_block(ring.stage);
-            if (real && t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
+            if (t == first_tile) wait_for_previous_kernel();  // it may still read what this kernel overwrites
             if (SPLIT_K && split > 1) {
                 const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
-                send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot, real);
-                if (real) barrier_wait(exchanged, 0);
+                send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot);
+                barrier_wait(exchanged, 0);
                 for (u32 i = 0; i < owned; ++i) {
                     const float4 total = received_sum<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, i, owned, split, slot);
                     const Share share = share_at<BLOCK_N / 8>(split_rank * owned + i);
                     const u32 row = tile.m + row_in_tile + share.slice * 64 + warp * 16 + share.row + lane / 4;
-                    output.write_sixteen(total, real ? row : kNoRow, tile.n + share.column, lane, mapped_out);
+                    output.write_sixteen(total, row, tile.n + share.column, lane, mapped_out);
                 }
-                if (real) break;  // one tile a cluster: the exchange is used once
-                continue;
+                break;  // one tile a cluster: the exchange is used once
             }
 #pragma unroll
             for (u32 wave = 0; wave < kWaves; ++wave)
@@ -292,10 +286,10 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
             if (stores_by_copy) {
                 if (lane == 0) bulk_wait_read();  // of the last tile's outputs
                 __syncwarp();
-                store_slices<kStored, BLOCK_M>(&map_out, sum, room, first_row, tile.n, real ? tile.m : kNoRow, out_type, lane);
+                store_slices<kStored, BLOCK_M>(&map_out, sum, room, first_row, tile.n, tile.m, out_type, lane);
             } else {
 #pragma unroll
-                for (u32 wave = 0; wave < kWaves; ++wave) output.write(sum[wave], real ? tile.m + first_row + wave * 64 : kNoRow, tile.n, lane);
+                for (u32 wave = 0; wave < kWaves; ++wave) output.write(sum[wave], tile.m + first_row + wave * 64, tile.n, lane);
             }
         }
         if (stores_by_copy && lane == 0) bulk_wait();

@@ -246,7 +246,7 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
             if (split > 1) {
                 const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
                 cluster_wait();
-                send_sums<2>(sum, rows_x, exchanged, split, split_rank, slot, true);
+                send_sums<2>(sum, rows_x, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
                 for (u32 i = 0; i < owned; ++i) {
                     const float4 total = received_sum<2>(shared, i, owned, split, slot);

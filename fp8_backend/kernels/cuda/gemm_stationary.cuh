@@ -38,7 +38,6 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
         if (!packed_b) prefetch_map(&map_b);
-        if (mapped_out) prefetch_map(&map_out);
         for (u32 s = 0; s < all_stages; ++s) {
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, 4 * kArrivalsOfWarp);

@@ -28,15 +28,12 @@ struct RawGroup {
     u32 words[4];
 
     // Loads x[offset .. offset + 8) as far as `valid` elements reach; the rest are zeros. vectorised: offset is 16-byte aligned, valid is 0 or 8.
-    template <bool kCached = false> DEVICE void load(const void* x, i64 offset, u32 valid, u32 vectorised) {
+    DEVICE void load(const void* x, i64 offset, u32 valid, u32 vectorised) {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) words[i] = 0;
         if (valid == 0) return;
         const u16* source = static_cast<const u16*>(x) + offset;
-        if (vectorised && kCached) {
-            const uint4 found = *reinterpret_cast<const uint4*>(source);
-            words[0] = found.x, words[1] = found.y, words[2] = found.z, words[3] = found.w;
-        } else if (vectorised) {
+        if (vectorised) {
             load_fresh(source, words);
         } else {
 #pragma unroll

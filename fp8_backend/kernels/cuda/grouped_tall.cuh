@@ -74,7 +74,6 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
 
     if (threadIdx.x == 0) {
         prefetch_map(&map_a);
-        if (mapped_out) prefetch_map(&map_out);
         for (u32 s = 0; s < NUM_STAGES; ++s) {
             barrier_init(full + 8 * s, kProducers);
             barrier_init(empty + 8 * s, kEmptyArrivals);
@@ -89,7 +88,6 @@ grouped_tall(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
         give_registers<40>();
         const u32 producer = threadIdx.x / 32;
         if (producer >= kProducers || !elect_lane()) return;
-        read_parameters(num_tiles, group_rows);
         wait_for_previous_kernel();
         const u32 column_tiles = ceil_div(n, kTileColumns), items = __ldcg(num_tiles) * column_tiles, rest = items % gridDim.x;
         const u32 whole = 2 * rest <= gridDim.x ? items - rest : items, turns = whole + 2 * (items - whole);

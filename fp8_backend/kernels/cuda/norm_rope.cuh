@@ -40,53 +40,50 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
         angles[i][0] = pair_at(angle + at);
         angles[i][1] = pair_at(angle + half + at);
     }
+    wait_for_previous_kernel();
     if (token >= m) return;
-    for (u32 real = rehearsal(m);; real = 1) {
-        if (real) wait_for_previous_kernel();
-        const u16* const source = rows + token * stride + which * head;
-        u16* cached = nullptr;
-        if (slot >= 0) {
-            const u32 of_cache = which - (is_value ? rotated : query_heads), place = static_cast<u32>(slot);
-            u16* const cache = is_value ? value_cache : key_cache;
-            cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
-        }
-        if (is_value) {
-            for (u32 at = lane * 2; at < (cached && real ? head : 0); at += 64) *reinterpret_cast<u32*>(cached + at) = pair_at(source + at);
-            if (real) return;
-            continue;
-        }
+    const u16* const source = rows + token * stride + which * head;
+    u16* cached = nullptr;
+    if (slot >= 0) {
+        const u32 of_cache = which - (is_value ? rotated : query_heads), place = static_cast<u32>(slot);
+        u16* const cache = is_value ? value_cache : key_cache;
+        cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
+    }
+    if (is_value) {
+        for (u32 at = lane * 2; at < (cached ? head : 0); at += 64) *reinterpret_cast<u32*>(cached + at) = pair_at(source + at);
+        return;
+    }
 #pragma unroll
-        for (u32 i = 0; i < kPairs; ++i) {
-            const u32 at = i * 64 + lane * 2;
-            if (at >= half) continue;
-            values[i][0] = real ? pair_at(source + at) : 0;
-            values[i][1] = real ? pair_at(source + half + at) : 0;
-        }
-        float sum = 0.f;
+    for (u32 i = 0; i < kPairs; ++i) {
+        const u32 at = i * 64 + lane * 2;
+        if (at >= half) continue;
+        values[i][0] = pair_at(source + at);
+        values[i][1] = pair_at(source + half + at);
+    }
+    float sum = 0.f;
 #pragma unroll
-        for (u32 i = 0; i < kPairs; ++i)
+    for (u32 i = 0; i < kPairs; ++i)
 #pragma unroll
-            for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
+        for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
 #pragma unroll
-        for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
+    for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
 
-        u16* const target = is_query ? queries + static_cast<i64>(token * query_heads + which) * head
-                                     : keys + static_cast<i64>(token * key_heads + which - query_heads) * head;
+    u16* const target = is_query ? queries + static_cast<i64>(token * query_heads + which) * head
+                                 : keys + static_cast<i64>(token * key_heads + which - query_heads) * head;
 #pragma unroll
-        for (u32 i = 0; i < kPairs; ++i) {
-            const u32 at = i * 64 + lane * 2;
-            if (at >= half) continue;
-            const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
-            const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
-            const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
-            const u32 less = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
-            const u32 more = pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
-            store_if(real, target + at, less);
-            store_if(real, target + half + at, more);
-            store_if(real && cached, cached + at, less);
-            store_if(real && cached, cached + half + at, more);
-        }
-        if (real) return;
+    for (u32 i = 0; i < kPairs; ++i) {
+        const u32 at = i * 64 + lane * 2;
+        if (at >= half) continue;
+        const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
+        const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
+        const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
+        const u32 less = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
+        const u32 more = pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
+        *reinterpret_cast<u32*>(target + at) = less;
+        *reinterpret_cast<u32*>(target + half + at) = more;
+        if (cached == nullptr) continue;
+        *reinterpret_cast<u32*>(cached + at) = less;
+        *reinterpret_cast<u32*>(cached + half + at) = more;
     }
 }

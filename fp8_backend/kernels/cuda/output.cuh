@@ -88,7 +88,7 @@ template <u32 kGroups> DEVICE Share share_at(u32 index) { return {index / kGroup
 // Sends the sums of this thread to the CTAs of the cluster, each of which owns as many shares, counted by its barrier `exchanged`. room: of all shares;
 // slot: where in a share this thread's sums lie.
 template <u32 kWarpgroups, u32 kSlices, u32 kCount>
-DEVICE void send_sums(const float (&sum)[kSlices][kCount], u32 room, u32 exchanged, u32 split, u32 rank, u32 slot, bool wanted) {
+DEVICE void send_sums(const float (&sum)[kSlices][kCount], u32 room, u32 exchanged, u32 split, u32 rank, u32 slot) {
     const u32 owned = kSlices * (kCount / 4) / split;
     u32 owner = 0, place = 0;
 #pragma unroll
@@ -96,7 +96,7 @@ DEVICE void send_sums(const float (&sum)[kSlices][kCount], u32 room, u32 exchang
         const Share share = share_at<kCount / 4>(i);
         const float* first = &sum[share.slice][share.column / 2 + share.row / 4];
         const u32 target = room + (rank * owned + place) * kExchangedBytes<kWarpgroups> + slot;
-        store_async(map_to_rank(target, owner), {first[0], first[1], first[4], first[5]}, map_to_rank(exchanged, owner), wanted);
+        store_async(map_to_rank(target, owner), {first[0], first[1], first[4], first[5]}, map_to_rank(exchanged, owner));
         if (++place == owned) {
             ++owner;
             place = 0;

@@ -135,26 +135,9 @@ DEVICE u32 load_remote(u32 address) {
     return value;
 }
 // Writes 16 bytes into a peer's shared memory and counts them on its barrier.
-DEVICE void store_async(u32 target, float4 value, u32 barrier, bool wanted = true) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %6, 0; @p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5]; }" ::"r"(target),
-        "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier), "r"(static_cast<u32>(wanted)) : "memory");
-}
-// A kernel's code, too, is met by trips to L2 where others have run since. So what follows the wait for the previous kernel may run twice, the first time
-// before it and without effect: `for (u32 real = rehearsal(m);; real = 1) { if (real) wait_for_previous_kernel(); ... if (real) break; }`. Always 0,
-// from a value below 2^31, which the compiler does not know and so does not write the first time out.
-DEVICE u32 rehearsal(u32 value) { return value >> 31; }
-// As many products of whatever lies in shared memory belong to it. Their sums go nowhere.
-DEVICE constexpr u32 rehearsed(u32 products) { return products; }
-
-// Parameters lie in memory that is new with every launch, and the first read of each 64 bytes is a trip to L2. Behind wait_for_previous_kernel it queues
-// behind all that has been asked for meanwhile, the weights of the kernel behind included; so one word of each 64 bytes is given here, before.
-DEVICE u32 word_of(u32 parameter) { return parameter; }
-DEVICE u32 word_of(i64 parameter) { return static_cast<u32>(parameter); }
-DEVICE u32 word_of(const void* parameter) { return static_cast<u32>(reinterpret_cast<u64>(parameter)); }
-template <class... Parameters> DEVICE void read_parameters(Parameters... parameters) {
-    // What ptxas must not leave out and costs nothing: one word in four billions sleeps for no time.
-    asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0x9e3779b9; @p nanosleep.u32 0; }" ::"r"((word_of(parameters) ^ ...)) : "memory");
+DEVICE void store_async(u32 target, float4 value, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier) : "memory");
 }
 // Everything the previous kernel in the stream wrote is visible after this.
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -244,15 +227,6 @@ DEVICE void barrier_arrive_after_copies(u32 barrier) {
 DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
     asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "l"(source) : "memory");
 }
-// Stores by a predicate, where what is stored is to be computed whether it is or not (rehearsal).
-DEVICE void store_if(bool wanted, void* target, uint2 value) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.v2.u32 [%1], {%2, %3}; }" ::"r"(static_cast<u32>(wanted)), "l"(target), "r"(value.x), "r"(value.y)
-                 : "memory");
-}
-DEVICE void store_if(bool wanted, void* target, u32 value) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2; }" ::"r"(static_cast<u32>(wanted)), "l"(target), "r"(value) : "memory");
-}
-DEVICE void store_if(bool wanted, float* target, float value) { store_if(wanted, static_cast<void*>(target), __float_as_uint(value)); }
 
 // ---- warps -------------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,6 @@ quantize_sorted(const void* x, const u32* places, u8* codes, float* token_scale,
     const u32 lane = threadIdx.x % 32, group_lane = lane % kLanes, warps_a_token = ceil_div(k_blocks, kWarpBlocks);
     const u32 warp = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, token = warp / warps_a_token;
     const u32 k_block = warp % warps_a_token * kWarpBlocks + lane / kLanes;
-    read_parameters(x, k_blocks);
     wait_for_previous_kernel();
     launch_next_kernel();  // not before: sort_scales.cuh reads the routing without waiting
     if (token >= m) return;

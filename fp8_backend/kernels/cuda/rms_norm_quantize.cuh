@@ -26,8 +26,8 @@ extern "C" __global__ void __launch_bounds__(1024, CHUNKS == 1 ? 2 : 1)
 rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual, const void* __restrict__ norm_weight, void* __restrict__ summed,
                   void* __restrict__ normed, u8* __restrict__ codes, float* __restrict__ scale, i64 x_stride, i64 residual_stride, u32 k,
                   u32 k_blocks, u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early, float epsilon) {
-    __shared__ float of_warps[64];
-    const u32 lane = threadIdx.x % kGroupLanes;
+    __shared__ float of_warps[32];
+    const u32 row = blockIdx.x, lane = threadIdx.x % kGroupLanes;
     u32 column[CHUNKS], valid[CHUNKS];
 #pragma unroll
     for (u32 c = 0; c < CHUNKS; ++c) {
@@ -37,56 +37,53 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
     if (early) launch_next_kernel();
     // Since the last layer they have left L2, and are on their way from memory while the previous kernel still runs.
     RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
-    for (u32 real = rehearsal(k);; real = 1) {
-        if (real) wait_for_previous_kernel();
-        const u32 row = blockIdx.x * real;  // or what it is for would be found once, and wait in registers
+#pragma unroll
+    for (u32 c = 0; c < CHUNKS; ++c) raw_weight[c].load(norm_weight, column[c], valid[c], vectorised);
+    wait_for_previous_kernel();
 
 #pragma unroll
-        for (u32 c = 0; c < CHUNKS; ++c) {
-            raw[c].load(x, row * x_stride + column[c], real ? valid[c] : 0, vectorised);
-            raw_residual[c].load(residual, row * residual_stride + column[c], real && residual != nullptr ? valid[c] : 0, vectorised);
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        raw[c].load(x, row * x_stride + column[c], valid[c], vectorised);
+        raw_residual[c].load(residual, row * residual_stride + column[c], residual == nullptr ? 0 : valid[c], vectorised);
+    }
+    Group group[CHUNKS];
+    float squares = 0.f;
+#pragma unroll
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        group[c].expand(raw[c], type);
+        if (residual != nullptr) {
+            Group added;
+            added.expand(raw_residual[c], type);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) group[c].value[i] += added.value[i];
+            group[c].packed(type).store(summed, static_cast<i64>(row) * k + column[c], valid[c], vectorised);
         }
-        Group group[CHUNKS];
-        float squares = 0.f;
 #pragma unroll
-        for (u32 c = 0; c < CHUNKS; ++c) {
-            group[c].expand(raw[c], type);
-            if (residual != nullptr) {
-                Group added;
-                added.expand(raw_residual[c], type);
+        for (u32 i = 0; i < 8; ++i) squares += group[c].value[i] * group[c].value[i];
+    }
+    const float mean = __fdiv_rn(sum_of_cta(squares, of_warps), static_cast<float>(k));
+    const float factor = __fdiv_rn(1.f, sqrtf(mean + epsilon));
+    float largest[CHUNKS];
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) group[c].value[i] += added.value[i];
-                group[c].packed(type).store(summed, static_cast<i64>(row) * k + column[c], real ? valid[c] : 0, vectorised);
-            }
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        Group weight;
+        weight.expand(raw_weight[c], type);
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) squares += group[c].value[i] * group[c].value[i];
-        }
-        const float mean = __fdiv_rn(sum_of_cta(squares, of_warps + 32 * real), static_cast<float>(k));
-        const float factor = __fdiv_rn(1.f, sqrtf(mean + epsilon));
-        float largest[CHUNKS];
+        for (u32 i = 0; i < 8; ++i) group[c].value[i] *= factor;
+        group[c].expand(group[c].packed(type), type);
 #pragma unroll
-        for (u32 c = 0; c < CHUNKS; ++c) {
-            Group weight;
-            raw_weight[c].load<true>(norm_weight, column[c], valid[c], vectorised);
-            weight.expand(raw_weight[c], type);
+        for (u32 i = 0; i < 8; ++i) group[c].value[i] *= weight.value[i];
+        const RawGroup rounded = group[c].packed(type);
+        if (normed != nullptr) rounded.store(normed, static_cast<i64>(row) * k + column[c], valid[c], vectorised);
+        group[c].expand(rounded, type);
+        largest[c] = group[c].lane_amax();
+    }
+    reduce_amax(largest);
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) group[c].value[i] *= factor;
-            group[c].expand(group[c].packed(type), type);
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) group[c].value[i] *= weight.value[i];
-            const RawGroup rounded = group[c].packed(type);
-            if (normed != nullptr) rounded.store(normed, static_cast<i64>(row) * k + column[c], real ? valid[c] : 0, vectorised);
-            group[c].expand(rounded, type);
-            largest[c] = group[c].lane_amax();
-        }
-        reduce_amax(largest);
-#pragma unroll
-        for (u32 c = 0; c < CHUNKS; ++c) {
-            const u32 k_block = column[c] / kBlockK;
-            const bool wanted = real && k_block < k_blocks;
-            store_if(wanted, codes + code_place(row, k_block, lane, k_blocks, tile_rows), group[c].codes(largest[c]));
-            store_if(wanted && lane == 0, scale + static_cast<i64>(k_block) * m_aligned + row, group_scale(largest[c]));
-        }
-        if (real) break;
+    for (u32 c = 0; c < CHUNKS; ++c) {
+        const u32 k_block = column[c] / kBlockK;
+        if (k_block >= k_blocks) continue;
+        *reinterpret_cast<uint2*>(codes + code_place(row, k_block, lane, k_blocks, tile_rows)) = group[c].codes(largest[c]);
+        if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[c]);
     }
 }

@@ -25,7 +25,6 @@ route(const int* ids, const int* map, u32* sorted, u32* places, int4* tiles, u32
 
     counts[threadIdx.x] = 0;
     __syncthreads();
-    read_parameters(ids, entries);
     wait_for_previous_kernel();
     launch_next_kernel();  // not before: quantize.cuh reads x beside this kernel
 

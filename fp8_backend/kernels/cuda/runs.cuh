@@ -38,7 +38,6 @@ runs(const int* ids, u32* starts, int4* tiles, u32* num_tiles, u32* tickets, u32
     const u32 lane = threadIdx.x % 32, words = ceil_div(rows, 32u);
     const u32 each = ceil_div(words, kThreads), first = min(threadIdx.x * each, words), end = min(first + each, words);
     launch_next_kernel();
-    read_parameters(ids, tile_rows);
     wait_for_previous_kernel();
     constexpr u32 kAtOnce = 8;
     for (u32 word = threadIdx.x / 32; word < words; word += kAtOnce * (kThreads / 32)) {

@@ -20,7 +20,6 @@ sort_scales(const float* token_scale, const u32* sorted, const int4* tiles, cons
         rows = last.y + (last.z & 0xffff);
     }
     if (row < rows) token = __ldcg(sorted + row) / top_k;
-    read_parameters(token_stride);
     wait_for_previous_kernel();
     if (row >= rows) return;
 
