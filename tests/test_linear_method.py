@@ -138,18 +138,19 @@ def test_a_router_has_a_method_of_its_own() -> None:
     entries = ["lm_head", "model.layers.0.mlp.gate"]
     config = DeepGemmFp8Config.from_config(written_config("fp8", "float32", entries))
     with DEVICE:
-        layer = ReplicatedLinear(128, 8, bias=False, params_dtype=torch.bfloat16)
+        layer = ReplicatedLinear(128, 8, bias=True, params_dtype=torch.bfloat16)
     router = config.get_quant_method(layer, entries[1])
     assert isinstance(router, UnquantizedLinearMethod) and type(router) is RouterLinearMethod
     assert type(config.get_quant_method(layer, entries[0])) is UnquantizedLinearMethod
     with torch.no_grad():
         layer.weight.copy_(torch.randn(8, 128))
-    x, bias = torch.randn(3, 128, device=DEVICE, dtype=torch.bfloat16), torch.ones(8, device=DEVICE).bfloat16()
+        layer.bias.fill_(1)
+    x = torch.randn(3, 128, device=DEVICE, dtype=torch.bfloat16)
     expected = x.double() @ layer.weight.double().t()
     router.process_weights_after_loading(layer)
     before = counters.calls["router_linear"]
     assert relative_error(router.apply(layer, x), expected) < 0.004
-    assert relative_error(router.apply(layer, x, bias), expected + 1) < 0.004
+    assert relative_error(router.apply(layer, x, layer.bias), expected + 1) < 0.004
     # On a CPU vLLM multiplies by itself, and so it does with a bias.
     assert counters.calls["router_linear"] - before == int(x.is_cuda)
 

