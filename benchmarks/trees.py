@@ -1,4 +1,4 @@
-"""Time two or more trees of this project in turns: the same `fp8-backend bench`, each in processes of its own.
+"""Time two or more trees of this project in turns: the same `fp8-backend bench`, or `benchmarks.layer`, run anew.
 
     python -m benchmarks.trees OLD NEW [--rounds 3] [--limit 120] [--deadline 300] -- --moe --tokens 4096 --peers none
     python -m benchmarks.trees OLD NEW --program layer -- --m 1,8,32 --tokens 160
