@@ -67,8 +67,8 @@ def places(addresses: dict[int, int]) -> list[Place]:
         Place("silu_mul_quantize.cuh", begun, note(_FIRST, of_silu, BEGINS)),
         Place("silu_mul_quantize.cuh", waited, note(_FIRST, of_silu, WAITED), behind=True),
         Place("silu_mul_quantize.cuh", _ENDED.format("0", ""), note(_FIRST, of_silu, ENDS), behind=True),
-        Place("quantize.cuh", "    if (early == 1)", note(_FIRST, of_codes, BEGINS)),
-        Place("quantize.cuh", "    if (early == 2)", note(_FIRST, of_codes, WAITED)),
+        Place("quantize.cuh", "    if (!ZEROS && early)", note(_FIRST, of_codes, BEGINS)),
+        Place("quantize.cuh", "    if (ZEROS) {", note(_FIRST, of_codes, WAITED)),
         Place("quantize.cuh", "    // One CTA is enough", note(_FIRST, of_codes, ENDS)),
     ]
 

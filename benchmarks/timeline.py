@@ -36,8 +36,8 @@ QUANTISATION, GEMMS, SUM = range(3)  # rows of notes
 _FIRST, _MATH, _PRODUCER = "threadIdx.x == 0", "threadIdx.x == 128", "lane == 0"
 # Row and slot of each event; where its note is taken.
 EVENTS = {
-    "quantisation, begun": (QUANTISATION, 0, "quantize.cuh", _FIRST, "    if (early == 1)", False),
-    "quantisation, what came before has ended": (QUANTISATION, 1, "quantize.cuh", _FIRST, "    if (early == 2)", False),
+    "quantisation, begun": (QUANTISATION, 0, "quantize.cuh", _FIRST, "    if (!ZEROS && early)", False),
+    "quantisation, what came before has ended": (QUANTISATION, 1, "quantize.cuh", _FIRST, "    if (ZEROS) {", False),
     "quantisation, ended": (QUANTISATION, 2, "quantize.cuh", _FIRST, "    // One CTA is enough", False),
     "GEMMs, begun": (GEMMS, 0, "experts_joint.cuh", _FIRST, "    launch_next_kernel();\n", False),
     "GEMMs, pairs sorted": (GEMMS, 1, "experts_joint.cuh", _FIRST, "    const u32 first_columns =", False),

@@ -128,7 +128,7 @@ def test_counters_are_zero_behind_the_scales(folder):
     words = torch.full((2 * 8 + zeros + 4,), float("nan"))
     written = torch.empty(5, 256, dtype=torch.float8_e4m3fn)
     with emulated(folder, Machine(1, (1, 1, 1))):
-        quantize.launch_like(x, lets_in=2, zeros=zeros)(0, x.data_ptr(), written.data_ptr(), words.data_ptr())
+        quantize.launch_like(x, zeros=zeros)(0, x.data_ptr(), written.data_ptr(), words.data_ptr())
     assert torch.equal(written.view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(words[:16].view(2, 8)[:, :5].t(), scale)
     assert not words[16 : 16 + zeros].any() and words[16 + zeros :].isnan().all()

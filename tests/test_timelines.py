@@ -17,7 +17,7 @@ def test_device_code_with_notes_compiles(tmp_path: Path) -> None:
     from fp8_backend.kernels.compiler import compile_kernel
 
     notes.instrument(tmp_path, 0x7F0000000000, timeline.places())
-    for spec in (*experts_joint.all_specs(), combine.SPEC, quantize.SPECS[1]):
+    for spec in (*experts_joint.all_specs(), combine.SPEC, quantize.SPECS[1, True]):
         compiled = compile_kernel(replace(spec, folder=tmp_path))
         assert compiled.spill_bytes == 0 and not compiled.warnings
 
@@ -39,7 +39,7 @@ def test_linears_with_notes_compile(tmp_path: Path) -> None:
 
     notes.instrument(tmp_path, 0x7F0000000000, layer_timeline.places({0x7F1000000000 + row: row for row in range(8)}))
     linears = heuristics.GEMM_CONFIGS[0].spec(), decode_heuristics.DECODE_CONFIGS[0].spec()
-    for spec in (*linears, norm.SPECS[1], silu.SPEC, quantize.SPECS[1]):
+    for spec in (*linears, norm.SPECS[1], silu.SPEC, quantize.SPECS[1, False]):
         compiled = compile_kernel(replace(spec, folder=tmp_path))
         assert compiled.spill_bytes == 0 and not compiled.warnings
 

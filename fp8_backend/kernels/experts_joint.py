@@ -158,7 +158,7 @@ class JointPlan:
         self._elements, self._offsets = workspace_bytes(parts) // out.element_size(), offsets_of(parts)
         self._counters, self._device = k_blocks * align(rows, 4) * 4, device
         # The routing needs no codes, but what came before: the GEMMs start when that has ended.
-        self._quantise = quantize.launch_like(x, lets_in=2, zeros=num_counters(entries, cuts, sms)).prepared()
+        self._quantise = quantize.launch_like(x, zeros=num_counters(entries, cuts, sms)).prepared()
         params = (
             *(entries, map_length, num_groups, 1 if weighted else top_k, k_blocks, intermediate, hidden, w2.shape[2]),
             *(align(rows, 4), scale_13.stride(1), align(entries, 4), scale_2.stride(1), cuts, ELEMENT_TYPES[out.dtype]),

@@ -13,7 +13,11 @@ from fp8_backend.kernels.compiler import KernelSpec
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-SPECS = {rows: KernelSpec("quantize.cuh", "quantize", (("ROWS", rows),)) for rows in (1, 2)}  # by rows a thread
+SPECS = {  # by rows a thread, and whether words behind the scales become zero
+    (rows, zeros): KernelSpec("quantize.cuh", "quantize", (("ROWS", rows), ("ZEROS", zeros)))
+    for rows in (1, 2)
+    for zeros in (False, True)
+}
 ELEMENT_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # ElementType of elements.cuh
 _LAYOUT = launcher.ParamLayout(("u64", "u64", "u64", "i64") + ("u32",) * 10)
 _ROWS_PER_CTA, _GROUPS_PER_CTA = 4, 2
@@ -28,9 +32,9 @@ _LATE_ELEMENTS = 5_000_000
 
 
 @cache
-def kernel(rows: int, device: int) -> launcher.Kernel:
-    """Return the loaded kernel of `rows` a thread on the current device, whose index is part of the key only."""
-    return launcher.load(SPECS[rows], _LAYOUT)
+def kernel(rows: int, zeros: bool, device: int) -> launcher.Kernel:
+    """Return the loaded kernel of SPECS on the current device, whose index is part of the key only."""
+    return launcher.load(SPECS[rows, zeros], _LAYOUT)
 
 
 def code_bytes(m: int, k: int, tile_rows: int) -> int:
@@ -93,9 +97,7 @@ def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale.t()[:m]
 
 
-def launch_like(
-    x: torch.Tensor, tile_rows: int = 0, beside: bool = False, lets_in: int | None = None, zeros: int = 0
-) -> Launch:
+def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False, zeros: int = 0) -> Launch:
     """Return the launch that quantises a tensor like x [m, k]; nothing is checked.
 
     Its pointers: x; codes; scales [ceil(k / 128), align(m, 4)] float32. Codes are [m, align(k, 128)]; with tile_rows
@@ -106,17 +108,15 @@ def launch_like(
         tile_rows: 0, or rows of a tile for decode.cuh.
         beside: run at the same time as the kernel launched last, which must have waited for x before it let others
             start; this one ends behind it.
-        lets_in: when the kernel launched next may start: 0 when this one has ended, 1 at once, 2 as soon as what came
-            before has; by default 0 or 1, whichever is faster for a GEMM.
-        zeros: how many words of 4 bytes behind the scales become zero.
+        zeros: how many words of 4 bytes behind the scales become zero. Where there are any, the kernel launched next may
+            start as soon as what came before this one has ended, else when `early` says.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1
     k_blocks, type_ = ceil_div(k, BLOCK), ELEMENT_TYPES[x.dtype]
     grid = ceil_div(m, _ROWS_PER_CTA * rows), ceil_div(k_blocks, _GROUPS_PER_CTA)
-    starts = early(m, k) if lets_in is None else lets_in
-    shape = x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, starts, int(beside), zeros
-    return Launch(kernel(rows, x.device.index), grid, _THREADS, 0, shape)
+    shape = x.stride(0), m, k, k_blocks, align(m, 4), type_, vectorised(x), tile_rows, early(m, k), int(beside), zeros
+    return Launch(kernel(rows, zeros > 0, x.device.index), grid, _THREADS, 0, shape)
 
 
 def prepare(x: torch.Tensor, tile_rows: int = 0) -> PreparedLaunch:

@@ -119,8 +119,8 @@ def load_all() -> None:
             gemm_quantize.kernel(config, device)
         else:
             decode.kernel(config, device)
-    for rows in quantize.SPECS:
-        quantize.kernel(rows, device)
+    for rows, zeros in quantize.SPECS:
+        quantize.kernel(rows, zeros, device)
     for chunks in norm.SPECS:
         norm.kernel(chunks, device)
     silu.kernel(device)

@@ -8,8 +8,9 @@
 // x: [m, k] with row stride `stride` (elements). codes: [m, k_blocks * 128]; or, with tile_rows > 0, [k_blocks][tile_rows][128] with the 16-byte chunks
 // of a row permuted as the 128-byte swizzle does it, rows past m left as they are. scale: [k_blocks][m_aligned].
 // vectorised: 16-bit elements, rows start at 16-byte boundaries and k % 8 == 0. early: the kernel behind this one may start as soon as the last of its CTAs
-// runs (1), or has waited for what came before (2), else when they have ended (quantize.py says when). beside: x was complete before the previous kernel let this
-// one start, so both run at once, and this one ends behind that one: who waits for it has waited for both. zeros: words behind the scales that become zero.
+// runs, else when they have ended (quantize.py says when). beside: x was complete before the previous kernel let this one start, so both run at once, and this
+// one ends behind that one: who waits for it has waited for both.
+// zeros, with ZEROS: words behind the scales that become zero; the kernel behind this one may start as soon as what came before has ended.
 extern "C" __global__ void __launch_bounds__(128, ROWS == 1 ? 16 : 12)
 quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__ scale, i64 stride, u32 m, u32 k, u32 k_blocks,
          u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early, u32 beside, u32 zeros) {
@@ -18,11 +19,13 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
     const u32 k_block = blockIdx.y * 2 + group_in_cta / 4;
     const u32 column = k_block * kBlockK + lane * 8;
 
-    if (early == 1) launch_next_kernel();
+    if (!ZEROS && early) launch_next_kernel();
     if (!beside) wait_for_previous_kernel();
-    if (early == 2) launch_next_kernel();
-    if (blockIdx.x + blockIdx.y == 0)
-        for (u32 i = threadIdx.x; i < zeros; i += 128) scale[k_blocks * m_aligned + i] = 0.f;
+    if (ZEROS) {
+        launch_next_kernel();
+        if (blockIdx.x + blockIdx.y == 0)
+            for (u32 i = threadIdx.x; i < zeros; i += 128) scale[k_blocks * m_aligned + i] = 0.f;
+    }
     Group group[ROWS];
     RawGroup raw[ROWS];
     float largest[ROWS];
