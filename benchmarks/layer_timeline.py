@@ -63,7 +63,7 @@ def places(addresses: dict[int, int]) -> list[Place]:
         Place("decode.cuh", "            if (SPLIT > 1) break;", note(_MATH, of_decode, ENDS)),
         Place("rms_norm_quantize.cuh", begun, note(_FIRST, of_norm, BEGINS)),
         Place("rms_norm_quantize.cuh", waited, note(_FIRST, of_norm, WAITED), behind=True),
-        Place("rms_norm_quantize.cuh", _ENDED.format("c", "    }\n"), note(_FIRST, of_norm, ENDS), behind=True),
+        Place("rms_norm_quantize.cuh", _ENDED.format("c", "        }\n"), note(_FIRST, of_norm, ENDS), behind=True),
         Place("silu_mul_quantize.cuh", begun, note(_FIRST, of_silu, BEGINS)),
         Place("silu_mul_quantize.cuh", waited, note(_FIRST, of_silu, WAITED), behind=True),
         Place("silu_mul_quantize.cuh", _ENDED.format("0", ""), note(_FIRST, of_silu, ENDS), behind=True),

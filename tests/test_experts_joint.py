@@ -47,7 +47,8 @@ def test_it_fits_a_multiprocessor():
 def test_the_gemms_start_when_ids_are_there():
     """They read ids without a wait, so the quantisation, which lets them start, must have waited for these."""
     text = (CUDA_FOLDER / "quantize.cuh").read_text()
-    early, waits, at_zeros = (text.index(part) for part in ("if (!ZEROS && early)", "if (!beside) wait", "if (ZEROS) {"))
+    places = (text.index(part) for part in ("if (!ZEROS && early)", "if (!beside) wait", "if (ZEROS) {"))
+    early, waits, at_zeros = places
     assert text[early:].count("launch_next_kernel();") == text.count("launch_next_kernel();") == 2
     assert early < waits < at_zeros < text.rindex("launch_next_kernel();")
 

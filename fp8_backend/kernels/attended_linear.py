@@ -103,7 +103,7 @@ def _plan(
     key = (x.shape, x.dtype, device.index, n, None if bias is None else (bias.dtype, bias.shape))
     if (plan := _plans.by_key.get(key)) is None:
         check_linear(x, weight, scale, n, bias)
-        choice = gemm.choose(m, n, k, device.index, False, backend.batch_invariant())
+        choice = gemm.choose(m, n, k, device.index, backend.batch_invariant(), fusable=False, mappable=False)
         assert not isinstance(choice, QuantizingGemmChoice)  # attention makes the codes
         plan = gemm.plan_behind(quantize.prepare, choice, x, x.new_empty((m, n)), bias)
         _plans.add(key, plan)

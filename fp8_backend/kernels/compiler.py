@@ -16,7 +16,11 @@ from fp8_backend.errors import CompileError
 CUDA_FOLDER = Path(__file__).parent / "cuda"
 ARCH = "sm_90a"
 # --no-source-include: an include that is not ours must fail instead of being found in the current directory.
-FLAGS = (f"--gpu-architecture={ARCH}", "-std=c++20", "--no-source-include", "--no-cache", "--ptxas-options=-v")
+# -default-device: lambdas with template parameters are of the device, too (elements.cuh).
+FLAGS = (
+    *(f"--gpu-architecture={ARCH}", "-std=c++20", "-default-device", "--no-source-include", "--no-cache"),
+    "--ptxas-options=-v",
+)
 # Raise it when the meaning of a cache entry changes without any of the other parts of the key changing.
 SCHEMA = 1
 

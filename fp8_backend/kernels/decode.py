@@ -13,8 +13,8 @@ from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
 from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 15 numbers.
-_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 15)
+# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 13 numbers.
+_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 13)
 _SCALE_ALIGNMENT = 16  # bytes, of what a bulk copy reads
 
 
@@ -40,6 +40,7 @@ class DecodePlan:
         prepare: gives the launch that makes the codes of x, where the kernel of this choice does not.
         """
         config, (m, k), n = choice.config, x.shape, out.shape[1]
+        assert quantize.is_common(x) or not config.fused
         k_blocks, device = ceil_div(k, BLOCK), x.device.index
         self.weight_shape, self.scale_shape = layout.packed_weight_shape(n, k), layout.packed_scale_shape(n, k)
         self._device, self.tile_rows = device, config.tokens
@@ -51,7 +52,6 @@ class DecodePlan:
         params = (
             *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),
             *(choice.rows, choice.num_stages, choice.prefetch),
-            *(types[x.dtype], quantize.vectorised(x) if config.fused else 0),
             *(types[out.dtype], 0 if bias is None else types[bias.dtype], aligned),
         )
         shared_bytes = config.shared_bytes(choice.rows, k_blocks, choice.num_stages)

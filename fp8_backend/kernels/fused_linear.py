@@ -121,7 +121,7 @@ def _linear(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape:
         check_linear(x, weight, scale, n, bias)
-        choice = gemm.choose(m, n, x.shape[1], x.device.index, False, backend.batch_invariant())
+        choice = gemm.choose(m, n, x.shape[1], x.device.index, backend.batch_invariant(), fusable=False, mappable=False)
         assert not isinstance(choice, QuantizingGemmChoice)  # it is the kernel in front that makes the codes
         plan = gemm.plan_behind(prepare(), choice, x, out, bias)
         _plans.add(key, plan)

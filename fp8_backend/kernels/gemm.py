@@ -66,7 +66,7 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def choose(m: int, n: int, k: int, device: int, fusable: bool, batch_invariant: bool, mappable: bool = True) -> Choice:
+def choose(m: int, n: int, k: int, device: int, batch_invariant: bool, fusable: bool, mappable: bool) -> Choice:
     """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
     return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant, mappable)
 
@@ -146,8 +146,8 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        fusable, invariant = rows.element_size() == 2, backend.batch_invariant()
-        choice = choose(m, n, k, device.index, fusable, invariant, gemm_quantize.mappable(rows))
+        fusable, mappable = quantize.is_common(rows), gemm_quantize.mappable(rows)
+        choice = choose(m, n, k, device.index, backend.batch_invariant(), fusable, mappable)
         plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)

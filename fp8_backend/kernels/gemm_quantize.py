@@ -25,9 +25,10 @@ def kernel(config: QuantizingGemmConfig, device: int) -> launcher.Kernel:
 
 
 def mappable(x: torch.Tensor) -> bool:
-    """Return whether the copy engine can fetch rows of x [m, k]: contiguous, at multiples of 16 bytes."""
+    """Return whether the copy engine can fetch rows of x [m, k]: of 16 bits, contiguous, at multiples of 16 bytes."""
     row_bytes = x.stride(0) * x.element_size()
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and row_bytes > 0
+    in_lines = x.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and row_bytes > 0
+    return x.element_size() == 2 and x.stride(1) == 1 and in_lines
 
 
 class QuantizingGemmPlan:

@@ -210,15 +210,16 @@ def adds_in_order(choice: Choice) -> bool:
 def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False, mappable: bool = True) -> Choice:
     """Return the kernel for a linear layer of this shape.
 
-    fusable: the kernel may quantise by itself: activations have 16 bits, and none before it makes the codes anyway.
-    batch_invariant: a row's bits must not depend on m. mappable: the copy engine can fetch rows of the activations.
+    fusable: a decode kernel may quantise by itself: it can read the activations (CommonRows of elements.cuh), and no
+    kernel before it makes the codes anyway. batch_invariant: a row's bits must not depend on m. mappable: a GEMM may
+    quantise by itself: the copy engine can fetch rows of the activations, and no kernel before makes the codes.
     """
     choices: list[tuple[float, Choice]] = [
         (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
     ]
     quantise = quantisation_ns(problem, fusable)
     choices += [(cost + quantise, choice) for cost, choice in gemm_choices(problem)]
-    if fusable and mappable:
+    if mappable:
         choices += quantizing_choices(problem)
     if batch_invariant:
         choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]

@@ -65,6 +65,11 @@ def vectorised(x: torch.Tensor) -> int:
     return int(x.element_size() == 2 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0)
 
 
+def is_common(x: torch.Tensor) -> bool:
+    """Return whether x [m, k] has CommonRows (elements.cuh): bfloat16 that can be read 16 bytes at a time."""
+    return x.dtype == torch.bfloat16 and vectorised(x) == 1
+
+
 def per_token_group_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise each row in groups of 128 columns to e4m3 with one float32 scale a group.
 
@@ -108,8 +113,8 @@ def launch_like(x: torch.Tensor, tile_rows: int = 0, beside: bool = False, zeros
         tile_rows: 0, or rows of a tile for decode.cuh.
         beside: run at the same time as the kernel launched last, which must have waited for x before it let others
             start; this one ends behind it.
-        zeros: how many words of 4 bytes behind the scales become zero. Where there are any, the kernel launched next may
-            start as soon as what came before this one has ended, else when `early` says.
+        zeros: how many words of 4 bytes behind the scales become zero. Where there are any, the kernel launched next
+            may start as soon as what came before this one has ended, else when `early` says.
     """
     m, k = x.shape
     rows = 2 if not tile_rows and m * k >= _MANY_ELEMENTS else 1

@@ -9,7 +9,7 @@
 //   warps 0..3    producers, one lane each: 0 fetches weights, one contiguous copy of rows x 128 bytes a k-block; 1 their scales; FUSED = 0: 2 the
 //                 tokens, 3 their scales. Several, because a lane issues a copy every 40 ns or so (measured). FUSED = 1: 2 and 3 help to quantise.
 //   warps 4..11   two math warpgroups; FUSED = 1: quantise first.
-// FUSED = 1: x has 16-bit elements; every CTA quantises the columns of its k range once, into shared memory (group.cuh).
+// FUSED = 1: x has rows as nearly every call has them (CommonRows); every CTA quantises the columns of its k range once, into shared memory (group.cuh).
 // FUSED = 0: x arrives as e4m3 codes in tiles [k-block][TOKENS][128], swizzled, and MN-major scales (quantize.cuh), fetched stage by stage.
 // What may be requested before the previous kernel has ended: weights, as far as the stages reach. FUSED = 1: `prefetch` stages in flight at any
 // time, so that the tokens queue behind no more than those; FUSED = 0: `prefetch` stages in all. The memory system answers a
@@ -35,7 +35,7 @@ constexpr u32 kFragmentBytes = 512;  // 16 rows x 8 tokens of fp32, as the 32 la
 struct TokenSource {
     const void* x;
     i64 stride;
-    u32 type, vectorised, m, k, first_block, blocks;
+    u32 m, k, first_block, blocks;
 };
 
 // Quantises groups base, base + kStep, ... of this half-warp. Straight-line code, groups that do not exist included: each is a chain of latencies,
@@ -52,22 +52,22 @@ DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base,
         block[b] = index * reciprocal >> 32;
         token[b] = index - block[b] * source.m;
         const u32 column = (source.first_block + block[b]) * kBlockK + lane * 8;
-        const u32 valid = block[b] < source.blocks && column < source.k ? min(source.k - column, 8u) : 0;
-        raw[b].load(source.x, static_cast<i64>(token[b]) * source.stride + column, valid, source.vectorised);
+        const u32 valid = block[b] < source.blocks && column < source.k ? 8 : 0;
+        raw[b].load(source.x, static_cast<i64>(token[b]) * source.stride + column, valid, CommonRows::vectorised);
     }
     if (!requested) named_barrier_arrive(3, kRequested);
     requested = true;
 #pragma unroll
     for (u32 b = 0; b < kCount; ++b) {
         Group group;
-        group.expand(raw[b], source.type);
+        group.expand(raw[b], CommonRows::type);
         largest[b] = group.lane_amax();
     }
     reduce_amax(largest);
 #pragma unroll
     for (u32 b = 0; b < kCount; ++b) {
         Group group;
-        group.expand(raw[b], source.type);
+        group.expand(raw[b], CommonRows::type);
         const uint2 codes = group.codes(largest[b]);
         const float scale = group_scale(largest[b]);
         if (block[b] >= source.blocks) continue;
@@ -184,20 +184,23 @@ struct Output {
 
     // Writes a fragment: 16 rows of the weight from first_row on, of which `rows` exist, x 8 tokens. Neighbouring rows meet in a lane: two of them,
     // or four, so that one store of the warp writes all 32 bytes that a token has here. Half of these at a time: 0.1 us longer (docs/kernel-notes.md, 2026-11-27).
-    DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
+    // kCommon: bf16, no bias, 8 bytes together (with_rows, elements.cuh, says why).
+    DEVICE bool is_common() const { return type == kBf16 && bias == nullptr && aligned == 8; }
+    template <bool kCommon> DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
         const bool even = (lane / 4) % 2 == 0;
         const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);
         const float from_high = __shfl_xor_sync(0xffffffffu, even ? v.w : v.z, 4);
         const u32 token = first_token + lane % 4 * 2 + (even ? 0 : 1), row = lane / 8 * 2;
         float2 low = even ? float2{v.x, from_low} : float2{from_low, v.y};
         float2 high = even ? float2{v.z, from_high} : float2{from_high, v.w};
-        if (aligned == 8 && rows >= 16 && first_row + 16 <= n) {
-            if (bias != nullptr) {
+        if ((kCommon || aligned == 8) && rows >= 16 && first_row + 16 <= n) {
+            if (!kCommon && bias != nullptr) {
                 low.x += load_element(bias, first_row + row, bias_type), low.y += load_element(bias, first_row + row + 1, bias_type);
                 high.x += load_element(bias, first_row + row + 8, bias_type), high.y += load_element(bias, first_row + row + 9, bias_type);
             }
             const bool keeps_low = lane / 8 % 2 == 0;
-            const u32 own_low = pack_elements(low.x, low.y, type), own_high = pack_elements(high.x, high.y, type);
+            const u32 kind = kCommon ? kBf16 : type;
+            const u32 own_low = pack_elements(low.x, low.y, kind), own_high = pack_elements(high.x, high.y, kind);
             const u32 other = __shfl_xor_sync(0xffffffffu, keeps_low ? own_high : own_low, 8);
             const u32 first = keeps_low ? row : row + 6;
             if (token < m)
@@ -213,8 +216,7 @@ struct Output {
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out, const u8* __restrict__ weight, const float* __restrict__ scale_b,
        const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 x_type, u32 x_vectorised,
-       u32 out_type, u32 bias_type, u32 out_aligned) {
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 out_type, u32 bias_type, u32 out_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
     const bool k_halves = rows <= 64;  // the math warpgroups split k
@@ -226,8 +228,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     u8* const exchange = resident + (FUSED ? blocks_most * kTokenBytes : 0);
     float* const scales = reinterpret_cast<float*>(exchange + exchange_bytes);
     float* const resident_scales = scales + num_stages * kStageScales;
-    const u32 full = smem_address(resident_scales + (FUSED ? blocks_most * TOKENS : 0)), empty = full + num_stages * 8;
-    const u32 exchanged = empty + num_stages * 8;
+    const u32 exchanged = smem_address(resident_scales + (FUSED ? blocks_most * TOKENS : 0)), full = exchanged + 8, empty = full + num_stages * 8;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
     const Stages stages{smem_address(shared), stage_bytes, weight_bytes, num_stages, full, empty, smem_address(scales)};
@@ -299,7 +300,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     } else {
         wait_for_previous_kernel();
 #if FUSED
-        const TokenSource source{x, x_stride, x_type, x_vectorised, m, k, first_block, blocks};
+        const TokenSource source{x, x_stride, m, k, first_block, blocks};
         quantise_tokens(source, resident, resident_scales, threadIdx.x - 32 * kProducers);
         fence_async_shared();
         named_barrier(1, kQuantisers);
@@ -360,7 +361,9 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                     v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
                 }
                 const u32 row = fragment / kTokenGroups * 16;
-                if (row < rows) output.write(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
+                if (row >= rows) continue;
+                if (output.is_common()) output.write<true>(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
+                else output.write<false>(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
             }
             if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
             named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again

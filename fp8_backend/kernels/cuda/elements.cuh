@@ -2,8 +2,22 @@
 #pragma once
 #include "ptx.cuh"
 
-// Element types of activations and outputs, chosen at run time: a uniform branch costs nothing and halves the kernels.
+// Element types of activations and outputs, chosen at run time, which halves the number of kernels.
 enum ElementType : u32 { kBf16 = 0, kF16 = 1, kF32 = 2 };
+
+// What rows are made of: elements of a type, vectorised if they can be read 16 bytes at a time.
+struct AnyRows {
+    u32 type, vectorised;
+};
+struct CommonRows {
+    static constexpr u32 type = kBf16, vectorised = 1;
+};
+// Calls body(rows). What nearly every call has is code of its own, chosen before the kernel waits for the previous one: a jump behind the wait is a trip for code
+// that is not there yet, and addresses wait for it (0.4 to 2 % of a layer; docs/kernel-notes.md, 2026-11-29).
+template <class Body> DEVICE void with_rows(u32 type, u32 vectorised, const Body& body) {
+    if ((type | (vectorised ^ 1)) == 0) body(CommonRows{});
+    else body(AnyRows{type, vectorised});
+}
 
 // Of a pair of 16 bits each.
 DEVICE float low_element(u32 pair, u32 type) { return type == kBf16 ? low_bf16(pair) : low_f16(pair); }

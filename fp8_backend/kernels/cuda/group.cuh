@@ -100,6 +100,6 @@ template <u32 kCount> DEVICE void reduce_amax(float (&largest)[kCount]) {
 
 // Where the codes of a lane belong: in rows of k_blocks * 128, or, with tile_rows > 0, in swizzled tiles [k_blocks][tile_rows][128] (quantize.cuh).
 DEVICE i64 code_place(u32 row, u32 k_block, u32 lane, u32 k_blocks, u32 tile_rows) {
-    return tile_rows ? static_cast<i64>(k_block * tile_rows + row) * kBlockK + ((lane / 2) ^ (row % 8)) * 16 + lane % 2 * 8
-                     : (static_cast<i64>(row) * k_blocks + k_block) * kBlockK + lane * 8;
+    const u32 group = tile_rows ? k_block * tile_rows + row : row * k_blocks + k_block;
+    return static_cast<i64>(group) * kBlockK + ((lane / 2) ^ (tile_rows ? row % 8 : 0)) * 16 + lane % 2 * 8;
 }

@@ -21,8 +21,6 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
     const u32 heads = rotated + (slots ? key_heads : 0), token = index / heads, which = index % heads, half = head / 2;
     const bool is_query = which < query_heads, is_value = which >= rotated;
     auto pair_at = [](const u16* elements) { return __ldcg(reinterpret_cast<const u32*>(elements)); };  // past L1: this CTA may be older than they
-    auto low = [&](u32 pair) { return low_element(pair, type); };
-    auto high = [&](u32 pair) { return high_element(pair, type); };
 
     launch_next_kernel();
     // Two loads one behind the other, from memory where the layers' weights have gone through L2 since: on their way while the linear still runs.
@@ -40,8 +38,8 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
         angles[i][0] = pair_at(angle + at);
         angles[i][1] = pair_at(angle + half + at);
     }
-    wait_for_previous_kernel();
     if (token >= m) return;
+    // Where all goes is known before the linear has ended, too.
     const u16* const source = rows + token * stride + which * head;
     u16* cached = nullptr;
     if (slot >= 0) {
@@ -49,41 +47,47 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
         u16* const cache = is_value ? value_cache : key_cache;
         cached = cache + place / block * block_stride + place % block * row_stride + of_cache * head_stride;
     }
+    u16* const target = is_query ? queries + static_cast<i64>(token * query_heads + which) * head
+                                 : keys + static_cast<i64>(token * key_heads + which - query_heads) * head;
     if (is_value) {
+        wait_for_previous_kernel();
         for (u32 at = lane * 2; at < (cached ? head : 0); at += 64) *reinterpret_cast<u32*>(cached + at) = pair_at(source + at);
         return;
     }
+    with_rows(type, 1, [&](auto elements) {
+        auto low = [&](u32 pair) { return low_element(pair, elements.type); };
+        auto high = [&](u32 pair) { return high_element(pair, elements.type); };
+        wait_for_previous_kernel();
 #pragma unroll
-    for (u32 i = 0; i < kPairs; ++i) {
-        const u32 at = i * 64 + lane * 2;
-        if (at >= half) continue;
-        values[i][0] = pair_at(source + at);
-        values[i][1] = pair_at(source + half + at);
-    }
-    float sum = 0.f;
+        for (u32 i = 0; i < kPairs; ++i) {
+            const u32 at = i * 64 + lane * 2;
+            if (at >= half) continue;
+            values[i][0] = pair_at(source + at);
+            values[i][1] = pair_at(source + half + at);
+        }
+        float sum = 0.f;
 #pragma unroll
-    for (u32 i = 0; i < kPairs; ++i)
+        for (u32 i = 0; i < kPairs; ++i)
 #pragma unroll
-        for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
+            for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
 #pragma unroll
-    for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
+        for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
 
-    u16* const target = is_query ? queries + static_cast<i64>(token * query_heads + which) * head
-                                 : keys + static_cast<i64>(token * key_heads + which - query_heads) * head;
 #pragma unroll
-    for (u32 i = 0; i < kPairs; ++i) {
-        const u32 at = i * 64 + lane * 2;
-        if (at >= half) continue;
-        const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
-        const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
-        const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
-        const u32 less = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], type);
-        const u32 more = pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], type);
-        *reinterpret_cast<u32*>(target + at) = less;
-        *reinterpret_cast<u32*>(target + half + at) = more;
-        if (cached == nullptr) continue;
-        *reinterpret_cast<u32*>(cached + at) = less;
-        *reinterpret_cast<u32*>(cached + half + at) = more;
-    }
+        for (u32 i = 0; i < kPairs; ++i) {
+            const u32 at = i * 64 + lane * 2;
+            if (at >= half) continue;
+            const float first[2] = {low(values[i][0]) * factor * low(weights[i][0]), high(values[i][0]) * factor * high(weights[i][0])};
+            const float second[2] = {low(values[i][1]) * factor * low(weights[i][1]), high(values[i][1]) * factor * high(weights[i][1])};
+            const float cosine[2] = {low(angles[i][0]), high(angles[i][0])}, sine[2] = {low(angles[i][1]), high(angles[i][1])};
+            const u32 less = pack_elements(first[0] * cosine[0] - second[0] * sine[0], first[1] * cosine[1] - second[1] * sine[1], elements.type);
+            const u32 more = pack_elements(second[0] * cosine[0] + first[0] * sine[0], second[1] * cosine[1] + first[1] * sine[1], elements.type);
+            *reinterpret_cast<u32*>(target + at) = less;
+            *reinterpret_cast<u32*>(target + half + at) = more;
+            if (cached == nullptr) continue;
+            *reinterpret_cast<u32*>(cached + at) = less;
+            *reinterpret_cast<u32*>(cached + half + at) = more;
+        }
+    });
 }

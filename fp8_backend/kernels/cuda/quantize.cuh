@@ -19,45 +19,47 @@ quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __restrict__
     const u32 k_block = blockIdx.y * 2 + group_in_cta / 4;
     const u32 column = k_block * kBlockK + lane * 8;
 
-    if (!ZEROS && early) launch_next_kernel();
-    if (!beside) wait_for_previous_kernel();
-    if (ZEROS) {
-        launch_next_kernel();
-        if (blockIdx.x + blockIdx.y == 0)
-            for (u32 i = threadIdx.x; i < zeros; i += 128) scale[k_blocks * m_aligned + i] = 0.f;
-    }
-    Group group[ROWS];
-    RawGroup raw[ROWS];
-    float largest[ROWS];
-    const u32 in_row = k_block < k_blocks && column < k ? min(k - column, 8u) : 0;
-    if (type == kF32) {
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) {
-            const u32 row = first_row + r * 4, valid = row < m ? in_row : 0;
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i)
-                group[r].value[i] = i < valid ? static_cast<const float*>(x)[static_cast<i64>(row) * stride + column + i] : 0.f;
+    with_rows(type, vectorised, [&](auto rows) {
+        if (!ZEROS && early) launch_next_kernel();
+        if (!beside) wait_for_previous_kernel();
+        if (ZEROS) {
+            launch_next_kernel();
+            if (blockIdx.x + blockIdx.y == 0)
+                for (u32 i = threadIdx.x; i < zeros; i += 128) scale[k_blocks * m_aligned + i] = 0.f;
         }
-    } else {
+        Group group[ROWS];
+        RawGroup raw[ROWS];
+        float largest[ROWS];
+        const u32 in_row = k_block < k_blocks && column < k ? min(k - column, 8u) : 0;
+        if (rows.type == kF32) {
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) {
+                const u32 row = first_row + r * 4, valid = row < m ? in_row : 0;
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i)
+                    group[r].value[i] = i < valid ? static_cast<const float*>(x)[static_cast<i64>(row) * stride + column + i] : 0.f;
+            }
+        } else {
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) {
+                const u32 row = first_row + r * 4;
+                raw[r].load(x, static_cast<i64>(row) * stride + column, row < m ? in_row : 0, rows.vectorised);
+            }
+#pragma unroll
+            for (u32 r = 0; r < ROWS; ++r) group[r].expand(raw[r], rows.type);
+        }
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) largest[r] = group[r].lane_amax();
+        reduce_amax(largest);
 #pragma unroll
         for (u32 r = 0; r < ROWS; ++r) {
             const u32 row = first_row + r * 4;
-            raw[r].load(x, static_cast<i64>(row) * stride + column, row < m ? in_row : 0, vectorised);
+            if (row >= m || k_block >= k_blocks) continue;
+            const i64 place = code_place(row, k_block, lane, k_blocks, tile_rows);
+            *reinterpret_cast<uint2*>(codes + place) = group[r].codes(largest[r]);
+            if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[r]);
         }
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) group[r].expand(raw[r], type);
-    }
-#pragma unroll
-    for (u32 r = 0; r < ROWS; ++r) largest[r] = group[r].lane_amax();
-    reduce_amax(largest);
-#pragma unroll
-    for (u32 r = 0; r < ROWS; ++r) {
-        const u32 row = first_row + r * 4;
-        if (row >= m || k_block >= k_blocks) continue;
-        const i64 place = code_place(row, k_block, lane, k_blocks, tile_rows);
-        *reinterpret_cast<uint2*>(codes + place) = group[r].codes(largest[r]);
-        if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[r]);
-    }
-    // One CTA is enough to hold the grid's end up; all of them would hold up those that have no room yet.
-    if (beside && blockIdx.x + blockIdx.y == 0) wait_for_previous_kernel();
+        // One CTA is enough to hold the grid's end up; all of them would hold up those that have no room yet.
+        if (beside && blockIdx.x + blockIdx.y == 0) wait_for_previous_kernel();
+    });
 }

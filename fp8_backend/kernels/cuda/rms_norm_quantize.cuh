@@ -34,56 +34,58 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
         column[c] = (c * blockDim.x + threadIdx.x) * 8;
         valid[c] = column[c] < k ? min(k - column[c], 8u) : 0;
     }
-    if (early) launch_next_kernel();
-    // Since the last layer they have left L2, and are on their way from memory while the previous kernel still runs.
-    RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
+    with_rows(type, vectorised, [&](auto rows) {
+        if (early) launch_next_kernel();
+        // Since the last layer they have left L2, and are on their way from memory while the previous kernel still runs.
+        RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
 #pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c) raw_weight[c].load(norm_weight, column[c], valid[c], vectorised);
-    wait_for_previous_kernel();
+        for (u32 c = 0; c < CHUNKS; ++c) raw_weight[c].load(norm_weight, column[c], valid[c], rows.vectorised);
+        wait_for_previous_kernel();
 
 #pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c) {
-        raw[c].load(x, row * x_stride + column[c], valid[c], vectorised);
-        raw_residual[c].load(residual, row * residual_stride + column[c], residual == nullptr ? 0 : valid[c], vectorised);
-    }
-    Group group[CHUNKS];
-    float squares = 0.f;
-#pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c) {
-        group[c].expand(raw[c], type);
-        if (residual != nullptr) {
-            Group added;
-            added.expand(raw_residual[c], type);
-#pragma unroll
-            for (u32 i = 0; i < 8; ++i) group[c].value[i] += added.value[i];
-            group[c].packed(type).store(summed, static_cast<i64>(row) * k + column[c], valid[c], vectorised);
+        for (u32 c = 0; c < CHUNKS; ++c) {
+            raw[c].load(x, row * x_stride + column[c], valid[c], rows.vectorised);
+            raw_residual[c].load(residual, row * residual_stride + column[c], residual == nullptr ? 0 : valid[c], rows.vectorised);
         }
+        Group group[CHUNKS];
+        float squares = 0.f;
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) squares += group[c].value[i] * group[c].value[i];
-    }
-    const float mean = __fdiv_rn(sum_of_cta(squares, of_warps), static_cast<float>(k));
-    const float factor = __fdiv_rn(1.f, sqrtf(mean + epsilon));
-    float largest[CHUNKS];
+        for (u32 c = 0; c < CHUNKS; ++c) {
+            group[c].expand(raw[c], rows.type);
+            if (residual != nullptr) {
+                Group added;
+                added.expand(raw_residual[c], rows.type);
 #pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c) {
-        Group weight;
-        weight.expand(raw_weight[c], type);
+                for (u32 i = 0; i < 8; ++i) group[c].value[i] += added.value[i];
+                group[c].packed(rows.type).store(summed, static_cast<i64>(row) * k + column[c], valid[c], rows.vectorised);
+            }
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) group[c].value[i] *= factor;
-        group[c].expand(group[c].packed(type), type);
+            for (u32 i = 0; i < 8; ++i) squares += group[c].value[i] * group[c].value[i];
+        }
+        const float mean = __fdiv_rn(sum_of_cta(squares, of_warps), static_cast<float>(k));
+        const float factor = __fdiv_rn(1.f, sqrtf(mean + epsilon));
+        float largest[CHUNKS];
 #pragma unroll
-        for (u32 i = 0; i < 8; ++i) group[c].value[i] *= weight.value[i];
-        const RawGroup rounded = group[c].packed(type);
-        if (normed != nullptr) rounded.store(normed, static_cast<i64>(row) * k + column[c], valid[c], vectorised);
-        group[c].expand(rounded, type);
-        largest[c] = group[c].lane_amax();
-    }
-    reduce_amax(largest);
+        for (u32 c = 0; c < CHUNKS; ++c) {
+            Group weight;
+            weight.expand(raw_weight[c], rows.type);
 #pragma unroll
-    for (u32 c = 0; c < CHUNKS; ++c) {
-        const u32 k_block = column[c] / kBlockK;
-        if (k_block >= k_blocks) continue;
-        *reinterpret_cast<uint2*>(codes + code_place(row, k_block, lane, k_blocks, tile_rows)) = group[c].codes(largest[c]);
-        if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[c]);
-    }
+            for (u32 i = 0; i < 8; ++i) group[c].value[i] *= factor;
+            group[c].expand(group[c].packed(rows.type), rows.type);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) group[c].value[i] *= weight.value[i];
+            const RawGroup rounded = group[c].packed(rows.type);
+            if (normed != nullptr) rounded.store(normed, static_cast<i64>(row) * k + column[c], valid[c], rows.vectorised);
+            group[c].expand(rounded, rows.type);
+            largest[c] = group[c].lane_amax();
+        }
+        reduce_amax(largest);
+#pragma unroll
+        for (u32 c = 0; c < CHUNKS; ++c) {
+            const u32 k_block = column[c] / kBlockK;
+            if (k_block >= k_blocks) continue;
+            *reinterpret_cast<uint2*>(codes + code_place(row, k_block, lane, k_blocks, tile_rows)) = group[c].codes(largest[c]);
+            if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[c]);
+        }
+    });
 }

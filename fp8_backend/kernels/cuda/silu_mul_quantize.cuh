@@ -15,20 +15,22 @@ silu_mul_quantize(const void* __restrict__ x, u8* __restrict__ codes, float* __r
     const bool inside = row < m && k_block < k_blocks;
     const u32 valid = inside && column < k ? min(k - column, 8u) : 0;
 
-    if (early) launch_next_kernel();
-    wait_for_previous_kernel();
-    RawGroup raw_gate, raw_up;
-    raw_gate.load(x, static_cast<i64>(row) * stride + column, valid, vectorised);
-    raw_up.load(x, static_cast<i64>(row) * stride + k + column, valid, vectorised);
-    Group product, up;
-    product.expand(raw_gate, type);
-    up.expand(raw_up, type);
+    with_rows(type, vectorised, [&](auto rows) {
+        if (early) launch_next_kernel();
+        wait_for_previous_kernel();
+        RawGroup raw_gate, raw_up;
+        raw_gate.load(x, static_cast<i64>(row) * stride + column, valid, rows.vectorised);
+        raw_up.load(x, static_cast<i64>(row) * stride + k + column, valid, rows.vectorised);
+        Group product, up;
+        product.expand(raw_gate, rows.type);
+        up.expand(raw_up, rows.type);
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) product.value[i] = silu_mul(product.value[i], up.value[i]);
-    product.expand(product.packed(type), type);
-    float largest[1] = {product.lane_amax()};
-    reduce_amax(largest);
-    if (!inside) return;
-    *reinterpret_cast<uint2*>(codes + code_place(row, k_block, lane, k_blocks, tile_rows)) = product.codes(largest[0]);
-    if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[0]);
+        for (u32 i = 0; i < 8; ++i) product.value[i] = silu_mul(product.value[i], up.value[i]);
+        product.expand(product.packed(rows.type), rows.type);
+        float largest[1] = {product.lane_amax()};
+        reduce_amax(largest);
+        if (!inside) return;
+        *reinterpret_cast<uint2*>(codes + code_place(row, k_block, lane, k_blocks, tile_rows)) = product.codes(largest[0]);
+        if (lane == 0) scale[static_cast<i64>(k_block) * m_aligned + row] = group_scale(largest[0]);
+    });
 }
