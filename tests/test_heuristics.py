@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fp8_backend.kernels import quantize
 from fp8_backend.kernels.decode_heuristics import HALF_SHARED_BYTES, DecodeChoice, decode_choices
@@ -110,6 +111,19 @@ def test_few_tokens_behind_a_norm_keep_decode_kernels():
 # One that fills a multiprocessor leaves the weights behind it no room.
 def test_gemms_of_few_tokens_share_a_multiprocessor():
     assert select(GemmProblem(48, 24576, 4096), fusable=False).config.ctas_per_sm == 2
+
+
+# A decode kernel reads rows of bfloat16, 16 bytes at a time, and no others.
+def test_rows_that_a_decode_kernel_cannot_read_are_quantised_before_it():
+    rows = torch.zeros(2, 264, dtype=torch.bfloat16)
+    assert quantize.is_common(rows) and quantize.is_common(rows[:, :256])
+    for others in (rows.half(), rows.float(), rows[:, 1:257], rows[:, :260], torch.zeros(2, 260, dtype=torch.bfloat16)):
+        assert not quantize.is_common(others)
+    for m in (1, 2, 4, 8, 16):
+        for n, k in ((512, 7168), (4096, 4096), (24576, 4096)):
+            choice = select(GemmProblem(m, n, k), fusable=False)
+            assert not isinstance(choice, DecodeChoice) or not choice.config.fused
+    assert select(GemmProblem(1, 4096, 4096)).config.fused
 
 
 def test_large_codes_are_written_before_the_gemm_starts():
