@@ -34,7 +34,8 @@ def compile_ours(shapes: Sequence[Shape], ms: Sequence[int], machine: Machine, b
     configs |= {heuristics.select_gemm(problem).config for problem in problems}
     if batch_invariant:
         configs |= {heuristics.select(problem, batch_invariant=True).config for problem in problems}
-    specs = [*quantize.SPECS.values(), stream.SPEC, *(config.spec() for config in configs)]
+    codes = [spec for (_, zeros), spec in quantize.SPECS.items() if not zeros]
+    specs = [*codes, stream.SPEC, *(config.spec() for config in configs)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(cache.get, specs))
     return len(specs)
