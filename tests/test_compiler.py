@@ -56,7 +56,7 @@ def test_error_names_the_kernel_the_file_and_the_line(tmp_path: Path) -> None:
 
 
 def test_error_in_a_header_names_the_header(copied: KernelSpec) -> None:
-    (copied.folder / "saxpy_offset.cuh").write_text("int broken(\n")
+    (copied.folder / "saxpy_offset.cuh").write_text("int broken() { return 1 }\n")
     with pytest.raises(CompileError, match=r"saxpy_offset\.cuh\(\d\): error"):
         compile_kernel(copied)
 
