@@ -59,7 +59,7 @@ def places(addresses: dict[int, int]) -> list[Place]:
         Place("gemm.cuh", "        if (stores_by_copy && lane == 0) bulk_wait();\n", note(_MATH, of_gemm, ENDS), True),
         Place("decode.cuh", "    if (warp < kProducers) {\n", note(_FIRST, of_decode, BEGINS)),
         Place("decode.cuh", "        if (FUSED && warp == 0) named_b", note("threadIdx.x == 64", of_decode, WAITED)),
-        Place("decode.cuh", "            // Fragment f of 16 rows", note(_MATH, of_decode, MULTIPLIED)),
+        Place("decode.cuh", "            if (SPLIT > 1) cluster_wait();\n", note(_MATH, of_decode, MULTIPLIED)),
         Place("decode.cuh", "            if (SPLIT > 1) break;", note(_MATH, of_decode, ENDS)),
         Place("rms_norm_quantize.cuh", begun, note(_FIRST, of_norm, BEGINS)),
         Place("rms_norm_quantize.cuh", waited, note(_FIRST, of_norm, WAITED), behind=True),

@@ -214,7 +214,7 @@ def let_every_lane_arrive() -> None:
     """Have kernels that are loaded from now on arrive by every lane where one would for its warp."""
     load = launcher.load
 
-    def load_so(spec: KernelSpec, layout: launcher.ParamLayout, between_gemms: bool = False) -> launcher.Kernel:
+    def load_so(spec: KernelSpec, layout: launcher.ParamLayout) -> launcher.Kernel:
         return load(replace(spec, defines=(*spec.defines, ("EVERY_LANE_ARRIVES", 1))), layout)
 
     launcher.load = load_so

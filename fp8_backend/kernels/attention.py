@@ -32,7 +32,7 @@ _PARTIAL_STRIDE = HEAD + 4  # elements of a head of a piece: sums, their greates
 @cache
 def kernel(dtype: torch.dtype, device: int) -> launcher.Kernel:
     """Return the loaded kernel for elements of a dtype on the current device, which is only a key."""
-    return launcher.load(SPECS[dtype], _LAYOUT, between_gemms=True)
+    return launcher.load(SPECS[dtype], _LAYOUT)
 
 
 class Codes(NamedTuple):

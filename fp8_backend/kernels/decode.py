@@ -11,11 +11,10 @@ from fp8_backend.kernels import launcher, layout, quantize
 from fp8_backend.kernels.decode_heuristics import DecodeChoice
 from fp8_backend.kernels.prepared import Launch, PreparedLaunch
 from fp8_backend.kernels.problem import DECODE_THREADS, DecodeConfig
-from fp8_backend.kernels.reference import BLOCK, ceil_div
+from fp8_backend.kernels.reference import BLOCK, align, ceil_div
 
-# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 11 numbers. From 16 bytes into a line
-# of 64 on they fill two; a third one would be fetched where the outputs are written.
-_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 11)
+# x, scale_a, out, weight, scale_b, bias; then the row strides of x and out, and 13 numbers.
+_LAYOUT = launcher.ParamLayout(("u64",) * 6 + ("i64", "i64") + ("u32",) * 13)
 _SCALE_ALIGNMENT = 16  # bytes, of what a bulk copy reads
 
 
@@ -51,7 +50,7 @@ class DecodePlan:
         aligned = next((size for size in (8, 4) if paired and all(place % size == 0 for place in places)), 0)
         types = quantize.ELEMENT_TYPES
         params = (
-            *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.scale_shape[1]),
+            *(x.stride(0), out.stride(0), m, n, k, k_blocks, self.weight_shape[1], align(m, 4), self.scale_shape[1]),
             *(choice.rows, choice.num_stages, choice.prefetch),
             *(types[out.dtype], 0 if bias is None else types[bias.dtype], aligned),
         )

@@ -201,16 +201,11 @@ _loaded: dict[tuple[KernelSpec, ParamLayout, int], Kernel] = {}
 _loading = threading.Lock()
 
 
-def load(spec: KernelSpec, layout: ParamLayout, between_gemms: bool = False) -> Kernel:
+def load(spec: KernelSpec, layout: ParamLayout) -> Kernel:
     """Compile a kernel or take it from the cache, and load it on torch's current device.
 
     The kernel may use all the shared memory of a block that the device has. Hold on to the result: a second call finds
     the same kernel, but asks torch for the device and hashes the spec for it.
-
-    between_gemms: ask for a multiprocessor's memory to be divided as GEMMs have it, most of it shared. Else the driver
-    divides it by what each kernel needs, and a kernel that needs none and a GEMM are not always on it at once. Measured
-    for norms, SiLU, heads and attention: 0.2 % of a layer, 1.5 % with attention of 64 requests; for the quantisation
-    alone it was 15 % slower (docs/kernel-notes.md, 2026-11-29).
 
     Raises:
         UnsupportedError: there is no CUDA device.
@@ -230,8 +225,7 @@ def load(spec: KernelSpec, layout: ParamLayout, between_gemms: bool = False) -> 
         cubin = cache.get(spec).cubin
         with _loading:
             if (kernel := _loaded.get(key)) is None:
-                function = _load_function(spec, cubin, device, between_gemms)
-                kernel = _loaded[key] = Kernel(spec.name, function, layout, device)
+                kernel = _loaded[key] = Kernel(spec.name, _load_function(spec, cubin, device), layout, device)
     return kernel
 
 
@@ -242,7 +236,7 @@ def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def _load_function(spec: KernelSpec, cubin: bytes, device: int, between_gemms: bool) -> int:
+def _load_function(spec: KernelSpec, cubin: bytes, device: int) -> int:
     call = partial(driver.call, subject=f"kernel {spec.name} on cuda:{device}")
     module, function, static, limit = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
     driver.set_primary_context(device)
@@ -256,8 +250,6 @@ def _load_function(spec: KernelSpec, cubin: bytes, device: int, between_gemms: b
         call("cuDeviceGetAttribute", ctypes.byref(limit), driver.DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_OPTIN, device)
         dynamic = limit.value - static.value
         call("cuFuncSetAttribute", function, driver.FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic)
-        if between_gemms:
-            call("cuFuncSetAttribute", function, driver.FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
     finally:
         call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
     assert function.value is not None

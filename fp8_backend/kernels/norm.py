@@ -30,7 +30,7 @@ _ALONE_ROWS, _ALONE_BYTES = 128, 160 * 1024
 @cache
 def kernel(chunks: int, device: int) -> launcher.Kernel:
     """Return the loaded kernel of `chunks` parts on the current device, whose index is part of the key only."""
-    return launcher.load(SPECS[chunks], _LAYOUT, between_gemms=True)
+    return launcher.load(SPECS[chunks], _LAYOUT)
 
 
 class NormedRows(NamedTuple):

@@ -36,7 +36,7 @@ class KeyValueCache(NamedTuple):
 @cache
 def kernel(device: int) -> launcher.Kernel:
     """Return the loaded kernel on the current device, whose index is part of the key only."""
-    return launcher.load(SPEC, _LAYOUT, between_gemms=True)
+    return launcher.load(SPEC, _LAYOUT)
 
 
 def check(

@@ -111,7 +111,7 @@ class Emulated:
         self.loaded: dict[tuple[KernelSpec, launcher.ParamLayout], launcher.Kernel] = {}
         self._libraries: list[ctypes.CDLL] = []
 
-    def load(self, spec: KernelSpec, layout: launcher.ParamLayout, between_gemms: bool = False) -> launcher.Kernel:
+    def load(self, spec: KernelSpec, layout: launcher.ParamLayout) -> launcher.Kernel:
         """Return a kernel whose launches run here and now; stands for `launcher.load`."""
         key = (spec, layout)
         if key not in self.loaded:

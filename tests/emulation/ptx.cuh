@@ -313,10 +313,6 @@ DEVICE u32 __ballot_sync(u32 mask, bool value) {
     for (u32 other = 0; other < 32; ++other) lanes |= (mask >> other & words[other][0]) << other;
     return lanes;
 }
-DEVICE u32 warp_max(u32 value) {
-    for (u32 distance = 16; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(0xffffffffu, value, distance));
-    return value;
-}
 DEVICE bool elect_lane() { return emulation::lane() == 0; }
 template <u32> DEVICE void give_registers() {}
 template <u32> DEVICE void take_registers() {}
@@ -416,9 +412,7 @@ DEVICE u32 larger_magnitude(u32 a, u32 b, u32 infinity) {
 DEVICE u32 larger_magnitude_bf16(u32 a, u32 b) { return larger_magnitude(a, b, 0x7f80); }
 DEVICE u32 larger_magnitude_f16(u32 a, u32 b) { return larger_magnitude(a, b, 0x7c00); }
 
-DEVICE void computed_here(float&) {}
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
-DEVICE float rsqrtf(float value) { return 1.f / std::sqrt(value); }
 DEVICE float __fdividef(float a, float b) { return a / b; }
 DEVICE float __expf(float x) { return std::exp(x); }
 DEVICE u32 __popc(u32 word) { return static_cast<u32>(__builtin_popcount(word)); }

@@ -44,8 +44,7 @@ constexpr u32 kStep = kQuantisers / kGroupLanes;
 template <u32 kCount>
 DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base, u32 lane, u8* tokens, float* scales, bool& requested) {
     RawGroup raw[kCount];
-    u32 block[kCount], token[kCount], valid[kCount];
-    i64 offset[kCount];
+    u32 block[kCount], token[kCount];
     float largest[kCount];
 #pragma unroll
     for (u32 b = 0; b < kCount; ++b) {
@@ -53,12 +52,9 @@ DEVICE void quantise_groups(const TokenSource& source, u64 reciprocal, u32 base,
         block[b] = index * reciprocal >> 32;
         token[b] = index - block[b] * source.m;
         const u32 column = (source.first_block + block[b]) * kBlockK + lane * 8;
-        valid[b] = block[b] < source.blocks && column < source.k ? 8 : 0;
-        offset[b] = static_cast<i64>(token[b]) * source.stride + column;
+        const u32 valid = block[b] < source.blocks && column < source.k ? 8 : 0;
+        raw[b].load(source.x, static_cast<i64>(token[b]) * source.stride + column, valid, CommonRows::vectorised);
     }
-    wait_for_previous_kernel();  // not before: where all lies is known while that still runs
-#pragma unroll
-    for (u32 b = 0; b < kCount; ++b) raw[b].load(source.x, offset[b], valid[b], CommonRows::vectorised);
     if (!requested) named_barrier_arrive(3, kRequested);
     requested = true;
 #pragma unroll
@@ -97,7 +93,6 @@ DEVICE void quantise_tokens(const TokenSource& source, u8* tokens, float* scales
         base += count * kStep;
     }
     if (!requested) named_barrier_arrive(3, kRequested);
-    wait_for_previous_kernel();  // of warps without a group, too: they write what that may still read
 }
 #endif
 
@@ -189,68 +184,39 @@ struct Output {
 
     // Writes a fragment: 16 rows of the weight from first_row on, of which `rows` exist, x 8 tokens. Neighbouring rows meet in a lane: two of them,
     // or four, so that one store of the warp writes all 32 bytes that a token has here. Half of these at a time: 0.1 us longer (docs/kernel-notes.md, 2026-11-27).
-    DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
-        const float4 own = meet_neighbours(v, lane);
-        const u32 token = token_of(first_token, lane), row = lane / 8 * 2;
-        float2 low = {own.x, own.y}, high = {own.z, own.w};
-        if (aligned == 8 && rows >= 16 && first_row + 16 <= n) {
-            if (bias != nullptr) {
+    // kCommon: bf16, no bias, 8 bytes together (with_rows, elements.cuh, says why).
+    DEVICE bool is_common() const { return type == kBf16 && bias == nullptr && aligned == 8; }
+    template <bool kCommon> DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
+        const bool even = (lane / 4) % 2 == 0;
+        const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);
+        const float from_high = __shfl_xor_sync(0xffffffffu, even ? v.w : v.z, 4);
+        const u32 token = first_token + lane % 4 * 2 + (even ? 0 : 1), row = lane / 8 * 2;
+        float2 low = even ? float2{v.x, from_low} : float2{from_low, v.y};
+        float2 high = even ? float2{v.z, from_high} : float2{from_high, v.w};
+        if ((kCommon || aligned == 8) && rows >= 16 && first_row + 16 <= n) {
+            if (!kCommon && bias != nullptr) {
                 low.x += load_element(bias, first_row + row, bias_type), low.y += load_element(bias, first_row + row + 1, bias_type);
                 high.x += load_element(bias, first_row + row + 8, bias_type), high.y += load_element(bias, first_row + row + 9, bias_type);
             }
-            store_four(pack_elements(low.x, low.y, type), pack_elements(high.x, high.y, type), place(first_row, first_token, lane), token < m, lane);
+            const bool keeps_low = lane / 8 % 2 == 0;
+            const u32 kind = kCommon ? kBf16 : type;
+            const u32 own_low = pack_elements(low.x, low.y, kind), own_high = pack_elements(high.x, high.y, kind);
+            const u32 other = __shfl_xor_sync(0xffffffffu, keeps_low ? own_high : own_low, 8);
+            const u32 first = keeps_low ? row : row + 6;
+            if (token < m)
+                *reinterpret_cast<uint2*>(static_cast<u16*>(data) + token * stride + first_row + first) =
+                    keeps_low ? uint2{own_low, other} : uint2{other, own_high};
             return;
         }
         if (row < rows) write_pair(low.x, low.y, first_row + row, token);
         if (row + 8 < rows) write_pair(high.x, high.y, first_row + row + 8, token);
     }
-
-    // Whether a fragment is as nearly all are, so that write_whole does (why that is code of its own: with_rows, elements.cuh).
-    DEVICE bool is_whole(u32 first_row, u32 rows) const { return type == kBf16 && bias == nullptr && aligned == 8 && rows >= 16 && first_row + 16 <= n; }
-    DEVICE void write_whole(float4 v, u16* place, bool wanted, u32 lane) const {
-        const float4 own = meet_neighbours(v, lane);
-        store_four(pack_bf16(own.x, own.y), pack_bf16(own.z, own.w), place, wanted, lane);
-    }
-    // Of a lane: its token, and where four neighbouring rows of it go.
-    DEVICE static u32 token_of(u32 first_token, u32 lane) { return first_token + lane % 4 * 2 + lane / 4 % 2; }
-    DEVICE u16* place(u32 first_row, u32 first_token, u32 lane) const {
-        return static_cast<u16*>(data) + token_of(first_token, lane) * stride + first_row + lane / 8 * 2 + (lane / 8 % 2 ? 6 : 0);
-    }
-
-  private:
-    // Two neighbouring rows of a token (x, y), and those 8 rows on (z, w), from two tokens of a row each and 8 rows on.
-    DEVICE static float4 meet_neighbours(float4 v, u32 lane) {
-        const bool even = (lane / 4) % 2 == 0;
-        const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);
-        const float from_high = __shfl_xor_sync(0xffffffffu, even ? v.w : v.z, 4);
-        return even ? float4{v.x, from_low, v.z, from_high} : float4{from_low, v.y, from_high, v.w};
-    }
-    DEVICE static void store_four(u32 low, u32 high, u16* place, bool wanted, u32 lane) {
-        const bool keeps_low = lane / 8 % 2 == 0;
-        const u32 other = __shfl_xor_sync(0xffffffffu, keeps_low ? high : low, 8);
-        if (wanted) *reinterpret_cast<uint2*>(place) = keeps_low ? uint2{low, other} : uint2{other, high};
-    }
 };
-
-// The sum of a fragment's sources, SPLIT of them or twice as many, in their order.
-DEVICE float4 sum_of_sources(const u8* place, bool twice) {
-    float4 v = {};
-#pragma unroll
-    for (u32 half = 0; half < 2; ++half) {
-        if (half == 1 && !twice) break;
-        float4 part[SPLIT];
-#pragma unroll
-        for (u32 i = 0; i < SPLIT; ++i) part[i] = *reinterpret_cast<const float4*>(place + (half * SPLIT + i) * kFragmentBytes);
-#pragma unroll
-        for (u32 i = 0; i < SPLIT; ++i) v = half + i == 0 ? part[0] : float4{v.x + part[i].x, v.y + part[i].y, v.z + part[i].z, v.w + part[i].w};
-    }
-    return v;
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out, const u8* __restrict__ weight, const float* __restrict__ scale_b,
        const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 out_type, u32 bias_type, u32 out_aligned) {
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 out_type, u32 bias_type, u32 out_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
     const bool k_halves = rows <= 64;  // the math warpgroups split k
@@ -280,7 +246,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
     __syncthreads();
     if (SPLIT > 1) {
         if (threadIdx.x == 0) barrier_expect(exchanged, (fragments - rank + SPLIT - 1) / SPLIT * sources * kFragmentBytes);
-        cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory, by math warps while the previous kernel still runs
+        cluster_arrive_relaxed();  // waited for before the first access to a peer's shared memory
     }
     launch_next_kernel();
 
@@ -288,7 +254,6 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         const bool leader = elect_lane();
         // Tiles first_tile, first_tile + tile_step, ...; a cluster has one.
         const u32 total = (SPLIT > 1 ? 1 : ceil_div(ceil_div(n, rows) - first_tile, tile_step)) * blocks;
-        const u32 n_aligned = ceil_div(n, 8u) * 8, m_aligned = ceil_div(m, 4u) * 4;  // rows of the packed weight, of a k-block of token scales
         const u32 token_scale_bytes = min(u32(TOKENS), m_aligned) * 4;
         u32 row = first_tile * rows, block = first_block;  // of the next item
         Ring ring;
@@ -333,14 +298,12 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
         if (leader) produce(early, total);
         __syncwarp();
     } else {
-        if (SPLIT > 1) cluster_wait();
+        wait_for_previous_kernel();
 #if FUSED
         const TokenSource source{x, x_stride, m, k, first_block, blocks};
         quantise_tokens(source, resident, resident_scales, threadIdx.x - 32 * kProducers);
         fence_async_shared();
         named_barrier(1, kQuantisers);
-#else
-        wait_for_previous_kernel();
 #endif
     }
 
@@ -379,6 +342,7 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
 
             // Fragment f of 16 rows x 8 tokens belongs to rank f % SPLIT, whose buffer holds [f / SPLIT][source][lane]. Also with one source:
             // writing straight from the unrolled registers takes NVRTC up to 43 s to compile, through the buffer 0.3 s.
+            if (SPLIT > 1) cluster_wait();
 #pragma unroll
             for (u32 j = 0; j < kTokenGroups; ++j) {
                 const float4 v = {sum.value[4 * j], sum.value[4 * j + 1], sum.value[4 * j + 2], sum.value[4 * j + 3]};
@@ -387,24 +351,24 @@ decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out,
                 if (SPLIT == 1) *reinterpret_cast<float4*>(place) = v;
                 else store_async(map_to_rank(smem_address(place), fragment % SPLIT), v, map_to_rank(exchanged, fragment % SPLIT));
             }
-            // Where the first of this warp's goes is known before the sums are there.
-            u32 fragment = rank + math_warp * SPLIT, row = fragment / kTokenGroups * 16, token = fragment % kTokenGroups * 8;
-            bool whole = output.is_whole(first_row_of_tile + row, rows - row);
-            u16* place = output.place(first_row_of_tile + row, token, lane);
             if (SPLIT == 1) named_barrier(2, kMathWarps * 32);
             else barrier_wait(exchanged, 0);
-            while (fragment < fragments && row < rows) {
-                const float4 v = sum_of_sources(exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16, k_halves);
-                if (whole) output.write_whole(v, place, Output::token_of(token, lane) < m, lane);
-                else output.write(v, first_row_of_tile + row, rows - row, token, lane);
-                fragment += kMathWarps * SPLIT, row = fragment / kTokenGroups * 16, token = fragment % kTokenGroups * 8;
-                whole = output.is_whole(first_row_of_tile + row, rows - row);
-                place = output.place(first_row_of_tile + row, token, lane);
+            for (u32 fragment = rank + math_warp * SPLIT; fragment < fragments; fragment += kMathWarps * SPLIT) {
+                const u8* place = exchange + fragment / SPLIT * sources * kFragmentBytes + lane * 16;
+                float4 v = *reinterpret_cast<const float4*>(place);
+                for (u32 i = 1; i < sources; ++i) {
+                    const float4 part = *reinterpret_cast<const float4*>(place + i * kFragmentBytes);
+                    v.x += part.x, v.y += part.y, v.z += part.z, v.w += part.w;
+                }
+                const u32 row = fragment / kTokenGroups * 16;
+                if (row >= rows) continue;
+                if (output.is_common()) output.write<true>(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
+                else output.write<false>(v, first_row_of_tile + row, rows - row, fragment % kTokenGroups * 8, lane);
             }
             if (SPLIT > 1) break;  // a cluster has one tile; saying so saves registers
             named_barrier(2, kMathWarps * 32);  // the next tile writes the buffer again
         }
-    } else if (SPLIT > 1 && warp < kProducers) {
+    } else if (SPLIT > 1) {
         cluster_wait();
     }
 }

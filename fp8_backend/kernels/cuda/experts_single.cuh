@@ -39,35 +39,6 @@ struct Routed {
     u8 pair[kMaxPairs][kMaxTokens];                               // of a unit's tokens, or kAbsent
     u32 leaders[kProducers / 32], units;
 
-    // By each of the producers' warps for itself, a pair a lane: no barrier, and no loop over pairs. What other warps read they all write alike, but for the tokens'.
-    DEVICE void list_few(const int* ids, const int* expert_map, const float* router_weights, u32 pairs, u32 top_k, u32 num_groups) {
-        const u32 lane = threadIdx.x % 32, below = (1u << lane) - 1;
-        u32 own = kNowhere;
-        float of_router = 0.f;
-        if (lane < pairs) {
-            int id = __ldcg(ids + lane);
-            of_router = __ldcg(router_weights + lane);
-            if (id >= 0 && expert_map != nullptr) id = expert_map[id];
-            if (id >= 0 && static_cast<u32>(id) < num_groups) own = static_cast<u32>(id);
-        }
-        const u32 alike = __match_any_sync(0xffffffffu, own), leading = __ballot_sync(0xffffffffu, own != kNowhere && (alike & below) == 0);
-        if (leading >> lane & 1) expert[__popc(leading & below)] = own;
-        units = __popc(leading);
-        if (threadIdx.x < 32) {
-            group[lane] = own, router[lane] = of_router;
-            *reinterpret_cast<uint2*>(pair[lane]) = make_uint2(kNowhere, kNowhere);
-            __syncwarp();
-            const u32 token = lane / top_k, of_token = own == kNowhere ? 0 : alike & 0xffffffffu >> (32 - top_k) << token * top_k;
-            if (of_token != 0 && (of_token & below) == 0) {
-                float sum = 0.f;
-                for (u32 left = of_token; left; left &= left - 1) sum += router[__ffs(left) - 1];
-                const u32 unit = __popc(leading & ((1u << (__ffs(alike) - 1)) - 1));
-                pair[unit][token] = static_cast<u8>(lane), weight[unit][token] = sum;
-            }
-        }
-        __syncwarp();
-    }
-
     // By the producers, a pair each. A token that names an expert twice wants its first pair, by the sum of the weights.
     DEVICE void list(const int* ids, const int* expert_map, const float* router_weights, u32 pairs, u32 top_k, u32 num_groups) {
         const u32 p = threadIdx.x, lane = p % 32, warp = p / 32, token = p / top_k;
@@ -291,6 +262,7 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
     barrier_init_fence();
     __syncthreads();
     launch_next_kernel();
+    wait_for_previous_kernel();
 
     const u32 unit_groups = n / 8, tiles = ceil_div(hidden_aligned, down_rows);
     // Stages of the first GEMM hold as many k-blocks as their tiles leave room for.
@@ -303,9 +275,7 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
 
     if (warp < kProducers / 32) {
         give_registers<32>();
-        wait_for_previous_kernel();
-        if (pairs <= 32) routed.list_few(ids, expert_map, router_weights, pairs, top_k, num_groups);
-        else routed.list(ids, expert_map, router_weights, pairs, top_k, num_groups);
+        routed.list(ids, expert_map, router_weights, pairs, top_k, num_groups);
         named_barrier_arrive(2, kThreads);
         if (elect_lane()) {
             const u32 part = warp % 2, of_scales = warp / 2;
@@ -365,14 +335,11 @@ experts_single(const void* x, const u8* __restrict__ w13, const float* __restric
     take_registers<112>();
     const u32 team = __shfl_sync(0xffffffffu, warp / 4 - 1, 0), thread = threadIdx.x - kProducers;
     const u32 in_team = (warp - team) % 4;  // the one or two warps with tokens are others in each team: a warp always issues from the same quarter
-    with_rows(type, vectorised, [&](auto rows) {
-        wait_for_previous_kernel();
-        quantise(m, k_blocks, codes, code_scales, [&](Group& group, u32 row, u32 block, u32 group_lane, bool exists) {
-            const u32 column = block * kBlockK + group_lane * 8;
-            RawGroup raw;
-            raw.load(x, row * x_stride + column, exists && column < hidden ? min(hidden - column, 8u) : 0, rows.vectorised);
-            group.expand(raw, rows.type);
-        });
+    quantise(m, k_blocks, codes, code_scales, [&](Group& group, u32 row, u32 block, u32 group_lane, bool exists) {
+        const u32 column = block * kBlockK + group_lane * 8;
+        RawGroup raw;
+        raw.load(x, row * x_stride + column, exists && column < hidden ? min(hidden - column, 8u) : 0, vectorised);
+        group.expand(raw, type);
     });
     named_barrier(2, kThreads);
 

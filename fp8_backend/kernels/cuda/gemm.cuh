@@ -271,11 +271,12 @@ gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap 
                 const u32 owned = kShares / split, slot = (warpgroup - 1) * 2048 + threadIdx.x % 128 * 16;
                 send_sums<MATH_WARPGROUPS>(sum, room, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
-                take_sums<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, owned, split, split_rank, slot, [&](u32 index, float4 total) {
-                    const Share share = share_at<BLOCK_N / 8>(index);
+                for (u32 i = 0; i < owned; ++i) {
+                    const float4 total = received_sum<MATH_WARPGROUPS>(shared + NUM_STAGES * kStageBytes, i, owned, split, slot);
+                    const Share share = share_at<BLOCK_N / 8>(split_rank * owned + i);
                     const u32 row = tile.m + row_in_tile + share.slice * 64 + warp * 16 + share.row + lane / 4;
                     output.write_sixteen(total, row, tile.n + share.column, lane, mapped_out);
-                });
+                }
                 break;  // one tile a cluster: the exchange is used once
             }
 #pragma unroll

@@ -248,10 +248,11 @@ gemm_quantize(const __grid_constant__ TensorMap map_x, const u8* __restrict__ pa
                 cluster_wait();
                 send_sums<2>(sum, rows_x, exchanged, split, split_rank, slot);
                 barrier_wait(exchanged, 0);
-                take_sums<2>(shared, owned, split, split_rank, slot, [&](u32 index, float4 total) {
-                    const Share share = share_at<16>(index);
+                for (u32 i = 0; i < owned; ++i) {
+                    const float4 total = received_sum<2>(shared, i, owned, split, slot);
+                    const Share share = share_at<16>(split_rank * owned + i);
                     output.write_sixteen(total, tile_m + row + share.row, tile_n + share.slice * 128 + share.column, lane, aligned);
-                });
+                }
                 break;  // one tile a cluster: the exchange is used once
             }
 #pragma unroll

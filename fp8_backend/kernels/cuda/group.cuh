@@ -77,10 +77,10 @@ struct Group {
 
     // Largest magnitude among this lane's elements. NaN does not count: its code shows it.
     DEVICE float lane_amax() const {
-        float largest[4];  // of pairs: a tree, for each step waits for the one before
+        float largest = kMinAmax;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) largest[i] = fmaxf(fabsf(value[2 * i]), fabsf(value[2 * i + 1]));
-        return fmaxf(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), kMinAmax);
+        for (u32 i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(value[i]));
+        return largest;
     }
 
     DEVICE uint2 codes(float largest) const {
@@ -89,15 +89,13 @@ struct Group {
     }
 };
 
-// Largest magnitude of each of kCount groups, from those of the lanes; every lane of the warp must call it. Words of what is not negative are in order, and a
-// warp's two groups take an operation of the whole warp each, side by side, instead of four shuffles in a row.
+// Largest magnitude of each of kCount groups, from those of the lanes; every lane of the warp must call it. The groups' chains of shuffles
+// run side by side.
 template <u32 kCount> DEVICE void reduce_amax(float (&largest)[kCount]) {
-    const bool upper = threadIdx.x % 32 / kGroupLanes;
 #pragma unroll
-    for (u32 i = 0; i < kCount; ++i) {
-        const u32 own = __float_as_uint(largest[i]), of_lower = warp_max(upper ? 0 : own), of_upper = warp_max(upper ? own : 0);
-        largest[i] = __uint_as_float(upper ? of_upper : of_lower);
-    }
+    for (u32 distance = kGroupLanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+        for (u32 i = 0; i < kCount; ++i) largest[i] = fmaxf(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], distance));
 }
 
 // Where the codes of a lane belong: in rows of k_blocks * 128, or, with tile_rows > 0, in swizzled tiles [k_blocks][tile_rows][128] (quantize.cuh).

@@ -40,8 +40,6 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
     }
     if (token >= m) return;
     // Where all goes is known before the linear has ended, too.
-    float of_one = 1.f / head;
-    computed_here(of_one);
     const u16* const source = rows + token * stride + which * head;
     u16* cached = nullptr;
     if (slot >= 0) {
@@ -74,7 +72,7 @@ norm_rope(const u16* rows, const i64* positions, const u16* query_weight, const 
             for (u32 side = 0; side < 2; ++side) sum += low(values[i][side]) * low(values[i][side]) + high(values[i][side]) * high(values[i][side]);
 #pragma unroll
         for (u32 distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        const float factor = rsqrtf(sum * of_one + epsilon);
+        const float factor = __fdiv_rn(1.f, sqrtf(sum / head + epsilon));
 
 #pragma unroll
         for (u32 i = 0; i < kPairs; ++i) {

@@ -104,26 +104,12 @@ DEVICE void send_sums(const float (&sum)[kSlices][kCount], u32 room, u32 exchang
     }
 }
 
-// Calls body(share, total) for each share that the CTA owns: this thread's sums of it, which have arrived, added in the order of ranks. Parts of a share are read
-// at once, and the next share's before the body stores.
-template <u32 kWarpgroups, u32 kSplit, class Body> DEVICE void take_sums_of(const u8* room, u32 owned, u32 rank, u32 slot, const Body& body) {
-    auto read = [&](float4 (&part)[kSplit], u32 share) {
-#pragma unroll
-        for (u32 r = 0; r < kSplit; ++r) part[r] = *reinterpret_cast<const float4*>(room + (r * owned + share) * kExchangedBytes<kWarpgroups> + slot);
-    };
-    float4 part[kSplit];
-    read(part, 0);
-#pragma unroll 1
-    for (u32 i = 0; i < owned; ++i) {
-        float4 total = part[0];
-#pragma unroll
-        for (u32 r = 1; r < kSplit; ++r) total = {total.x + part[r].x, total.y + part[r].y, total.z + part[r].z, total.w + part[r].w};
-        if (i + 1 < owned) read(part, i + 1);
-        body(rank * owned + i, total);
+// This thread's sums of a share among those that the CTA owns, which have arrived: added in the order of ranks.
+template <u32 kWarpgroups> DEVICE float4 received_sum(const u8* room, u32 share, u32 owned, u32 split, u32 slot) {
+    float4 total = {0.f, 0.f, 0.f, 0.f};
+    for (u32 r = 0; r < split; ++r) {
+        const float4 part = *reinterpret_cast<const float4*>(room + (r * owned + share) * kExchangedBytes<kWarpgroups> + slot);
+        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
     }
-}
-template <u32 kWarpgroups, class Body> DEVICE void take_sums(const u8* room, u32 owned, u32 split, u32 rank, u32 slot, const Body& body) {
-    if (split == 2) take_sums_of<kWarpgroups, 2>(room, owned, rank, slot, body);
-    else if (split == 4) take_sums_of<kWarpgroups, 4>(room, owned, rank, slot, body);
-    else take_sums_of<kWarpgroups, 8>(room, owned, rank, slot, body);
+    return total;
 }

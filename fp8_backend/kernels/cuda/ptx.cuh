@@ -139,8 +139,6 @@ DEVICE void store_async(u32 target, float4 value, u32 barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
                  "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier) : "memory");
 }
-// Or compilers compute a value where it is used first, behind the wait below.
-DEVICE void computed_here(float& value) { asm volatile("" : "+f"(value)); }
 // Everything the previous kernel in the stream wrote is visible after this.
 DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void launch_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -232,11 +230,6 @@ DEVICE void load_fresh(const void* source, u32 (&words)[4]) {
 
 // ---- warps -------------------------------------------------------------------------------------------------------------
 
-DEVICE u32 warp_max(u32 value) {
-    u32 largest;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
-    return largest;
-}
 DEVICE bool elect_lane() {
     u32 elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));

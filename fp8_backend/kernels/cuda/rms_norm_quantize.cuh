@@ -6,16 +6,16 @@
 // after the factor and again after the weight. The sum of squares is that of the unrounded sums.
 #include "group.cuh"
 
-// The sum of one value a thread, in a fixed order: the same bits in every thread and every run. Warps are whole. of_warps: zeros behind those of the warps.
-DEVICE float sum_of_cta(float value, float4* of_warps) {
+// The sum of one value a thread, in a fixed order: the same bits in every thread and every run. Warps are whole.
+DEVICE float sum_of_cta(float value, float* of_warps) {
+    const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll
     for (u32 distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    if (threadIdx.x % 32 == 0) reinterpret_cast<float*>(of_warps)[threadIdx.x / 32] = value;
+    if (lane == 0) of_warps[threadIdx.x / 32] = value;
     __syncthreads();
-    const float4 part = of_warps[threadIdx.x % 8];
-    value = (part.x + part.y) + (part.z + part.w);
+    value = lane < warps ? of_warps[lane] : 0.f;
 #pragma unroll
-    for (u32 distance = 4; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    for (u32 distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
 }
 
@@ -26,8 +26,7 @@ extern "C" __global__ void __launch_bounds__(1024, CHUNKS == 1 ? 2 : 1)
 rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual, const void* __restrict__ norm_weight, void* __restrict__ summed,
                   void* __restrict__ normed, u8* __restrict__ codes, float* __restrict__ scale, i64 x_stride, i64 residual_stride, u32 k,
                   u32 k_blocks, u32 m_aligned, u32 type, u32 vectorised, u32 tile_rows, u32 early, float epsilon) {
-    __shared__ float4 of_warps[8];
-    if (threadIdx.x < 32 && threadIdx.x >= blockDim.x / 32) reinterpret_cast<float*>(of_warps)[threadIdx.x] = 0.f;
+    __shared__ float of_warps[32];
     const u32 row = blockIdx.x, lane = threadIdx.x % kGroupLanes;
     u32 column[CHUNKS], valid[CHUNKS];
 #pragma unroll
@@ -37,8 +36,6 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
     }
     with_rows(type, vectorised, [&](auto rows) {
         if (early) launch_next_kernel();
-        float of_one = 1.f / k;
-        computed_here(of_one);
         // Since the last layer they have left L2, and are on their way from memory while the previous kernel still runs.
         RawGroup raw[CHUNKS], raw_residual[CHUNKS], raw_weight[CHUNKS];
 #pragma unroll
@@ -65,7 +62,8 @@ rms_norm_quantize(const void* __restrict__ x, const void* __restrict__ residual,
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) squares += group[c].value[i] * group[c].value[i];
         }
-        const float factor = rsqrtf(sum_of_cta(squares, of_warps) * of_one + epsilon);
+        const float mean = __fdiv_rn(sum_of_cta(squares, of_warps), static_cast<float>(k));
+        const float factor = __fdiv_rn(1.f, sqrtf(mean + epsilon));
         float largest[CHUNKS];
 #pragma unroll
         for (u32 c = 0; c < CHUNKS; ++c) {
