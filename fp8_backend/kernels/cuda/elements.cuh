@@ -12,8 +12,8 @@ struct AnyRows {
 struct CommonRows {
     static constexpr u32 type = kBf16, vectorised = 1;
 };
-// Calls body(rows). What nearly every call has is code of its own, chosen before the kernel waits for the previous one: a jump behind the wait is a trip for code
-// that is not there yet, and addresses wait for it (0.4 to 2 % of a layer; docs/kernel-notes.md, 2026-11-29).
+// Calls body(rows). What nearly every call has is code of its own, chosen before the kernel waits for the previous one: behind the wait a branch costs more than its
+// instructions, taken or not, and addresses wait for it (docs/kernel-notes.md, 2026-11-29).
 template <class Body> DEVICE void with_rows(u32 type, u32 vectorised, const Body& body) {
     if ((type | (vectorised ^ 1)) == 0) body(CommonRows{});
     else body(AnyRows{type, vectorised});
