@@ -18,7 +18,11 @@ ARCH = "sm_90a"
 # --no-source-include: an include that is not ours must fail instead of being found in the current directory.
 # -default-device: lambdas with template parameters are of the device, too (elements.cuh).
 FLAGS = (
-    *(f"--gpu-architecture={ARCH}", "-std=c++20", "-default-device", "--no-source-include", "--no-cache"),
+    f"--gpu-architecture={ARCH}",
+    "-std=c++20",
+    "-default-device",
+    "--no-source-include",
+    "--no-cache",
     "--ptxas-options=-v",
 )
 # Raise it when the meaning of a cache entry changes without any of the other parts of the key changing.

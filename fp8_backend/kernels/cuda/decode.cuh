@@ -182,10 +182,11 @@ struct Output {
         }
     }
 
+    // As nearly every call has it, for which `write` has code of its own (with_rows, elements.cuh, says why).
+    DEVICE bool is_common() const { return type == kBf16 && bias == nullptr && aligned == 8; }
+
     // Writes a fragment: 16 rows of the weight from first_row on, of which `rows` exist, x 8 tokens. Neighbouring rows meet in a lane: two of them,
     // or four, so that one store of the warp writes all 32 bytes that a token has here. Half of these at a time: 0.1 us longer (docs/kernel-notes.md, 2026-11-27).
-    // kCommon: bf16, no bias, 8 bytes together (with_rows, elements.cuh, says why).
-    DEVICE bool is_common() const { return type == kBf16 && bias == nullptr && aligned == 8; }
     template <bool kCommon> DEVICE void write(float4 v, u32 first_row, u32 rows, u32 first_token, u32 lane) const {
         const bool even = (lane / 4) % 2 == 0;
         const float from_low = __shfl_xor_sync(0xffffffffu, even ? v.y : v.x, 4);
@@ -216,7 +217,8 @@ struct Output {
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
 decode(const void* x, const float* __restrict__ scale_a, void* __restrict__ out, const u8* __restrict__ weight, const float* __restrict__ scale_b,
        const void* __restrict__ bias, i64 x_stride, i64 out_stride, u32 m, u32 n,
-       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 out_type, u32 bias_type, u32 out_aligned) {
+       u32 k, u32 k_blocks, u32 n_aligned, u32 m_aligned, u32 scale_b_stride, u32 rows, u32 num_stages, u32 prefetch, u32 out_type, u32 bias_type,
+       u32 out_aligned) {
     extern __shared__ __align__(1024) u8 shared[];
     // Shared memory: stages | FUSED: tokens of the k range | exchange buffer | scales of the stages | FUSED: scales of the k range | barriers
     const bool k_halves = rows <= 64;  // the math warpgroups split k
