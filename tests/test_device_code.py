@@ -97,6 +97,22 @@ def test_every_gemm_config(config, packed, folder):
         assert not packed or machine.filled_rows() == 0  # the last tile of rows is a whole one
 
 
+# A decode kernel quantises rows of bf16 that it can read 16 bytes at a time; codes of others come from a launch before.
+@pytest.mark.parametrize(("dtype", "stride"), [(torch.float16, 1000), (torch.bfloat16, 1003)], ids=str)
+def test_rows_that_a_decode_kernel_cannot_read(dtype, stride, folder):
+    torch.manual_seed(5)
+    n, k = 136, 1000
+    (codes, scale), x = make_weight(n, k), torch.randn(2, stride, dtype=dtype)[:, :k]
+    weight, expected = (layout.pack_weight(codes), layout.pack_scale(scale, n, k)), truth(x, codes, scale)
+    with emulated(folder, MACHINE) as machine:
+        assert reference.relative_error(gemm.fp8_linear(x, *weight, n), expected) < BF16_ERROR
+        assert "quantize.cuh" in {spec.file for spec, _ in machine.loaded}
+        before = len(machine.loaded)
+        common = x.bfloat16().contiguous()
+        assert reference.relative_error(gemm.fp8_linear(common, *weight, n), truth(common, codes, scale)) < BF16_ERROR
+        assert {spec.file for spec, _ in list(machine.loaded)[before:]} == {"decode.cuh"}
+
+
 # What racecheck watches (benchmarks/sanitize.py) must be right, too.
 def test_every_lane_may_arrive(folder, monkeypatch):
     torch.manual_seed(4)

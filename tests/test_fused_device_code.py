@@ -195,9 +195,9 @@ def test_linear_behind_silu(m, dtype, folder):
 def test_a_kernel_that_quantises_by_itself_is_not_chosen_behind_another():
     for m in (1, 8, 33, 64, 65, 512):
         for n, k in ((6144, 4096), (24576, 4096), (4096, 12288), (512, 7168)):
-            choice = heuristics.select(GemmProblem(m, n, k), fusable=False, mappable=False)
+            choice = heuristics.select(GemmProblem(m, n, k), heuristics.JOINED_CODES)
             assert not getattr(choice.config, "fused", False)
-            assert heuristics.adds_in_order(heuristics.select(GemmProblem(m, n, k), False, True))
+            assert heuristics.adds_in_order(heuristics.select(GemmProblem(m, n, k), heuristics.JOINED_CODES, True))
 
 
 def heads_of(m, query_heads, key_heads, head, dtype=torch.bfloat16, behind=0):

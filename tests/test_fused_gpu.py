@@ -224,7 +224,7 @@ def test_every_kernel_that_may_be_chosen():
         codes, scale, packed = make_weight(n, k)
         x, weight = make_x(300, k), torch.rand(k, device="cuda").bfloat16()
         for m in (*range(1, 65), 65, 100, 128, 200, 256, 300):
-            seen.add(heuristics.select(GemmProblem(m, n, k, gemm.machine(0)), fusable=False, mappable=False).config)
+            seen.add(heuristics.select(GemmProblem(m, n, k, gemm.machine(0)), heuristics.JOINED_CODES).config)
             y, *_ = fused_linear.rms_norm_linear(x[:m], None, weight, EPSILON, *packed, n)
             q, s = norm.rms_norm_quant(x[:m], None, weight, EPSILON)[:2]
             expected = reference.fp8_gemm_nt(q, s, codes, scale, dtype=torch.float64)

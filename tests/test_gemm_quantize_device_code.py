@@ -54,7 +54,7 @@ def test_tiles_and_splits(m, n, k, split, folder):
     (codes, scale), weight = packed_weight(n, k)
     dtype = torch.bfloat16 if m % 2 else torch.float16
     x, bias = extreme(torch.randn(m, k + 16, dtype=dtype)[:, 8 : 8 + k]), torch.randn(n)
-    assert mappable(x) and not mappable(x[:, 1:])
+    assert mappable(x) and not mappable(x[:, 1:]) and not mappable(x.float())
     choice = choice_of(m, n, split)
     with emulated(folder, MACHINE) as machine:
         # Outputs that are aligned for 16 bytes and, behind 7 others, for none.
@@ -93,7 +93,7 @@ def test_linear(folder, monkeypatch):
     m, n, k = 130, 72, 10 * BLOCK
     choice = choice_of(m, n, 2)
     chosen = gemm.choose
-    monkeypatch.setattr(gemm, "choose", lambda *problem: choice if problem[-1] else chosen(*problem))
+    monkeypatch.setattr(gemm, "choose", lambda *problem: choice if problem[4].mappable else chosen(*problem))
     (codes, scale), weight = packed_weight(n, k)
     x = torch.randn(m, k + 1, dtype=torch.bfloat16)
     aligned = x[:, :k].contiguous()

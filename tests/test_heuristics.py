@@ -8,11 +8,15 @@ import torch
 from fp8_backend.kernels import quantize
 from fp8_backend.kernels.decode_heuristics import HALF_SHARED_BYTES, DecodeChoice, decode_choices
 from fp8_backend.kernels.heuristics import (
+    JOINED_CODES,
     STATIONARY_CONFIG,
+    Activations,
+    GemmChoice,
     QuantizingGemmChoice,
     adds_in_order,
     all_configs,
     gemm_choices,
+    quantisation_ns,
     quantizing_choices,
     select,
     select_gemm,
@@ -34,6 +38,7 @@ SHAPES = [
 ]  # fmt: skip
 ROWS = [1, 2, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000, 4096, 100_000]
 SMALLER = Machine(78, (36, 16, 6))
+OTHER_ROWS = Activations(fusable=False, mappable=False)
 
 
 def check_decode(problem, choice):
@@ -104,13 +109,13 @@ def test_narrow_weights_are_split_along_k():
 # Behind a norm a GEMM's CTAs are in the way of the kernels around it.
 def test_few_tokens_behind_a_norm_keep_decode_kernels():
     for m in (1, 16):
-        assert isinstance(select(GemmProblem(m, 24576, 4096), fusable=False), DecodeChoice)
-    assert not isinstance(select(GemmProblem(32, 24576, 4096), fusable=False), DecodeChoice)
+        assert isinstance(select(GemmProblem(m, 24576, 4096), JOINED_CODES), DecodeChoice)
+    assert not isinstance(select(GemmProblem(32, 24576, 4096), JOINED_CODES), DecodeChoice)
 
 
 # One that fills a multiprocessor leaves the weights behind it no room.
 def test_gemms_of_few_tokens_share_a_multiprocessor():
-    assert select(GemmProblem(48, 24576, 4096), fusable=False).config.ctas_per_sm == 2
+    assert select(GemmProblem(48, 24576, 4096), JOINED_CODES).config.ctas_per_sm == 2
 
 
 # A decode kernel reads rows of bfloat16, 16 bytes at a time, and no others.
@@ -121,9 +126,17 @@ def test_rows_that_a_decode_kernel_cannot_read_are_quantised_before_it():
         assert not quantize.is_common(others)
     for m in (1, 2, 4, 8, 16):
         for n, k in ((512, 7168), (4096, 4096), (24576, 4096)):
-            choice = select(GemmProblem(m, n, k), fusable=False)
+            choice = select(GemmProblem(m, n, k), OTHER_ROWS)
             assert not isinstance(choice, DecodeChoice) or not choice.config.fused
     assert select(GemmProblem(1, 4096, 4096)).config.fused
+
+
+# The kernel that makes their codes has no more to do than before any GEMM.
+def test_rows_that_a_decode_kernel_cannot_read_are_not_taken_for_codes_of_a_norm():
+    for problem in (GemmProblem(9, 6144, 4096), GemmProblem(16, 6144, 4096)):
+        assert quantisation_ns(problem) < quantisation_ns(problem, joined=True)
+    others = [select(GemmProblem(m, n, k), OTHER_ROWS) for m in range(2, 17) for n, k in ((6144, 4096), (24576, 4096))]
+    assert any(isinstance(choice, GemmChoice) for choice in others)
 
 
 def test_large_codes_are_written_before_the_gemm_starts():
@@ -150,7 +163,9 @@ def test_few_columns_of_many_rows_are_quantised_on_their_way():
 
 # Another kernel makes the codes anyway, or rows lie where no copy engine can fetch them.
 def test_rows_that_are_codes_or_unaligned_take_other_kernels():
-    assert not isinstance(select(GemmProblem(8192, 512, 7168), mappable=False), QuantizingGemmChoice)
+    problem = GemmProblem(8192, 512, 7168)
+    for activations in (JOINED_CODES, Activations(fusable=True, mappable=False)):
+        assert not isinstance(select(problem, activations), QuantizingGemmChoice)
 
 
 def test_every_quantizing_choice_is_legal():
@@ -168,6 +183,6 @@ def test_every_quantizing_choice_is_legal():
 @pytest.mark.parametrize("m", [1, 16, 33, 64, 65, 128, 4096])
 def test_batch_invariant_choices_add_in_order(m):
     problem = GemmProblem(m, 512, 7168)
-    assert adds_in_order(select(problem, True, True)) and adds_in_order(select_gemm(problem, True))
+    assert adds_in_order(select(problem, batch_invariant=True)) and adds_in_order(select_gemm(problem, True))
     if m <= 128:
         assert not adds_in_order(select(problem)) and not adds_in_order(select_gemm(problem))

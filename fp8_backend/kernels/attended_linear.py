@@ -18,7 +18,7 @@ from fp8_backend.kernels.attention import Codes
 from fp8_backend.kernels.backend import is_current
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmPlan
-from fp8_backend.kernels.heuristics import QuantizingGemmChoice
+from fp8_backend.kernels.heuristics import JOINED_CODES, QuantizingGemmChoice
 from fp8_backend.kernels.prepared import Prepared
 
 _plans: Prepared[DecodePlan | GemmPlan] = Prepared()
@@ -103,7 +103,7 @@ def _plan(
     key = (x.shape, x.dtype, device.index, n, None if bias is None else (bias.dtype, bias.shape))
     if (plan := _plans.by_key.get(key)) is None:
         check_linear(x, weight, scale, n, bias)
-        choice = gemm.choose(m, n, k, device.index, backend.batch_invariant(), fusable=False, mappable=False)
+        choice = gemm.choose(m, n, k, device.index, JOINED_CODES, backend.batch_invariant())
         assert not isinstance(choice, QuantizingGemmChoice)  # attention makes the codes
         plan = gemm.plan_behind(quantize.prepare, choice, x, x.new_empty((m, n)), bias)
         _plans.add(key, plan)

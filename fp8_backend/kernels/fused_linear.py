@@ -14,7 +14,7 @@ from fp8_backend.kernels.arguments import check_linear
 from fp8_backend.kernels.backend import is_current, runs_cuda_kernels
 from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.gemm_plan import GemmPlan
-from fp8_backend.kernels.heuristics import QuantizingGemmChoice
+from fp8_backend.kernels.heuristics import JOINED_CODES, QuantizingGemmChoice
 from fp8_backend.kernels.prepared import Prepared, PreparedLaunch
 
 Prepare = Callable[[torch.Tensor, int], PreparedLaunch]
@@ -121,7 +121,7 @@ def _linear(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if plan is None or weight.shape != plan.weight_shape or scale.shape != plan.scale_shape:
         check_linear(x, weight, scale, n, bias)
-        choice = gemm.choose(m, n, x.shape[1], x.device.index, backend.batch_invariant(), fusable=False, mappable=False)
+        choice = gemm.choose(m, n, x.shape[1], x.device.index, JOINED_CODES, backend.batch_invariant())
         assert not isinstance(choice, QuantizingGemmChoice)  # it is the kernel in front that makes the codes
         plan = gemm.plan_behind(prepare(), choice, x, out, bias)
         _plans.add(key, plan)

@@ -16,7 +16,7 @@ from fp8_backend.kernels.decode import DecodePlan
 from fp8_backend.kernels.decode_heuristics import DecodeChoice
 from fp8_backend.kernels.gemm_plan import GemmLaunch, GemmPlan
 from fp8_backend.kernels.gemm_quantize import QuantizingGemmPlan
-from fp8_backend.kernels.heuristics import Choice, GemmChoice, QuantizingGemmChoice
+from fp8_backend.kernels.heuristics import Activations, Choice, GemmChoice, QuantizingGemmChoice
 from fp8_backend.kernels.prepared import Prepared, PreparedLaunch
 from fp8_backend.kernels.problem import (
     DECODE_THREADS,
@@ -66,9 +66,9 @@ def machine(device: int) -> Machine:
 
 
 @lru_cache(maxsize=65536)
-def choose(m: int, n: int, k: int, device: int, batch_invariant: bool, fusable: bool, mappable: bool) -> Choice:
+def choose(m: int, n: int, k: int, device: int, activations: Activations, batch_invariant: bool) -> Choice:
     """Return the kernel for a linear layer on the current device, whose index is given; see `heuristics.select`."""
-    return heuristics.select(GemmProblem(m, n, k, machine(device)), fusable, batch_invariant, mappable)
+    return heuristics.select(GemmProblem(m, n, k, machine(device)), activations, batch_invariant)
 
 
 _plans: Prepared[DecodePlan | GemmPlan | QuantizingGemmPlan] = Prepared()
@@ -146,8 +146,8 @@ def _checked_linear(
         _gemm(*per_token_group_quant(rows), packed, out, bias)
     else:
         rows = rows_of(rows, "x")
-        fusable, mappable = quantize.is_common(rows), gemm_quantize.mappable(rows)
-        choice = choose(m, n, k, device.index, backend.batch_invariant(), fusable, mappable)
+        activations = Activations(quantize.is_common(rows), gemm_quantize.mappable(rows))
+        choice = choose(m, n, k, device.index, activations, backend.batch_invariant())
         plan = plan_of(choice, rows, out, bias)
         if rows.data_ptr() == x.data_ptr():  # not a copy, of which the key knows nothing
             _plans.add(key, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from fp8_backend.kernels.decode_heuristics import DECODE_CONFIGS, STREAM_BYTES_PER_NS, DecodeChoice, decode_choices
 from fp8_backend.kernels.problem import (
@@ -73,6 +74,22 @@ class QuantizingGemmChoice:
 
 
 Choice = DecodeChoice | GemmChoice | QuantizingGemmChoice
+
+
+class Activations(NamedTuple):
+    """What a linear layer begins with, as far as the choice of its kernel hangs on it.
+
+    fusable: a decode kernel can read the rows and quantise by itself (CommonRows of elements.cuh). mappable: a GEMM can
+    quantise by itself, for the copy engine can fetch the rows. joined: neither, for a kernel in front that does
+    something else, too, makes the codes.
+    """
+
+    fusable: bool
+    mappable: bool
+    joined: bool = False
+
+
+COMMON_ROWS, JOINED_CODES = Activations(True, True), Activations(False, False, joined=True)
 
 
 # The cost model of decode_heuristics.py goes on here, in nanoseconds.
@@ -188,12 +205,12 @@ def quantizing_choices(problem: GemmProblem) -> Iterator[tuple[float, Quantizing
         yield _QUANTIZING_LAUNCH_NS + products_ns + ends_ns, choice
 
 
-def quantisation_ns(problem: GemmProblem, fusable: bool = True) -> float:
-    """Return the predicted cost in nanoseconds of the codes that a GEMM multiplies; fusable: as `select` has it."""
+def quantisation_ns(problem: GemmProblem, joined: bool = False) -> float:
+    """Return the predicted cost in nanoseconds of the codes that a GEMM multiplies; joined: see `Activations`."""
     if 16 < problem.m <= FEW_ROWS:
         return _QUANTISE_FEW_NS
     quantise = max(_QUANTISE_NS, problem.m * problem.k // _QUANTISED_ELEMENTS_PER_NS)
-    return quantise if fusable or problem.m > _JOINED_TOKENS else quantise + _JOINED_NS
+    return quantise + _JOINED_NS if joined and problem.m <= _JOINED_TOKENS else quantise
 
 
 def adds_in_order(choice: Choice) -> bool:
@@ -207,19 +224,14 @@ def adds_in_order(choice: Choice) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def select(problem: GemmProblem, fusable: bool = True, batch_invariant: bool = False, mappable: bool = True) -> Choice:
-    """Return the kernel for a linear layer of this shape.
-
-    fusable: a decode kernel may quantise by itself: it can read the activations (CommonRows of elements.cuh), and no
-    kernel before it makes the codes anyway. batch_invariant: a row's bits must not depend on m. mappable: a GEMM may
-    quantise by itself: the copy engine can fetch rows of the activations, and no kernel before makes the codes.
-    """
+def select(problem: GemmProblem, activations: Activations = COMMON_ROWS, batch_invariant: bool = False) -> Choice:
+    """Return the kernel for a linear layer of this shape; batch_invariant: a row's bits must not depend on m."""
     choices: list[tuple[float, Choice]] = [
-        (cost, choice) for cost, choice in decode_choices(problem) if fusable or not choice.config.fused
+        (cost, choice) for cost, choice in decode_choices(problem) if activations.fusable or not choice.config.fused
     ]
-    quantise = quantisation_ns(problem, fusable)
+    quantise = quantisation_ns(problem, activations.joined)
     choices += [(cost + quantise, choice) for cost, choice in gemm_choices(problem)]
-    if mappable:
+    if activations.mappable:
         choices += quantizing_choices(problem)
     if batch_invariant:
         choices = [(cost, choice) for cost, choice in choices if adds_in_order(choice)]
